@@ -1,0 +1,47 @@
+# make env   the environment, with the real engine       make check  what CI runs: lint, types, tests
+# make demo  one long video under a page quota           make bench  speed and memory against stock vLLM
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help env check lint fmt types test demo bench build clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+env:
+	@$(PYTHON) tools/env.py --venv $(VENV)
+
+check: lint types test
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
+
+fmt: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*
+
+types: env
+	$(BIN)/mypy
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: env
+	$(BIN)/python -m benchmarks.demo
+
+bench: env
+	$(BIN)/python -m benchmarks.bench
+
+# a wheel of this machine's Python and platform, in dist/; it runs on any CPU of the platform
+build: env
+	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+clean:
+	rm -rf build dist *.egg-info vllm_budgetkv/_C*.so
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,112 @@
+"""Times `score`, `select`, `compact`, `digest` and `retrieve` against their references, on the CPU.
+
+Each kernel is first checked against its reference. One request and layer: 4 KV heads of 3,000
+tokens, groups of 4, head size 64, pages of 16 tokens, a probe of 32 rows; half of the tokens
+survive. Kernel and reference run in turns; times are medians. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.ops import compact, digest, retrieve, score, select
+from vllm_budgetkv.ops.reference.compact import compact as compact_reference
+from vllm_budgetkv.ops.reference.digest import digest as digest_reference
+from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
+from vllm_budgetkv.ops.reference.score import score as score_reference
+from vllm_budgetkv.ops.reference.select import select as select_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+HEADS, GROUP, HEAD_SIZE, TOKENS, PROBE_ROWS, PAGE_TOKENS = 4, 4, 64, 3000, 32, 16
+WIDTH = -(-TOKENS // PAGE_TOKENS)
+OPS = {
+    "score": (score, score_reference),
+    "select": (select, select_reference),
+    "compact": (compact, compact_reference),
+    "digest": (digest, digest_reference),
+    "retrieve": (retrieve, retrieve_reference),
+}
+
+
+def make_pool(dtype: torch.dtype) -> PagePool:
+    """Random keys and values, with digests; pages in the order of the heads' tokens."""
+    layout = PageLayout(PAGE_TOKENS, HEAD_SIZE, dtype)
+    pool = PagePool(torch.zeros(HEADS * WIDTH, layout.page_bytes, dtype=torch.uint8), layout)
+    generator = torch.Generator().manual_seed(0)
+    pool.keys.copy_(torch.randn(pool.keys.shape, generator=generator))
+    pool.values.copy_(torch.randn(pool.values.shape, generator=generator))
+    positions = torch.arange(WIDTH * PAGE_TOKENS, dtype=torch.int32).view(WIDTH, PAGE_TOKENS)
+    pool.positions.copy_(positions.repeat(HEADS, 1))
+    digest_reference(*arguments("digest", pool))
+    return pool
+
+
+def arguments(op: str, pool: PagePool) -> tuple[object, ...]:
+    """Fresh arguments of one op: `compact` mutates its tables and stack."""
+    generator = torch.Generator().manual_seed(1)
+    shape = PROBE_ROWS, HEADS * GROUP, HEAD_SIZE
+    probe = torch.randn(shape, generator=generator).to(pool.layout.dtype)
+    scores = torch.rand(HEADS, TOKENS, generator=generator)
+    table = torch.arange(HEADS * WIDTH, dtype=torch.int32).view(HEADS, WIDTH)
+    lens = torch.full((HEADS,), TOKENS, dtype=torch.int32)
+    row = torch.zeros(1, dtype=torch.int32)
+    if op == "score":
+        return probe, pool, table, lens, HEAD_SIZE**-0.5, TOKENS // 10, 4, TOKENS
+    if op == "select":
+        return scores, (scores * 9 % 3).to(torch.uint8), lens, lens // 2
+    if op == "compact":
+        stack = torch.zeros_like(table).flatten()
+        return scores > 0.5, None, pool, table, lens, stack, row, False
+    if op == "digest":
+        return pool, table, lens
+    dynamic, out = torch.ones(1, HEADS, dtype=torch.bool), torch.empty_like(table)[None]
+    tables = (table[None], lens[None], row, dynamic)
+    return probe[:1], pool, *tables, 0.4, 1, 2, out, torch.empty_like(lens)[None]
+
+
+def outcome(run: Callable[..., object], op: str, pool: PagePool) -> list[object]:
+    """What the op returned or mutated."""
+    copy = PagePool(pool.raw.clone(), pool.layout)
+    inputs = arguments(op, copy)
+    result = run(*inputs)
+    tensors = result if isinstance(result, tuple) else (result, *inputs)
+    fields = (copy.keys, copy.values, copy.digests, copy.positions, copy.scores)
+    return [each for each in (*tensors, *fields) if isinstance(each, torch.Tensor)]
+
+
+def call_ms(run: Callable[..., object], op: str, pool: PagePool) -> float:
+    inputs = arguments(op, pool)
+    start = time.perf_counter()
+    run(*inputs)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--repeats", type=int, default=21)
+    repeats = parser.parse_args().repeats
+    report: dict[str, dict[str, float]] = {}
+    print(f"{'op':10}{'dtype':16}{'kernel ms':>10}{'reference ms':>14}{'ratio':>8}")
+    for dtype in (torch.float32, torch.bfloat16):
+        for op, runs in OPS.items():
+            pool = make_pool(dtype)
+            torch.testing.assert_close(*(outcome(run, op, pool) for run in runs))
+            samples = [[call_ms(run, op, pool) for run in runs] for _ in range(repeats)]
+            kernel, reference = (statistics.median(side) for side in zip(*samples, strict=True))
+            name = str(dtype).removeprefix("torch.")
+            print(f"{op:10}{name:16}{kernel:10.3f}{reference:14.3f}{reference / kernel:8.1f}")
+            report[f"{op}/{name}"] = {"kernel_ms": kernel, "reference_ms": reference}
+    print(json.dumps({"threads": torch.get_num_threads(), "results": report}))
+
+
+if __name__ == "__main__":
+    main()

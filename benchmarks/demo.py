@@ -1,0 +1,164 @@
+"""`make demo`: a long video through a real vLLM server whose requests hold a fixed quota of blocks.
+
+Starts `vllm serve` on loopback, asks one question about a rendered video with the OpenAI client,
+stops the server, prints what happened and writes a picture of what each class of head kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openai import OpenAIError
+
+from benchmarks import demo_report
+from benchmarks.server import Server
+from vllm_budgetkv.testing import frames
+from vllm_budgetkv.testing.models import build_qwen2_5_vl
+
+if TYPE_CHECKING:
+    import numpy as np
+    from openai import OpenAI
+
+REPOSITORY = Path(__file__).parent.parent
+PICTURE = REPOSITORY / "benchmarks" / "results" / "demo.png"
+WORK = REPOSITORY / "build" / "demo"
+MODELS = REPOSITORY / "build" / "models"
+
+FRAME_PIXELS = (336, 336)
+SIGNS = {10: "B2", 11: "B2", 34: "K7", 35: "K7", 52: "R4", 53: "R4"}
+SYSTEM = "You are a helpful assistant. Watch the video and answer in one sentence."
+QUESTION = "Which letter and which number does the second red sign in the video show?"
+ANSWER_TOKENS = 48
+REPORT_WAIT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the client saw of the one request."""
+
+    request_id: str
+    text: str
+    prompt_tokens: int
+    first_token_s: float
+    total_s: float
+
+
+def main() -> int:
+    """Runs the demo; returns the exit status."""
+    options = parse_arguments()
+    model = options.model or str(build_qwen2_5_vl(MODELS, layers=4))
+    video = frames.render_video(options.frames, size_pixels=FRAME_PIXELS, signs=SIGNS)
+    WORK.mkdir(parents=True, exist_ok=True)
+    report_file = WORK / "requests.jsonl"
+    report_file.unlink(missing_ok=True)
+    print(f"starting vllm serve {model} (log: {WORK / 'server.log'})", flush=True)
+    arguments = [*server_arguments(), *budget_arguments(options, report_file)]
+    try:
+        with Server(model, arguments, WORK / "server.log", environment()) as server:
+            print(f"asking about {options.frames} frames at {server.url}", flush=True)
+            answer = ask(server.client(), video)
+            record = wait_for_record(report_file, answer.request_id)
+    except KeyboardInterrupt:
+        print("interrupted; the server is stopped")
+        return 130
+    except (RuntimeError, OpenAIError) as error:
+        print(f"the demo failed: {error}; see {WORK / 'server.log'}", file=sys.stderr)
+        return 1
+    demo_report.draw(record, video, PICTURE)
+    print(demo_report.describe(record, answer, PICTURE))
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="One long video under a quota of KV blocks.")
+    parser.add_argument("--model", help="a Qwen2.5-VL folder; a small random one by default")
+    parser.add_argument("--frames", type=int, default=64, help="frames of the video (default: 64)")
+    parser.add_argument("--policy", default="hybrid", help="--kv-policy (default: hybrid)")
+    parser.add_argument("--quota", type=int, default=32, help="blocks a request (default: 32)")
+    parser.add_argument("--chunk", type=int, default=256, help="tokens a chunk (default: 256)")
+    return parser.parse_args()
+
+
+def server_arguments() -> list[str]:
+    """What stock vLLM is told, whatever the policy."""
+    return [
+        *("--max-model-len", "32768"),
+        *("--dtype", "float32"),
+        "--enforce-eager",
+        # all the frames that are sent; the default takes 32 of them
+        *("--media-io-kwargs", json.dumps({"video": {"num_frames": -1}})),
+        *("--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0})),
+    ]
+
+
+def budget_arguments(options: argparse.Namespace, report_file: Path) -> list[str]:
+    """The flags of this plugin."""
+    return [
+        *("--kv-policy", options.policy),
+        *("--kv-page-quota", str(options.quota)),
+        *("--kv-chunk-tokens", str(options.chunk)),
+        *("--kv-report-file", str(report_file)),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """The server's environment: nothing is fetched, and a CPU takes 1 GiB for its blocks."""
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"} | (
+        os.environ
+    )
+
+
+def ask(client: OpenAI, video: np.ndarray) -> Answer:
+    """Sends the video and the question, streams the answer and times its first token."""
+    content: list[Any] = [
+        {"type": "video_url", "video_url": {"url": frames.video_data_url(video)}},
+        {"type": "text", "text": QUESTION},
+    ]
+    start = time.perf_counter()
+    stream = client.chat.completions.create(
+        model=client.models.list().data[0].id,
+        messages=[{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}],
+        max_tokens=ANSWER_TOKENS,
+        temperature=0.0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, first, request_id, prompt_tokens = "", None, "", 0
+    for event in stream:
+        request_id = event.id
+        if event.usage:
+            prompt_tokens = event.usage.prompt_tokens
+        if event.choices and event.choices[0].delta.content:
+            first = first or time.perf_counter() - start
+            text += event.choices[0].delta.content
+    if first is None:
+        raise RuntimeError(f"the server ended request {request_id} without a token")
+    return Answer(request_id, text, prompt_tokens, first, time.perf_counter() - start)
+
+
+def wait_for_record(path: Path, request_id: str) -> dict[str, Any]:
+    """The line of `request_id` in the server's report file.
+
+    Raises:
+        RuntimeError: it did not come within `REPORT_WAIT_S`.
+    """
+    deadline = time.monotonic() + REPORT_WAIT_S
+    while time.monotonic() < deadline:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        for record in map(json.loads, lines):
+            # the engine appends a suffix of its own to the client's id
+            if record["request_id"].startswith(request_id):
+                return record
+        time.sleep(0.2)
+    raise RuntimeError(f"no record of request {request_id} in {path} after {REPORT_WAIT_S:.0f} s")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

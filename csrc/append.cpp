@@ -1,0 +1,143 @@
+// append: first takes the pages in order, then copies tokens in parallel.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cstring>
+#include <vector>
+
+#include "checks.h"
+
+namespace budgetkv {
+namespace {
+
+// One head of one batch row.
+struct HeadWrite {
+  const int32_t* pages;
+  int head;
+  int first_slot;       // tokens that the head holds already
+  int64_t first_token;  // of the row, in key and value
+  int num_tokens;
+  int first_position;
+};
+
+struct Tables {
+  at::TensorAccessor<int32_t, 3> table;
+  at::TensorAccessor<int32_t, 2> lens;
+  at::TensorAccessor<int32_t, 2> free_pages;
+  at::TensorAccessor<int32_t, 1> num_free;
+  int page_tokens;
+  int64_t num_pages;
+};
+
+// Pops the pages that the head will need and enters them in its table.
+void take_pages(Tables& tables, int slot, int head, int first_page, int end_page) {
+  const int wanted = end_page - first_page;
+  TORCH_CHECK(wanted <= tables.num_free[slot], "append: slot ", slot, " head ", head, " wants ",
+              wanted, " pages, but ", tables.num_free[slot],
+              " are free: compress the request before it grows, or raise its quota");
+  for (int page = first_page; page < end_page; ++page) {
+    tables.table[slot][head][page] = tables.free_pages[slot][--tables.num_free[slot]];
+  }
+}
+
+HeadWrite plan_head(Tables& tables, int slot, int head, int num_tokens, bool shared) {
+  int32_t& held = tables.lens[slot][head];
+  const int end = held + num_tokens;
+  const int first_new = (held + tables.page_tokens - 1) / tables.page_tokens;
+  const int end_page = (end + tables.page_tokens - 1) / tables.page_tokens;
+  TORCH_CHECK_INDEX(end_page <= tables.table.size(2), "append: slot ", slot, " head ", head,
+                    " needs ", end_page, " pages for ", end, " tokens, but its table is ",
+                    tables.table.size(2), " wide");
+  if (shared) take_pages(tables, slot, head, first_new, end_page);
+  for (int page = held / tables.page_tokens; page < end_page; ++page) {
+    const int32_t id = tables.table[slot][head][page];
+    TORCH_CHECK_INDEX(id >= 0 && id < tables.num_pages, "append: entry ", page, " of slot ", slot,
+                      " head ", head, " is page ", id, ", but the pool has ", tables.num_pages);
+  }
+  HeadWrite write{};
+  write.pages = tables.table[slot][head].data();
+  write.head = head;
+  write.first_slot = held;
+  write.num_tokens = num_tokens;
+  held = end;
+  return write;
+}
+
+std::vector<HeadWrite> plan(Tables& tables, const BatchRows& rows, const at::Tensor& first_position,
+                            const at::Tensor& shared) {
+  const auto position_of = first_position.accessor<int32_t, 1>();
+  const auto shared_of = shared.accessor<bool, 1>();
+  std::vector<HeadWrite> writes;
+  for (int64_t row = 0; row < rows.size(); ++row) {
+    if (rows.num_tokens(row) == 0) continue;
+    const int slot = rows.slot(row);
+    for (int head = 0; head < tables.table.size(1); ++head) {
+      HeadWrite write = plan_head(tables, slot, head, rows.num_tokens(row), shared_of[row]);
+      write.first_token = rows.first_token(row);
+      write.first_position = position_of[row];
+      writes.push_back(write);
+    }
+  }
+  return writes;
+}
+
+// A field of the pool, or the new tokens, in bytes.
+struct Field {
+  explicit Field(const at::Tensor& tensor)
+      : data(static_cast<char*>(tensor.data_ptr())),
+        outer(tensor.stride(0) * tensor.element_size()),
+        inner(tensor.stride(1) * tensor.element_size()) {}
+  char* at(int64_t i, int64_t j) const { return data + i * outer + j * inner; }
+  char* data;
+  int64_t outer, inner;
+};
+
+void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& keys,
+            const at::Tensor& values, const at::Tensor& positions, const at::Tensor& scores,
+            const at::Tensor& table, const at::Tensor& lens, const at::Tensor& free_pages,
+            const at::Tensor& num_free, const at::Tensor& slots, const at::Tensor& query_start,
+            const at::Tensor& first_position, const at::Tensor& shared) {
+  check_pool_field("keys", keys);
+  check_pool_field("values", values);
+  check_last_stride("key", key);
+  check_last_stride("value", value);
+  check_last_stride("table", table);
+  const int page_tokens = static_cast<int>(keys.size(1));
+  Tables tables{table.accessor<int32_t, 3>(), lens.accessor<int32_t, 2>(),
+                free_pages.accessor<int32_t, 2>(), num_free.accessor<int32_t, 1>(),
+                page_tokens, keys.size(0)};
+  const BatchRows rows("append", slots, query_start, table.size(0), key.size(0));
+  const std::vector<HeadWrite> writes = plan(tables, rows, first_position, shared);
+
+  const Field from_key(key), from_value(value), to_key(keys), to_value(values);
+  const Field to_position(positions), to_score(scores);
+  const int64_t row_bytes = keys.size(2) * keys.element_size();
+  at::parallel_for(0, static_cast<int64_t>(writes.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      const HeadWrite& write = writes[w];
+      for (int i = 0; i < write.num_tokens; ++i) {
+        const int64_t page = write.pages[(write.first_slot + i) / page_tokens];
+        const int in_page = (write.first_slot + i) % page_tokens;
+        const int64_t token = write.first_token + i;
+        const int32_t position = write.first_position + i;
+        std::memcpy(to_key.at(page, in_page), from_key.at(token, write.head), row_bytes);
+        std::memcpy(to_value.at(page, in_page), from_value.at(token, write.head), row_bytes);
+        std::memcpy(to_position.at(page, in_page), &position, sizeof(position));
+        std::memset(to_score.at(page, in_page), 0, sizeof(float));
+      }
+    }
+  });
+}
+
+}  // namespace
+}  // namespace budgetkv
+
+TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
+  m.def(
+      "append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+      "Tensor(d!) scores, Tensor(e!) table, Tensor(f!) lens, Tensor free_pages, "
+      "Tensor(g!) num_free, Tensor slots, Tensor query_start, Tensor first_position, "
+      "Tensor shared) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(budgetkv, CPU, m) { m.impl("append", &budgetkv::append); }

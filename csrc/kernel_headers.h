@@ -1,0 +1,14 @@
+// Everything that a kernel copy needs from outside; see kernels_avx512.cpp. No torch header.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "attend.h"
+#include "digest.h"
+#include "float_type.h"
+#include "retrieve.h"
+#include "score.h"

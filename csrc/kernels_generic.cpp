@@ -1,0 +1,11 @@
+// The baseline of the platform: SSE2 on x86-64, NEON on aarch64.
+#include "kernel_headers.h"
+
+#define BUDGETKV_LANES 4
+namespace budgetkv::generic {
+#include "simd.h"
+#include "attend_kernel.inl"
+#include "digest_kernel.inl"
+#include "retrieve_kernel.inl"
+#include "score_kernel.inl"
+}  // namespace budgetkv::generic

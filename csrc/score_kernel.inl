@@ -1,0 +1,163 @@
+// Probe attention: a small matrix product, softmax, and an exact top-k sum. See score.h.
+
+template <class T>
+static void pack_block_as(const PackTask& task) {
+  const int64_t size = task.head_size;
+  for (int64_t i = 0; i < task.num_tokens; ++i) {
+    const int64_t token = task.first_token + i;
+    const int64_t page_offset = task.table[token / task.page_tokens] * task.page_bytes;
+    const int64_t token_offset = token % task.page_tokens * size;
+    const T* key = reinterpret_cast<const T*>(task.keys + page_offset) + token_offset;
+    const T* value = reinterpret_cast<const T*>(task.values + page_offset) + token_offset;
+    Vec squares = Vec{};
+    for_each_vector(size, [&](int channel, bool is_tail) {
+      const Vec loaded = load(key + channel, is_tail);
+      float* column = task.packed + channel * kBlockTokens + i;
+      const int lanes = is_tail ? kTail : kLanes;
+      for (int lane = 0; lane < lanes; ++lane) column[lane * kBlockTokens] = loaded[lane];
+      const Vec element = load(value + channel, is_tail);
+      squares += element * element;
+    });
+    task.norms[i] = __builtin_sqrtf(reduce_add(squares));
+  }
+  for (int64_t channel = 0; channel < size; ++channel) {
+    for (int64_t i = task.num_tokens; i < kBlockTokens; ++i) {
+      task.packed[channel * kBlockTokens + i] = 0.0f;
+    }
+  }
+}
+
+void pack_block(const PackTask& task) {
+  BUDGETKV_FOR_FLOAT_TYPE(task.type, pack_block_as, task);
+}
+
+// Logits of kRows rows for one block. The sums stay in registers: 16 of 32 with AVX-512, 8 of 16
+// with less.
+template <int kRows>
+static void multiply_block(const float* block, const float* queries, const ScoreTask& task,
+                           float* logits, int64_t row_stride) {
+  const int64_t head_size = task.head_size;
+  constexpr int kVecs = kLanes == 16 ? 4 : 2;
+  for (int64_t first = 0; first < kBlockTokens; first += kVecs * kLanes) {
+    Vec sum[kRows][kVecs] = {};
+    for (int64_t channel = 0; channel < head_size; ++channel) {
+      const float* keys = block + channel * kBlockTokens + first;
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        const float query = queries[r * head_size + channel];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVecs; ++v) sum[r][v] += load(keys + v * kLanes) * query;
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) {
+        store(logits + r * row_stride + first + v * kLanes, sum[r][v] * task.scale);
+      }
+    }
+  }
+}
+
+static void multiply(const float* block, const float* queries, int64_t num_rows,
+                     const ScoreTask& task, float* logits, int64_t row_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= num_rows; r += 4) {
+    const float* four = queries + r * task.head_size;
+    multiply_block<4>(block, four, task, logits + r * row_stride, row_stride);
+  }
+  queries += r * task.head_size;
+  logits += r * row_stride;
+  switch (num_rows - r) {
+    case 3: return multiply_block<3>(block, queries, task, logits, row_stride);
+    case 2: return multiply_block<2>(block, queries, task, logits, row_stride);
+    case 1: return multiply_block<1>(block, queries, task, logits, row_stride);
+  }
+}
+
+// The largest of a padded segment's logits, -inf of an empty one. Mutates: -inf in the padding.
+static float segment_max(float* logits, Segment segment) {
+  const float infinity = __builtin_inff();
+  for (int64_t i = segment.num_tokens; i < segment.padded(); ++i) logits[i] = -infinity;
+  Vec most = splat(-infinity);
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) most = max(most, load(logits + i));
+  return reduce_max(most);
+}
+
+// Turns logits into weights 2^(logit - highest) in place; returns their sum. Padding becomes 0.
+static float weigh(float* logits, Segment segment, float highest) {
+  Vec sum = Vec{};
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+    const Vec weight = exp2(load(logits + i) - highest);
+    store(logits + i, weight);
+    sum += weight;
+  }
+  return reduce_add(sum);
+}
+
+static void add_scaled(float* mass, const float* weights, Segment segment, float factor) {
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+    store(mass + i, load(mass + i) + load(weights + i) * factor);
+  }
+}
+
+// Sum of the `count` largest weights, exact: a bisection on the bits of the threshold, because
+// floats from 0 to 1 order as their bits do. Ends early once a threshold splits off `count`.
+static float top_sum(const float* weights, Segment segment, int64_t count) {
+  int32_t low = 0, high = bitcast<int32_t>(1.0f) + 1;  // at least, and fewer than, `count` reach it
+  int64_t reached = 0;
+  while (high - low > 1 && reached != count) {
+    const int32_t middle = low + (high - low) / 2;
+    Int hits = Int{};
+    for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+      hits -= bitcast<Int>(load(weights + i)) >= middle;
+    }
+    reached = 0;
+    for (int lane = 0; lane < kLanes; ++lane) reached += hits[lane];
+    (reached >= count ? low : high) = middle;
+  }
+  const int32_t threshold = reached == count ? low : high;
+  Vec sum = Vec{};
+  Int above = Int{};
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+    const Vec weight = load(weights + i);
+    const Int taken = bitcast<Int>(weight) >= threshold;
+    sum += select(taken, weight, Vec{});
+    above -= taken;
+  }
+  int64_t taken = 0;
+  for (int lane = 0; lane < kLanes; ++lane) taken += above[lane];
+  // what is missing ties at the weight just below the threshold
+  return reduce_add(sum) + static_cast<float>(count - taken) * bitcast<float>(low);
+}
+
+// Adds one row's probabilities to `mass`; returns its top-k mass.
+static float score_row(const ScoreTask& task, float* logits) {
+  const Segment sinks = task.sinks, rest = task.rest;
+  float *rest_logits = logits + sinks.padded(), *rest_mass = task.mass + sinks.padded();
+  // each segment has a maximum of its own: next to strong sinks the rest would vanish
+  const float sink_max = segment_max(logits, sinks), rest_max = segment_max(rest_logits, rest);
+  const float highest = sink_max > rest_max ? sink_max : rest_max;
+  const float sink_sum = weigh(logits, sinks, sink_max);
+  const float rest_sum = weigh(rest_logits, rest, rest_max);
+  const Vec gaps = exp2(Vec{sink_max - highest, rest_max - highest});
+  const float total = sink_sum * gaps[0] + rest_sum * gaps[1];
+  add_scaled(task.mass, logits, sinks, gaps[0] / total);
+  add_scaled(rest_mass, rest_logits, rest, gaps[1] / total);
+  if (rest.num_tokens <= task.top_k) return 1.0f;
+  return top_sum(rest_logits, rest, task.top_k) / rest_sum;
+}
+
+float score_rows(const ScoreTask& task) {
+  const int64_t padded = task.sinks.padded() + task.rest.padded();
+  float topk_mass = 0.0f;
+  for (int64_t first = 0; first < task.num_rows; first += kRowTile) {
+    const int64_t left = task.num_rows - first, rows = left < kRowTile ? left : kRowTile;
+    const float* queries = task.queries + first * task.head_size;
+    for (int64_t slot = 0; slot < padded; slot += kBlockTokens) {
+      multiply(task.packed + slot * task.head_size, queries, rows, task, task.logits + slot, padded);
+    }
+    for (int64_t r = 0; r < rows; ++r) topk_mass += score_row(task, task.logits + r * padded);
+  }
+  return topk_mass;
+}

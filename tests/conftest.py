@@ -1,0 +1,47 @@
+"""Environment of the tests, and the models that they share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from vllm_budgetkv.ops import extension
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# set before anything imports vLLM, and inherited by its processes
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+MODELS = Path(__file__).parent.parent / "build" / "models"
+
+
+def pytest_sessionstart() -> None:
+    """Ends the run at once where the C++ extension is missing or does not fit its torch."""
+    if extension.use_reference():
+        return
+    try:
+        extension.load()
+    except (ImportError, OSError) as error:
+        pytest.exit(f"{error}; `make env` builds it", returncode=3)
+
+
+def _model(name: str) -> Callable[[], Path]:
+    @pytest.fixture(scope="session", name=name)
+    def build() -> Path:
+        from vllm_budgetkv.testing import models
+
+        return getattr(models, f"build_{name}")(MODELS)
+
+    return build
+
+
+qwen2_5_vl = _model("qwen2_5_vl")
+qwen2 = _model("qwen2")
+llama = _model("llama")

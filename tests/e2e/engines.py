@@ -1,0 +1,84 @@
+"""Starts engine jobs in fresh processes and gives their answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_budgetkv.testing import triton_cpu
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+
+
+def environment(*, runner: str = "v1", stock: bool = False) -> dict[str, str]:
+    """Variables of an engine process: model runner `v1` or `v2`; `stock` loads no plugin at all."""
+    variables = os.environ | ENVIRONMENT
+    variables["PYTHONPATH"] = str(Path(__file__).parents[2])
+    if stock:
+        variables["VLLM_PLUGINS"] = ""
+    if runner == "v2":
+        os.environ["PYTHONPATH"] = variables["PYTHONPATH"]
+        variables |= triton_cpu.environment()
+    else:
+        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    return variables
+
+
+def run(
+    tmp_path: Path,
+    model: Path,
+    requests: list[dict[str, Any]],
+    *,
+    budget: dict[str, Any] | None = None,
+    runner: str = "v1",
+    stock: bool = False,
+    preempts: tuple[int, ...] = (),
+    **engine: Any,
+) -> dict[str, Any]:
+    """Answers of `requests` from one engine; see `tests.e2e.job` for their form."""
+    arguments = {
+        "model": str(model),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 4096,
+        "block_size": 32,
+        "limit_mm_per_prompt": {"image": 8, "video": 1} if "vl" in model.name else {},
+        "disable_log_stats": True,
+        **engine,
+    }
+    if budget is not None:
+        arguments["additional_config"] = {"budgetkv": budget}
+    answer_file = tmp_path / "answer.json"
+    answer_file.unlink(missing_ok=True)
+    job = {
+        "engine": arguments,
+        "requests": requests,
+        "preempts": preempts,
+        "answer_file": str(answer_file),
+    }
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.e2e.job"],
+        input=json.dumps(job),
+        env=environment(runner=runner, stock=stock),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if process.returncode or not answer_file.exists():
+        raise AssertionError(f"the engine failed:\n{process.stderr[-6000:]}")
+    return json.loads(answer_file.read_text(encoding="utf-8"))
+
+
+def tokens_of(answer: dict[str, Any]) -> dict[str, list[int]]:
+    """Generated tokens by request name."""
+    return {name: found["tokens"] for name, found in sorted(answer["answers"].items())}

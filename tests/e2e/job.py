@@ -1,0 +1,127 @@
+"""Runs one engine in a process of its own: `python -m tests.e2e.job`, job on stdin, answer in a file.
+
+The engine core runs in the same process, so that the job can look at its blocks from the outside
+after every step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def content_of(part: dict[str, Any]) -> dict[str, Any]:
+    """One part of a chat message from its plain description."""
+    from vllm_budgetkv.testing.frames import (
+        image_data_url,
+        render_frame,
+        render_video,
+        video_data_url,
+    )
+
+    if "text" in part:
+        return {"type": "text", "text": part["text"]}
+    size = tuple(part.get("size_pixels", (112, 112)))
+    if "image" in part:
+        frame = render_frame(part["image"], size_pixels=size)
+        return {"type": "image_url", "image_url": {"url": image_data_url(frame)}}
+    frames = render_video(part["video"], size_pixels=size, seed=part.get("seed", 0))
+    return {"type": "video_url", "video_url": {"url": video_data_url(frames)}}
+
+
+class Observer:
+    """Reads the engine core's block lists from the outside, after every step."""
+
+    def __init__(self, engine: Any) -> None:
+        self.scheduler = engine.engine_core.engine_core.scheduler
+        self.held: dict[str, int] = {}
+        self.running_at_once = 0
+
+    def look(self) -> None:
+        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        for request_id, blocks in manager.req_to_blocks.items():
+            self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
+        self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
+
+
+def prompts_of(llm: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rendered prompts with their media, by request name."""
+    prompts = {}
+    for request in requests:
+        messages = [{"role": "user", "content": [content_of(p) for p in request["content"]]}]
+        (prompts[request["name"]],) = llm._preprocess_chat([messages])
+    return prompts
+
+
+def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Add, abort and preempt as the job says, step until all is done."""
+    from vllm import SamplingParams
+
+    engine, requests = llm.llm_engine, job["requests"]
+    prompts = prompts_of(llm, requests)
+    observer = Observer(engine)
+    answers: dict[str, Any] = {}
+    step, waiting = 0, list(requests)
+    while waiting or engine.has_unfinished_requests():
+        for request in [r for r in waiting if r.get("arrives", 0) <= step]:
+            waiting.remove(request)
+            params = SamplingParams(
+                max_tokens=request.get("max_tokens", 16), temperature=0.0, ignore_eos=True
+            )
+            engine.add_request(request["name"], prompts[request["name"]], params)
+        aborted = [r["name"] for r in requests if r.get("aborts") == step]
+        if aborted:
+            engine.abort_request(aborted, internal=False)
+        if step in job.get("preempts", ()):
+            observer.scheduler.reset_prefix_cache(reset_running_requests=True)
+        for output in engine.step():
+            answers[output.request_id] = {
+                "prompt_tokens": len(output.prompt_token_ids),
+                "cached_tokens": output.num_cached_tokens,
+                "tokens": list(output.outputs[0].token_ids),
+                "text": output.outputs[0].text,
+            }
+        observer.look()
+        step += 1
+    return {
+        "answers": answers,
+        "held": observer.held,
+        "steps": step,
+        "running_at_once": observer.running_at_once,
+    }
+
+
+def describe(llm: Any) -> dict[str, Any]:
+    """What of ours is on the engine's path."""
+    core = llm.llm_engine.engine_core.engine_core
+    config = core.vllm_config
+    layers = config.compilation_config.static_forward_context.values()
+    return {
+        "scheduler": type(core.scheduler).__name__,
+        "worker": config.parallel_config.worker_cls,
+        "backends": sorted(
+            {x.attn_backend.get_name() for x in layers if hasattr(x, "attn_backend")}
+        ),
+        "runner": type(core.model_executor.driver_worker.worker.model_runner).__module__,
+        "num_blocks": core.scheduler.kv_cache_config.num_blocks,
+        "leftovers": len(core.scheduler.requests),
+    }
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    from vllm import LLM
+
+    np.random.seed(0)
+    llm = LLM(**job["engine"])
+    answer = drive(llm, job)
+    answer["engine"] = describe(llm)
+    Path(job["answer_file"]).write_text(json.dumps(answer), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Random caches and the error budget of the op tests.
+
+All memory that an op must not read is poisoned: free pages, the slots behind the last token of a
+page, the other layers' table entries. An op that reads it returns NaN or an index error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.layout import PageLayout, PagePool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BAD_PAGE = 2**30
+NUM_LAYERS = 2  # tables are views of one layer out of two, so they are not contiguous
+
+
+@dataclass
+class Cache:
+    """One layer's tables over a pool; the arguments of most ops. Shapes as in docs/kv_layout.md."""
+
+    pool: PagePool
+    table: torch.Tensor
+    lens: torch.Tensor
+    free_pages: torch.Tensor
+    num_free: torch.Tensor
+
+    def clone(self) -> Cache:
+        """A copy that shares no memory; the tables keep their strides."""
+        copies = (
+            copy_with_strides(tensor) for tensor in vars(self).values() if tensor is not self.pool
+        )
+        return Cache(PagePool(self.pool.raw.clone(), self.pool.layout), *copies)
+
+    def head(self, slot: int, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of one head in the order of its tokens, [n, D] each, copied."""
+        num_tokens = int(self.lens[slot, head])
+        num_pages = -(-num_tokens // self.pool.layout.page_tokens)
+        pages = self.table[slot, head, :num_pages].long()
+        keys, values = self.pool.keys[pages], self.pool.values[pages]
+        return keys.flatten(0, 1)[:num_tokens], values.flatten(0, 1)[:num_tokens]
+
+
+def copy_with_strides(view: torch.Tensor) -> torch.Tensor:
+    copy = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
+    return copy.copy_(view)
+
+
+def layer_view(shape: Sequence[int], fill: int) -> torch.Tensor:
+    """int32 `[S, ...]`: the last layer of an `[S, L, ...]` tensor; other layers hold BAD_PAGE."""
+    storage = torch.full((shape[0], NUM_LAYERS, *shape[1:]), BAD_PAGE, dtype=torch.int32)
+    storage[:, -1] = fill
+    return storage[:, -1]
+
+
+def make_cache(
+    lens: Sequence[Sequence[int]],
+    layout: PageLayout,
+    *,
+    table_pages: int | None = None,
+    free_pages: int = 8,
+    seed: int = 0,
+) -> Cache:
+    """A cache of random tokens in shuffled pages.
+
+    Args:
+        lens: tokens of each head, [S][H].
+        layout: of the pool.
+        table_pages: width of the table (W); default: 4 more than the longest head needs.
+        free_pages: pages on each slot's free stack.
+        seed: of everything random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    page_tokens = layout.page_tokens
+    held = [[-(-tokens // page_tokens) for tokens in heads] for heads in lens]
+    num_slots, num_heads = len(lens), len(lens[0])
+    num_pages = sum(map(sum, held)) + num_slots * free_pages + 3
+    pool = PagePool(torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8), layout)
+    pool.poison()
+    shuffled = iter(torch.randperm(num_pages, generator=generator).tolist())
+
+    width = table_pages if table_pages is not None else max(map(max, held)) + 4
+    table = layer_view((num_slots, num_heads, width), -1)
+    lens_view = layer_view((num_slots, num_heads), 0)
+    stack = torch.full((num_slots, free_pages + 2), BAD_PAGE, dtype=torch.int32)
+    for slot in range(num_slots):
+        for head in range(num_heads):
+            pages = [next(shuffled) for _ in range(held[slot][head])]
+            table[slot, head, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+            lens_view[slot, head] = lens[slot][head]
+            fill_pages(pool, pages, lens[slot][head], generator)
+        free = [next(shuffled) for _ in range(free_pages)]
+        stack[slot, :free_pages] = torch.tensor(free, dtype=torch.int32)
+    num_free = torch.full((num_slots,), free_pages, dtype=torch.int32)
+    return Cache(pool, table, lens_view, stack, num_free)
+
+
+def fill_pages(
+    pool: PagePool, pages: list[int], num_tokens: int, generator: torch.Generator
+) -> None:
+    """Random tokens at increasing positions with gaps, as after an eviction. Mutates the pool."""
+    page_tokens, head_size = pool.layout.page_tokens, pool.layout.head_size
+    gaps = torch.randint(1, 4, (num_tokens,), generator=generator)
+    positions = gaps.cumsum(0).to(torch.int32) - 1
+    for index, page in enumerate(pages):
+        tokens = min(page_tokens, num_tokens - index * page_tokens)
+        shape = (tokens, head_size)
+        pool.keys[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
+        pool.values[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
+        pool.positions[page, :tokens] = positions[index * page_tokens :][:tokens]
+        pool.scores[page, :tokens] = torch.rand(tokens, generator=generator)
+
+
+def strided_randn(
+    shape: Sequence[int], dtype: torch.dtype, *, seed: int, scale: float = 1.0
+) -> torch.Tensor:
+    """Random `[T, H, D]` whose tokens lie further apart than H * D, as in a fused QKV tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, heads, size = shape
+    fused = torch.full((tokens, heads + 2, size), torch.nan, dtype=dtype)
+    fused[:, 1:-1] = (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
+    return fused[:, 1:-1]
+
+
+def assert_within_budget(
+    actual: torch.Tensor, low_precision: torch.Tensor, exact: torch.Tensor
+) -> None:
+    """The kernel may err at most twice as much as plain torch in the same precision does.
+
+    Budget: `2 * (max |low_precision - exact| + one rounding step of the output)`.
+
+    Args:
+        actual: what the kernel returned, any shape, output dtype.
+        low_precision: the reference, computed in float32 and rounded to the output dtype.
+        exact: the reference in float64 on the same inputs.
+    """
+    assert actual.dtype == low_precision.dtype
+    assert torch.isfinite(actual).all()
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed = 2 * ((low_precision.double() - exact).abs().max().item() + rounding)
+    error = (actual.double() - exact).abs().max().item()
+    assert error <= allowed, f"error {error:.3e} exceeds the budget {allowed:.3e}"

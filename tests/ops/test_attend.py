@@ -1,0 +1,199 @@
+"""`attend`: the reference against dense attention, the kernels against the reference."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops.attend import attend
+from vllm_budgetkv.ops.reference.attend import attend as attend_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+HEAD_SIZES = (32, 40, 64, 80, 96, 128, 256)
+GROUPS = (1, 2, 4, 7, 8, 16)
+
+
+def row_tensors(slots: Sequence[int], tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`slots` and `query_start` of rows with these numbers of tokens."""
+    starts = [sum(tokens[:row]) for row in range(len(tokens) + 1)]
+    return torch.tensor(slots, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
+
+
+def check_kernel(
+    cache: Cache, group: int, slots: Sequence[int], tokens: Sequence[int], query_scale: float = 1.0
+) -> None:
+    """Run kernel and references on random queries and compare them."""
+    layout = cache.pool.layout
+    shape = (sum(tokens), cache.lens.shape[1] * group, layout.head_size)
+    query = strided_randn(shape, layout.dtype, seed=1, scale=query_scale)
+    rows = (cache.table, cache.lens, *row_tensors(slots, tokens))
+    scale = 1 / math.sqrt(layout.head_size)
+    actual = strided_randn(shape, layout.dtype, seed=2)
+    around = actual._base
+    attend(query, cache.pool, *rows, actual, scale)
+    low_precision = torch.full(shape, torch.nan, dtype=layout.dtype)
+    attend_reference(query, cache.pool, *rows, low_precision, scale)
+    exact = torch.full(shape, torch.nan, dtype=torch.float64)
+    attend_reference(query, cache.pool, *rows, exact, scale, torch.float64)
+    assert_within_budget(actual, low_precision, exact)
+    assert around is not None
+    assert around[:, [0, -1]].isnan().all(), "wrote outside of out"
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 5, 37])
+def test_reference_equals_dense_attention(group: int, chunk: int) -> None:
+    layout = PageLayout(16, 64, torch.float32)
+    cache = make_cache([[37, 37]], layout)
+    query = strided_randn((chunk, 2 * group, 64), torch.float32, seed=1)
+    out = torch.empty(query.shape, dtype=torch.float64)
+    rows = row_tensors([0], [chunk])
+    attend_reference(query, cache.pool, cache.table, cache.lens, *rows, out, 0.125, torch.float64)
+
+    heads = [cache.head(0, head) for head in range(2)]
+    keys = torch.stack([key for key, _ in heads]).double().repeat_interleave(group, dim=0)
+    values = torch.stack([value for _, value in heads]).double().repeat_interleave(group, dim=0)
+    mask = torch.ones(chunk, 37, dtype=torch.bool).tril(37 - chunk)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query.double().transpose(0, 1), keys, values, attn_mask=mask, scale=0.125
+    )
+    torch.testing.assert_close(out, dense.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
+def test_head_sizes(instruction_set: str, head_size: int, dtype: torch.dtype) -> None:
+    cache = make_cache([[70, 133], [19, 5]], PageLayout(16, head_size, dtype))
+    check_kernel(cache, group=4, slots=[0, 1], tokens=[66, 1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_groups(instruction_set: str, group: int, dtype: torch.dtype) -> None:
+    cache = make_cache([[70, 33], [601, 1], [0, 88]], PageLayout(8, 64, dtype))
+    check_kernel(cache, group, slots=[1, 0, 2], tokens=[1, 13, 1])
+
+
+@pytest.mark.parametrize("page_tokens", [8, 16, 32, 256])
+@pytest.mark.parametrize("chunk", [1, 63, 64, 65, 257])
+def test_chunks(instruction_set: str, chunk: int, page_tokens: int) -> None:
+    """Ragged heads: one just holds the chunk, one is empty, others hold more."""
+    lens = [chunk, 0, chunk + 1, chunk + 300]
+    cache = make_cache([lens], PageLayout(page_tokens, 32, torch.float32))
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_mixed_batch(instruction_set: str, dtype: torch.dtype) -> None:
+    """Prefill, decode, padding and a chunk remainder at once, slots out of order."""
+    lens = [[2050, 3], [40, 1100], [90, 64], [512, 513], [0, 0]]
+    cache = make_cache(lens, PageLayout(32, 64, dtype))
+    check_kernel(cache, group=4, slots=[3, 2, 0, 4, 1], tokens=[1, 62, 1, 0, 5])
+
+
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_many_splits(instruction_set: str, chunk: int) -> None:
+    """The keys are cut and joined again; the first query sees nothing of the last cut."""
+    cache = make_cache([[4096 + chunk - 1, 9001]], PageLayout(64, 32, torch.bfloat16))
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk])
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_large_scores(instruction_set: str, chunk: int) -> None:
+    """Scores of several hundred neither overflow nor lose the small weights."""
+    cache = make_cache([[700, 90]], PageLayout(16, 64, torch.float32))
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk], query_scale=200.0)
+
+
+def test_query_that_sees_nothing_gets_zeros(instruction_set: str) -> None:
+    """A head with fewer tokens than the chunk: the first queries see none of them."""
+    cache = make_cache([[2, 0]], PageLayout(8, 32, torch.float32))
+    query = strided_randn((5, 4, 32), torch.float32, seed=1)
+    out = torch.full(query.shape, torch.nan)
+    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [5]), out, 1.0)
+    assert (out[:3, :2] == 0).all()
+    assert (out[3:, :2] != 0).all()
+    assert (out[:, 2:] == 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 30])
+def test_result_is_independent_of_batch_and_threads(chunk: int) -> None:
+    cache = make_cache([[5000, 700], [800, 90]], PageLayout(16, 64, torch.float32))
+    query = strided_randn((2 * chunk, 4, 64), torch.float32, seed=1)
+    alone, together = torch.empty_like(query), torch.empty_like(query)
+    num_threads = torch.get_num_threads()
+    rows = row_tensors([0, 1], [chunk, chunk])
+    attend(query, cache.pool, cache.table, cache.lens, *rows, together, 0.125)
+    torch.set_num_threads(1)
+    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [chunk]), alone, 0.125)
+    torch.set_num_threads(num_threads)
+    assert torch.equal(alone[:chunk], together[:chunk])
+
+
+def test_bad_page_id_is_refused(instruction_set: str) -> None:
+    cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
+    cache.table[0, 0, 1] = -1
+    for chunk in (1, 20):
+        query = torch.zeros(chunk, 1, 32)
+        rows = row_tensors([0], [chunk])
+        with pytest.raises(IndexError, match="outside the pool"):
+            attend(query, cache.pool, cache.table, cache.lens, *rows, query.clone(), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("slots", "tokens", "message"),
+    [([1], [2], "slot 1"), ([0], [3], "there are 2 tokens"), ([0, 0], [2, -1], "falls at row 1")],
+    ids=["slot", "tokens", "order"],
+)
+def test_bad_rows_are_refused(slots: list[int], tokens: list[int], message: str) -> None:
+    cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
+    query = torch.zeros(2, 1, 32)
+    rows = row_tensors(slots, tokens)
+    with pytest.raises(IndexError, match=message):
+        attend(query, cache.pool, cache.table, cache.lens, *rows, query.clone(), 1.0)
+
+
+def test_wrong_dtype_is_refused() -> None:
+    cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
+    query = torch.zeros(2, 1, 32, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="query is torch.bfloat16"):
+        attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [2]), query, 1.0)
+
+
+@pytest.mark.parametrize("name", ["generic", "sse9"])
+def test_environment_chooses_the_instruction_set(name: str) -> None:
+    program = (
+        "import torch; from vllm_budgetkv.ops import extension; extension.load();"
+        "assert torch.ops.budgetkv.get_isa() == 'generic'"
+    )
+    environment = os.environ | {"VLLM_BUDGETKV_ISA": name}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if name == "generic":
+        assert done.returncode == 0, done.stderr
+    else:
+        assert "sse9 is unknown" in done.stderr
+
+
+def test_reference_is_chosen_explicitly(monkeypatch: pytest.MonkeyPatch) -> None:
+    extension.use_reference.cache_clear()
+    monkeypatch.setenv(extension.BACKEND_VARIABLE, "reference")
+    assert extension.use_reference()
+    extension.use_reference.cache_clear()
+    monkeypatch.setenv(extension.BACKEND_VARIABLE, "fast")
+    with pytest.raises(ValueError, match="VLLM_BUDGETKV_OPS=fast"):
+        extension.use_reference()
+    monkeypatch.undo()
+    assert not extension.use_reference()

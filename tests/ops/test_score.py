@@ -1,0 +1,164 @@
+"""`score`: the reference against a naive formula, the kernels against the reference."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops.reference.score import score as score_reference
+from vllm_budgetkv.ops.score import Scores, score
+from vllm_budgetkv.ops.select import select
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+RAGGED = (0, 1, 15, 16, 17, 1000)
+
+
+def naive_score(
+    probe: torch.Tensor, cache: Cache, scale: float, top_k: int, num_sinks: int, max_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The formula of the docstring in float64, one head, row and query head at a time."""
+    num_heads, group = cache.lens.shape[1], probe.shape[1] // cache.lens.shape[1]
+    mass = torch.zeros(num_heads, max_tokens, dtype=torch.float64)
+    norms = torch.zeros(num_heads, max_tokens, dtype=torch.float64)
+    positions = torch.full((num_heads, max_tokens), -1, dtype=torch.int32)
+    topk_mass = torch.ones(probe.shape[1], dtype=torch.float64)
+    for head in range(num_heads):
+        keys, values = cache.head(0, head)
+        count = len(keys)
+        pages = cache.table[0, head, : -(-count // cache.pool.layout.page_tokens)].long()
+        positions[head, :count] = cache.pool.positions[pages].flatten()[:count]
+        norms[head, :count] = values.double().square().sum(1).sqrt()
+        rest = positions[head, :count] >= num_sinks
+        for query_head in range(head * group, (head + 1) * group):
+            shares = []
+            for row in probe[:, query_head].double():
+                weights = ((keys.double() @ row) * scale).softmax(0)
+                mass[head, :count] += weights / (len(probe) * group)
+                ranked = weights[rest].sort(descending=True).values
+                shares.append(ranked[:top_k].sum() / ranked.sum() if rest.any() else 1.0)
+            topk_mass[query_head] = sum(shares) / len(shares)
+    return mass, topk_mass, norms, positions
+
+
+def check_score(
+    lens: Sequence[int],
+    layout: PageLayout,
+    *,
+    group: int = 2,
+    num_rows: int = 5,
+    top_k: int = 8,
+    num_sinks: int = 4,
+) -> Scores:
+    """Reference against the naive formula, the op against both; returns the op's result."""
+    cache = make_cache([lens], layout)
+    probe = strided_randn((num_rows, len(lens) * group, layout.head_size), layout.dtype, seed=1)
+    numbers = (layout.head_size**-0.5, top_k, num_sinks, max(lens) + 7)
+    actual = score(probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
+    reference = score_reference(probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
+    exact = naive_score(probe, cache, *numbers)
+    for name, got, low_precision, true in zip(
+        Scores._fields, actual, reference, exact, strict=True
+    ):
+        if name == "positions":
+            assert torch.equal(got, true)
+            assert torch.equal(low_precision, true)
+        else:
+            torch.testing.assert_close(low_precision.double(), true, rtol=1e-4, atol=1e-6)
+            assert_within_budget(got, low_precision, true)
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 40, 64, 72, 128, 256])
+def test_head_sizes(instruction_set: str, head_size: int, dtype: torch.dtype) -> None:
+    check_score((131, 0, 17), PageLayout(16, head_size, dtype))
+
+
+@pytest.mark.parametrize("page_tokens", [8, 16, 256])
+@pytest.mark.parametrize("group", [1, 3, 7])
+def test_ragged_heads(instruction_set: str, page_tokens: int, group: int) -> None:
+    result = check_score(RAGGED, PageLayout(page_tokens, 32, torch.float32), group=group)
+    assert torch.equal(result.mass[0], torch.zeros(1007))
+    assert torch.equal(result.topk_mass[: 2 * group], torch.ones(2 * group))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 16, 19, 64])
+def test_probe_rows(instruction_set: str, num_rows: int) -> None:
+    check_score((100, 65), PageLayout(16, 64, torch.bfloat16), num_rows=num_rows)
+
+
+@pytest.mark.parametrize("num_sinks", [0, 4, 70, 10**6])
+@pytest.mark.parametrize("top_k", [1, 64, 199, 2000])
+def test_top_k_and_sinks(instruction_set: str, top_k: int, num_sinks: int) -> None:
+    layout = PageLayout(16, 64, torch.float32)
+    result = check_score((200, 129), layout, top_k=top_k, num_sinks=num_sinks)
+    if num_sinks == 10**6:
+        assert torch.equal(result.topk_mass, torch.ones(4))
+
+
+def test_equal_weights_tie(instruction_set: str) -> None:
+    """All weights tie at the boundary of the top k, which then cuts through them."""
+    cache = make_cache([[100]], PageLayout(16, 32, torch.float32))
+    cache.pool.keys[:] = 1.0
+    probe = torch.ones(3, 2, 32)
+    result = score(probe, cache.pool, cache.table[0], cache.lens[0], 0.1, 30, 0, 100)
+    torch.testing.assert_close(result.mass, torch.full((1, 100), 0.01))
+    torch.testing.assert_close(result.topk_mass, torch.full((2,), 0.3))
+
+
+def test_strong_sinks_do_not_hide_the_rest(instruction_set: str) -> None:
+    """The rest's weights underflow next to the sink's, their renormalised shares must not."""
+    cache = make_cache([[90]], PageLayout(16, 32, torch.float32))
+    cache.pool.keys[:] = 0.0
+    cache.pool.positions[cache.table[0, 0, 0].long(), 0] = 0
+    cache.pool.keys[cache.table[0, 0, 0].long(), 0] = 100.0
+    probe = torch.ones(2, 1, 32)
+    arguments = (probe, cache.pool, cache.table[0], cache.lens[0], 1.0, 10, 1, 90)
+    for result in (score(*arguments), Scores(*score_reference(*arguments))):
+        assert result.mass[0, 0] == 1.0
+        torch.testing.assert_close(result.topk_mass, torch.tensor([10 / 89]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_planted_needle_survives(instruction_set: str, dtype: torch.dtype) -> None:
+    cache = make_cache([[333, 80]], PageLayout(16, 64, dtype))
+    probe = strided_randn((4, 4, 64), dtype, seed=5)
+    for head, needle in ((0, 217), (1, 0)):
+        page = cache.table[0, head, needle // 16].long()
+        cache.pool.keys[page, needle % 16] = 4 * probe[:, 2 * head : 2 * head + 2].mean((0, 1))
+    result = score(probe, cache.pool, cache.table[0], cache.lens[0], 1.0, 64, 0, 333)
+    assert result.mass.argmax(dim=1).tolist() == [217, 0]
+    tiers = torch.zeros_like(result.mass, dtype=torch.uint8)
+    keep = select(result.mass, tiers, cache.lens[0], torch.tensor([1, 1], dtype=torch.int32))
+    assert keep.nonzero().tolist() == [[0, 217], [1, 0]]
+
+
+def test_wrong_arguments_are_refused() -> None:
+    cache = make_cache([[40, 40]], PageLayout(16, 32, torch.float32))
+    pool, table, lens = cache.pool, cache.table[0], cache.lens[0]
+    probe = torch.zeros(2, 4, 32)
+    with pytest.raises(ValueError, match="multiple of the 2 KV heads"):
+        score(probe[:, :3], pool, table, lens, 1.0, 1, 0, 40)
+    with pytest.raises(ValueError, match=r"probe is .* pass torch.float32 \[any, any, 32\]"):
+        score(torch.zeros(2, 4, 64), pool, table, lens, 1.0, 1, 0, 40)
+    with pytest.raises(ValueError, match="max_tokens is 1000"):
+        score(probe, pool, table, lens, 1.0, 1, 0, 1000)
+    with pytest.raises(ValueError, match="top_k is 0"):
+        score(probe, pool, table, lens, 1.0, 0, 0, 40)
+
+
+def test_kernel_refuses_wild_tables() -> None:
+    cache = make_cache([[40, 40]], PageLayout(16, 32, torch.float32))
+    arguments = (torch.zeros(2, 4, 32), cache.pool, cache.table[0], cache.lens[0], 1.0, 1, 0)
+    with pytest.raises(ValueError, match="holds 40 tokens but max_tokens is 39"):
+        score(*arguments, 39)
+    cache.table[0, 1, 2] = cache.pool.num_pages
+    with pytest.raises(IndexError, match="entry 2 of a head is page"):
+        score(*arguments, 40)

@@ -1,0 +1,123 @@
+"""Options: every bad value is refused with the flag to change, and flags keep their contract."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from vllm_budgetkv import budget_args
+from vllm_budgetkv.cli import add_flags, fold_flags
+from vllm_budgetkv.config import BudgetConfig
+
+FLAGS = {
+    "--kv-policy", "--kv-page-quota", "--kv-quota-tokens", "--kv-quota-ratio", "--kv-chunk-tokens",
+    "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead", "--kv-lookahead-tokens",
+    "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
+    "--kv-force-class", "--kv-report-file", "--kv-check-ledger", "--no-kv-check-ledger",
+}  # fmt: skip
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return parser
+
+
+def parse(*words: str, additional: dict[str, object] | None = None) -> argparse.Namespace:
+    args = make_parser().parse_args(words)
+    args.additional_config = additional
+    fold_flags(args)
+    return args
+
+
+def test_flags_are_a_contract() -> None:
+    assert set(make_parser()._option_string_actions) - {"-h", "--help"} == FLAGS
+
+
+def test_every_flag_explains_itself() -> None:
+    for action in make_parser()._actions:
+        assert action.help and len(action.help) > 20, action.option_strings
+
+
+def test_adding_flags_twice_leaves_the_parser_alone() -> None:
+    parser = make_parser()
+    add_flags(parser)
+    assert parser.parse_args(["--kv-page-quota", "5"]).budgetkv_page_quota == 5
+
+
+def test_flags_fold_into_additional_config() -> None:
+    args = parse("--kv-policy", "hybrid", "--kv-page-quota", "9", additional={"other": 1})
+    assert args.additional_config == {
+        "other": 1,
+        "budgetkv": {"policy": "hybrid", "page_quota": 9},
+    }
+
+
+def test_no_flag_leaves_additional_config_alone() -> None:
+    assert parse(additional={"other": 1}).additional_config == {"other": 1}
+    assert parse().additional_config is None
+
+
+def test_two_values_of_one_option_are_an_error() -> None:
+    with pytest.raises(ValueError, match="--kv-page-quota is 9 but --additional-config says"):
+        parse("--kv-page-quota", "9", additional={"budgetkv": {"page_quota": 8}})
+    same = parse("--kv-page-quota", "9", additional={"budgetkv": {"page_quota": 9}})
+    assert same.additional_config["budgetkv"] == {"page_quota": 9}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"policy": "hybird"}, "unknown --kv-policy 'hybird': choose one of"),
+        ({"policy": "hybrid"}, "needs exactly one of --kv-page-quota"),
+        ({"policy": "hybrid", "page_quota": 8, "quota_ratio": 0.5}, "got 2"),
+        ({"policy": "hybrid", "page_quota": 0}, "whole number of at least 1; got 0"),
+        ({"policy": "hybrid", "page_quota": -3}, "got -3"),
+        ({"policy": "hybrid", "page_quota": "many"}, "got 'many'"),
+        ({"policy": "hybrid", "page_quota": True}, "got True"),
+        ({"policy": "hybrid", "page_quota": 2.5}, "got 2.5"),
+        ({"policy": "hybrid", "quota_ratio": float("nan")}, "at most 1; got nan"),
+        ({"policy": "hybrid", "quota_ratio": 1.5}, "got 1.5"),
+        ({"policy": "hybrid", "quota_ratio": "half"}, "must be a number"),
+        ({"policy": "full", "page_quota": 8}, "has no quota: remove --kv-page-quota"),
+        ({"policy": "window", "page_quota": 8, "chunk_tokens": 0}, "--kv-chunk-tokens"),
+        ({"policy": "window", "page_quota": 8, "static_threshold": 2.0}, "static_threshold"),
+        ({"polcy": "window"}, "unknown budgetkv option"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BudgetConfig.from_mapping(options)
+    with pytest.raises(ValueError, match=message):
+        budget_args(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({"page_quota": 24}, 24),
+        ({"quota_tokens": 100}, 6),
+        ({"quota_ratio": 0.1}, 6),
+        ({"page_quota": 5000}, 63),
+    ],
+    ids=["blocks", "tokens", "ratio", "capped-at-the-longest-request"],
+)
+def test_quota_blocks(options: dict[str, object], blocks: int) -> None:
+    config = BudgetConfig(policy="window", **options)
+    assert config.quota_blocks(page_tokens=16, max_model_len=1000) == blocks
+
+
+def test_a_quota_below_one_block_is_refused() -> None:
+    config = BudgetConfig(policy="window", quota_tokens=15)
+    with pytest.raises(ValueError, match="smaller than one block of 16 tokens.*--kv-quota-tokens"):
+        config.quota_blocks(page_tokens=16, max_model_len=1000)
+
+
+def test_round_trip() -> None:
+    config = BudgetConfig(policy="hybrid", page_quota=9, lookahead=False)
+    assert BudgetConfig.from_mapping(config.to_mapping()) == config
+    assert budget_args(policy="hybrid", page_quota=9) == {
+        "additional_config": {"budgetkv": {"policy": "hybrid", "page_quota": 9}}
+    }

@@ -1,0 +1,70 @@
+"""Turn a `VllmConfig` into ours: checks, resolved quota, scheduler and worker class names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv import refusals
+from vllm_budgetkv.config import SECTION, BudgetConfig
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.quota import Quota
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+SCHEDULER_CLASS = "vllm_budgetkv.scheduler.scheduler.BudgetScheduler"
+WORKER_CLASS = "vllm_budgetkv.worker.worker.BudgetWorker"
+STOCK_WORKER_CLASS = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
+    """Make `vllm_config` serve under `config`. Mutates `vllm_config`.
+
+    Raises:
+        ValueError: the engine configuration cannot be served or the quota is too small.
+    """
+    refusals.check(vllm_config, config)
+    parallel = vllm_config.parallel_config
+    if parallel.worker_cls != STOCK_WORKER_CLASS:
+        raise ValueError(f"--worker-cls {parallel.worker_cls} would replace ours: remove it")
+    scheduler = vllm_config.scheduler_config
+    if config.compresses:
+        scheduler.long_prefill_token_threshold = _chunk_tokens(vllm_config, config)
+    model = vllm_config.model_config
+    PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
+    resolve_quota(vllm_config, config)
+    scheduler.scheduler_cls = SCHEDULER_CLASS
+    parallel.worker_cls = WORKER_CLASS
+
+
+def _chunk_tokens(vllm_config: VllmConfig, config: BudgetConfig) -> int:
+    return min(
+        config.chunk_tokens,
+        vllm_config.scheduler_config.max_num_batched_tokens,
+        vllm_config.model_config.max_model_len,
+    )
+
+
+def resolve_quota(vllm_config: VllmConfig, config: BudgetConfig) -> Quota:
+    """The quota in numbers, the same in every process.
+
+    Raises:
+        ValueError: the quota leaves no budget for what survives.
+    """
+    page_tokens = vllm_config.cache_config.block_size
+    max_model_len = vllm_config.model_config.max_model_len
+    return Quota(
+        blocks=config.quota_blocks(page_tokens, max_model_len),
+        page_tokens=page_tokens,
+        num_layers=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
+        chunk_tokens=_chunk_tokens(vllm_config, config),
+        decode_interval_tokens=config.decode_interval_tokens,
+        compresses=config.compresses,
+    )
+
+
+def config_of(vllm_config: VllmConfig) -> BudgetConfig:
+    """The options that travel with `vllm_config` to the engine core and the workers."""
+    additional = vllm_config.additional_config
+    assert isinstance(additional, dict)
+    return BudgetConfig.from_mapping(additional[SECTION])

@@ -1,0 +1,1 @@
+"""What the model calls: the attention backend, its metadata and its forward."""

@@ -1,0 +1,61 @@
+"""The attention backend: capabilities, spec and layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
+from vllm_budgetkv.attention.impl import BudgetAttention
+from vllm_budgetkv.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
+from vllm_budgetkv.scheduler.spec import QuotaSpec
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class BudgetBackend(AttentionBackend):
+    """Attention over per-head pages. The worker sets `quota_blocks` before it loads a model."""
+
+    quota_blocks: ClassVar[int]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(SUPPORTED_DTYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "BUDGETKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        return BudgetAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        return BudgetMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: AttentionSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(8)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(MIN_HEAD_SIZE, MAX_HEAD_SIZE + 1, 8))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # one buffer for all layers, so that any head of any layer may use any page of a block
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        # vLLM also passes specs that have been customized already
+        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota_blocks)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

@@ -1,0 +1,48 @@
+"""The metadata builder: rows of vLLM's batch become slots of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+
+from vllm_budgetkv.worker.step import Step
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.worker.cache import BudgetCache
+
+RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
+
+
+class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
+    """Builds the `Step` of a batch once the worker has bound it to its cache."""
+
+    # decode rows stand first, so that page selection serves one contiguous run of rows
+    reorder_batch_threshold: ClassVar[int] = 1
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._cache: BudgetCache | None = None
+        self._row_ids: RowIds | None = None
+
+    def bind(self, cache: BudgetCache, row_ids: RowIds) -> None:
+        """Say which cache this builder serves and which request each row belongs to."""
+        self._cache = cache
+        self._row_ids = row_ids
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> Step | None:
+        assert self._cache is not None and self._row_ids is not None, "the worker must bind first"
+        if not self._cache.plans:
+            # a dummy batch (profiling, warm-up) holds no request
+            return None
+        query_start = common_attn_metadata.query_start_loc_cpu
+        row_ids = self._row_ids(common_attn_metadata)
+        step = Step.build(self._cache, row_ids, query_start[: len(row_ids) + 1])
+        self._cache.step = step
+        return step

@@ -1,0 +1,84 @@
+"""What a layer does with its queries, keys and values: append, attend, compress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from vllm_budgetkv.worker.step import Step
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.attention.backend import AttentionLayer
+
+
+class BudgetAttention(AttentionImpl[Step]):
+    """Attention of one layer over per-head pages.
+
+    Raises:
+        ValueError: the layer needs something the kernels do not do.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        unsupported = {
+            "ALiBi": alibi_slopes is not None,
+            "a sliding window": sliding_window is not None,
+            "a soft cap on logits": bool(logits_soft_cap),
+            "learned attention sinks": sinks is not None,
+            "layers that share their cache": kv_sharing_target_layer_name is not None,
+            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+        }
+        found = [name for name, present in unsupported.items() if present]
+        if found:
+            raise ValueError(
+                f"the model uses {', '.join(found)}, which a KV quota does not support: start "
+                "without --kv-policy"
+            )
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Step | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend over the layer's pages and compress them where a chunk ends.
+
+        Args:
+            layer: the layer; its name finds its index in the pool.
+            query: [T, Hq, D], rotated. key, value: [T, H, D].
+            kv_cache: vLLM's view of the layer, unused: pages are found through our tables.
+            attn_metadata: the step; None in a dummy run.
+            output: [T, Hq, D] or [T, Hq * D], written.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantisation is not supported")
+        if attn_metadata is None:
+            return output.zero_()
+        out = output.view(-1, self.num_heads, self.head_size)
+        attn_metadata.run_layer(layer.layer_name, query, key, value, out, self.scale)
+        return output

@@ -1,0 +1,69 @@
+"""Flags of every `vllm` command that takes engine arguments, made from `BudgetConfig`'s fields."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import Field, fields
+from typing import Any
+
+from vllm_budgetkv.config import SECTION, BudgetConfig, flag_of
+
+_TYPES = {"int": int, "int | None": int, "float": float, "float | None": float}
+
+
+def _destination(option: Field[Any]) -> str:
+    return f"{SECTION}_{option.name}"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Add one flag per option. Mutates `parser`; a flag that is already there is left alone."""
+    group = parser.add_argument_group(
+        title="BudgetKV", description="KV cache of each request bounded by a quota of blocks."
+    )
+    for option in fields(BudgetConfig):
+        flag = flag_of(option)
+        if flag in parser._option_string_actions:
+            continue
+        settings: dict[str, Any] = {"dest": _destination(option), "default": None}
+        settings["help"] = f"{option.metadata['help']} (default: {option.default})"
+        if option.type == "bool":
+            settings["action"] = argparse.BooleanOptionalAction
+        else:
+            settings["type"] = _TYPES.get(str(option.type), str)
+            settings.update(
+                {
+                    key: option.metadata[key]
+                    for key in ("choices", "metavar")
+                    if key in option.metadata
+                }
+            )
+        group.add_argument(flag, **settings)
+
+
+def fold_flags(args: argparse.Namespace) -> None:
+    """Move the flags of `args` into `args.additional_config`. Mutates `args`.
+
+    Flags keep their own place until all of the command line is read, so that their order with
+    `--additional-config` does not matter.
+
+    Raises:
+        ValueError: a flag and `--additional-config` give one option two values.
+    """
+    given = {
+        option.name: getattr(args, _destination(option))
+        for option in fields(BudgetConfig)
+        if getattr(args, _destination(option), None) is not None
+    }
+    if not given:
+        return
+    additional = dict(getattr(args, "additional_config", None) or {})
+    section = dict(additional.get(SECTION) or {})
+    for name, value in given.items():
+        if name in section and section[name] != value:
+            raise ValueError(
+                f"{flag_of(name)} is {value!r} but --additional-config says "
+                f"{SECTION}.{name} is {section[name]!r}: give one of them"
+            )
+        section[name] = value
+    additional[SECTION] = section
+    args.additional_config = additional

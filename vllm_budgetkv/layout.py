@@ -1,0 +1,157 @@
+"""The head-page: where every byte of one page of one KV head lies.
+
+Legend: P pages in the pool, N tokens of a page, D head size.
+
+A head-page holds N tokens of one layer and one KV head. It is a struct, so that everything a
+policy needs of a token travels with the token and is charged to the pool:
+
+    K [N, D] | V [N, D] | centre [D] | radius [D] | position int32 [N] | score float32 [N] | pad
+
+K, V, centre and radius have the cache dtype. `centre` and `radius` are the page's digest.
+`position` is the logical index of the token in its request; `score` is the last score that a
+policy gave it. Pages are multiples of 256 bytes, so every field starts on a 16-byte boundary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+PAGE_ALIGNMENT_BYTES = 256
+SUPPORTED_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Byte offsets of the fields of a head-page.
+
+    Args:
+        page_tokens: tokens of a page (N), one of `SUPPORTED_PAGE_TOKENS`.
+        head_size: elements of a key and of a value (D), 32 to 256, a multiple of 8.
+        dtype: of keys, values and digests, one of `SUPPORTED_DTYPES`.
+
+    Raises:
+        ValueError: a size or dtype is not supported.
+    """
+
+    page_tokens: int
+    head_size: int
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.page_tokens not in SUPPORTED_PAGE_TOKENS:
+            raise ValueError(
+                f"a page of {self.page_tokens} tokens is not supported; "
+                f"set --block-size to one of {SUPPORTED_PAGE_TOKENS}"
+            )
+        if not MIN_HEAD_SIZE <= self.head_size <= MAX_HEAD_SIZE or self.head_size % 8:
+            raise ValueError(
+                f"head size {self.head_size} is not supported: it must be a multiple of 8 "
+                f"from {MIN_HEAD_SIZE} to {MAX_HEAD_SIZE}"
+            )
+        if self.dtype not in SUPPORTED_DTYPES:
+            raise ValueError(
+                f"KV cache dtype {self.dtype} is not supported; choose one of {SUPPORTED_DTYPES}"
+            )
+
+    @property
+    def value_offset_bytes(self) -> int:
+        return self.page_tokens * self.head_size * self.dtype.itemsize
+
+    @property
+    def digest_offset_bytes(self) -> int:
+        return 2 * self.value_offset_bytes
+
+    @property
+    def position_offset_bytes(self) -> int:
+        return self.digest_offset_bytes + 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def score_offset_bytes(self) -> int:
+        return self.position_offset_bytes + 4 * self.page_tokens
+
+    @property
+    def page_bytes(self) -> int:
+        used_bytes = self.score_offset_bytes + 4 * self.page_tokens
+        return -(-used_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a page per token: exact, because N divides the page alignment."""
+        return self.page_bytes // self.page_tokens
+
+
+@dataclass(frozen=True)
+class PagePool:
+    """Every head-page of one worker, as typed views of one buffer. Views alias, nothing is copied.
+
+    Args:
+        raw: uint8 [P, page_bytes], contiguous.
+        layout: where the fields are.
+    """
+
+    raw: torch.Tensor
+    layout: PageLayout
+
+    def __post_init__(self) -> None:
+        assert self.raw.dtype == torch.uint8
+        assert self.raw.is_contiguous()
+        assert self.raw.shape[1] == self.layout.page_bytes
+
+    @property
+    def num_pages(self) -> int:
+        return self.raw.shape[0]
+
+    @cached_property
+    def keys(self) -> torch.Tensor:
+        """[P, N, D], cache dtype."""
+        return self._field(0, (self.layout.page_tokens, self.layout.head_size), self.layout.dtype)
+
+    @cached_property
+    def values(self) -> torch.Tensor:
+        """[P, N, D], cache dtype."""
+        layout = self.layout
+        shape = (layout.page_tokens, layout.head_size)
+        return self._field(layout.value_offset_bytes, shape, layout.dtype)
+
+    @cached_property
+    def digests(self) -> torch.Tensor:
+        """[P, 2, D], cache dtype: centre and radius of the page's keys."""
+        layout = self.layout
+        return self._field(layout.digest_offset_bytes, (2, layout.head_size), layout.dtype)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int32 [P, N]: logical index of each token in its request."""
+        layout = self.layout
+        return self._field(layout.position_offset_bytes, (layout.page_tokens,), torch.int32)
+
+    @cached_property
+    def scores(self) -> torch.Tensor:
+        """float32 [P, N]: the last score of each token."""
+        layout = self.layout
+        return self._field(layout.score_offset_bytes, (layout.page_tokens,), torch.float32)
+
+    def _field(self, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size_bytes = dtype.itemsize
+        for extent in shape:
+            size_bytes *= extent
+        field = self.raw[:, offset_bytes : offset_bytes + size_bytes].view(dtype)
+        return field.unflatten(1, shape)
+
+    def poison(self, page_ids: torch.Tensor | None = None) -> None:
+        """Fill free pages with NaN (positions with a huge index), so that a read of one shows.
+
+        Args:
+            page_ids: int [M], the pages; None for all. Mutates them.
+        """
+        selection = slice(None) if page_ids is None else page_ids.long()
+        self.keys[selection] = torch.nan
+        self.values[selection] = torch.nan
+        self.digests[selection] = torch.nan
+        self.positions[selection] = torch.iinfo(torch.int32).max
+        self.scores[selection] = torch.nan

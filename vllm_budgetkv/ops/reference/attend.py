@@ -1,0 +1,50 @@
+"""Reference of `attend`: the spec of the kernels, in plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.layout import PagePool
+
+
+def attend(
+    query: torch.Tensor,
+    pool: PagePool,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+    slots: torch.Tensor,
+    query_start: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+    compute_dtype: torch.dtype = torch.float32,
+) -> None:
+    """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
+    num_heads = table.shape[1]
+    group = query.shape[1] // num_heads
+    for row, slot in enumerate(slots.tolist()):
+        start, end = query_start[row : row + 2].tolist()
+        for head in range(num_heads):
+            num_keys = int(lens[slot, head])
+            keys, values = _read_head(pool, table[slot, head], num_keys, compute_dtype)
+            query_heads = slice(head * group, (head + 1) * group)
+            rotated = query[start:end, query_heads].to(compute_dtype).transpose(0, 1)
+            # Query i sees the first num_keys - t + i + 1 keys.
+            last_seen = torch.arange(num_keys - end + start, num_keys, device=query.device)
+            hidden = torch.arange(num_keys, device=query.device) > last_seen[:, None]
+            scores = (rotated @ keys.T * scale).masked_fill(hidden, -torch.inf)
+            # A query that sees no key gets zeros: softmax gives NaN there.
+            weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+            out[start:end, query_heads] = (weights @ values).transpose(0, 1).to(out.dtype)
+
+
+def _read_head(
+    pool: PagePool, pages: torch.Tensor, num_tokens: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a head in the order of its tokens, [n, D] each."""
+    held = pages[: -(-num_tokens // pool.layout.page_tokens)].long()
+    keys = pool.keys[held].flatten(0, 1)[:num_tokens]
+    values = pool.values[held].flatten(0, 1)[:num_tokens]
+    return keys.to(dtype), values.to(dtype)

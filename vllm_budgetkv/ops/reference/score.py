@@ -1,0 +1,48 @@
+"""Reference of `score`: the spec of the kernels, in plain torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.ops.reference.tokens import locate_tokens
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.layout import PagePool
+
+
+def score(
+    probe: torch.Tensor,
+    pool: PagePool,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+    scale: float,
+    top_k: int,
+    num_sinks: int,
+    max_tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
+    num_rows, num_query_heads, head_size = probe.shape
+    num_heads = table.shape[0]
+    pages, offsets, held = locate_tokens(table, lens, pool.layout.page_tokens, max_tokens)
+    # a slot behind the last token may hold NaN, which no weight of zero would silence
+    keys = pool.keys[pages, offsets].float().masked_fill(~held[..., None], 0.0)
+    values = pool.values[pages, offsets].float().masked_fill(~held[..., None], 0.0)
+    positions = pool.positions[pages, offsets].masked_fill(~held, -1)
+
+    queries = probe.float().view(num_rows, num_heads, -1, head_size)
+    logits = torch.einsum("mhgd,hnd->hgmn", queries, keys) * scale
+    mass = _masked_softmax(logits, held).mean(dim=(1, 2))
+
+    rest = held & (positions >= num_sinks)
+    top = _masked_softmax(logits, rest).topk(min(top_k, max_tokens), dim=-1).values
+    topk_mass = top.sum(dim=-1).mean(dim=-1)
+    topk_mass = torch.where(rest.any(dim=1)[:, None], topk_mass, 1.0)
+    return mass, topk_mass.reshape(num_query_heads), values.norm(dim=-1), positions
+
+
+def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Softmax of [H, G, M, n] over the tokens in mask [H, n]; rows without one are zero."""
+    masked = logits.masked_fill(~mask[:, None, None], -torch.inf)
+    return masked.softmax(dim=-1).masked_fill(~mask[:, None, None], 0.0)

@@ -1,0 +1,91 @@
+"""`score`: how much a probe attends to every token of one request and layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops.reference.score import score as score_reference
+from vllm_budgetkv.ops.require import require
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.layout import PagePool
+
+
+class Scores(NamedTuple):
+    """What `score` says of every token and every query head.
+
+    Attributes:
+        mass: float32 [H, n], mean attention of the probe; 0 beyond `lens`.
+        topk_mass: float32 [Hq], mean share of the attention that the top k tokens get.
+        value_norms: float32 [H, n], L2 norm of each value; 0 beyond `lens`.
+        positions: int32 [H, n], logical index of each token; -1 beyond `lens`.
+    """
+
+    mass: torch.Tensor
+    topk_mass: torch.Tensor
+    value_norms: torch.Tensor
+    positions: torch.Tensor
+
+
+def score(
+    probe: torch.Tensor,
+    pool: PagePool,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+    scale: float,
+    top_k: int,
+    num_sinks: int,
+    max_tokens: int,
+) -> Scores:
+    """Attention of the probe to the cached tokens of one request and layer, in float32.
+
+    For probe row m and query head q (KV head q // G), p = softmax(scale * q.k) over *all* tokens
+    of the head: the probe stands behind the cache, so there is no causal mask. `mass` is the mean
+    of p over the M rows and the G heads of the group. `topk_mass` is the mean over the rows of the
+    sum of the `top_k` largest p of the tokens whose position is at least `num_sinks`, renormalised
+    to sum to 1; it is 1 where no such token is left.
+
+    Based on HybridKV (head classes by concentration); unlike the paper the sinks are taken out
+    before the sum, because they make every head look concentrated.
+
+    Args:
+        probe: [M, Hq, D], float32, bfloat16 or float16, rotated to one common position; M >= 1.
+        pool: the head-pages.
+        table: int32 [H, W], pages of each head.
+        lens: int32 [H], tokens of each head; a head may be empty (its `mass` is 0).
+        scale: of the logits, 1 / sqrt(D) in most models.
+        top_k: tokens in the top-k mass, at least 1; all if a head has fewer.
+        num_sinks: positions below it are sinks.
+        max_tokens: n, width of the result, at least the largest of `lens`.
+
+    Returns:
+        Scores. Nothing is mutated.
+
+    Raises:
+        ValueError: a shape, dtype or number does not fit.
+    """
+    if probe.dim() != 3 or probe.shape[0] < 1 or probe.shape[1] % table.shape[0]:
+        raise ValueError(
+            f"probe {list(probe.shape)} must be [M >= 1, Hq, D] with Hq a multiple of the "
+            f"{table.shape[0]} KV heads of the table"
+        )
+    require("probe", probe, probe.dtype, (None, None, pool.layout.head_size))
+    require("table", table, torch.int32, (None, None))
+    require("lens", lens, torch.int32, (table.shape[0],))
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be at least 1")
+    capacity_tokens = table.shape[1] * pool.layout.page_tokens
+    if not 0 <= max_tokens <= capacity_tokens:
+        raise ValueError(
+            f"max_tokens is {max_tokens}; a table of {table.shape[1]} pages of "
+            f"{pool.layout.page_tokens} tokens holds from 0 to {capacity_tokens}"
+        )
+    numbers = (scale, top_k, num_sinks, max_tokens)
+    if extension.use_reference():
+        return Scores(*score_reference(probe, pool, table, lens, *numbers))
+    extension.load()
+    fields = (pool.keys, pool.values, pool.positions)
+    return Scores(*torch.ops.budgetkv.score(probe, *fields, table, lens, *numbers))

@@ -1,0 +1,83 @@
+"""`hybrid`: text-prior pruning on static heads, retrieval on dynamic heads, budgets by class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm_budgetkv.policy.base import Observation, Retention, Tier
+from vllm_budgetkv.policy.budgets import RATIO_UNIT, allocate
+from vllm_budgetkv.policy.classify import classify
+from vllm_budgetkv.policy.importance import importance
+from vllm_budgetkv.policy.pins import Pins
+from vllm_budgetkv.policy.text_prior import prior_text
+from vllm_budgetkv.policy.units import keep_whole_units
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_budgetkv.policy.options import PolicyOptions
+
+
+class HybridPolicy:
+    """HybridKV (https://arxiv.org/abs/2604.05887), applied chunk by chunk under a hard quota.
+
+    All tokens, retained and new, are scored with the same probe at each call; nothing is summed
+    over chunks, because old tokens would win by age.
+
+    - Static heads keep sinks, the recent window and the frame that the chunk cuts; then text up to
+      `text_share` of the budget that is left; then whatever scores best.
+    - Dynamic heads keep the same pins, then whatever scores best, in units of
+      `dynamic_unit_tokens`. At decode they read only the pages that fit the query.
+
+    Raises:
+        ValueError: `dynamic_unit_tokens` does not divide the page.
+    """
+
+    name: ClassVar[str] = "hybrid"
+    needs_scores: ClassVar[bool] = True
+    compresses: ClassVar[bool] = True
+
+    def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
+        if page_tokens % options.dynamic_unit_tokens:
+            raise ValueError(
+                f"dynamic_unit_tokens is {options.dynamic_unit_tokens}; set it to a divisor of the "
+                f"page of {page_tokens} tokens"
+            )
+        self._options = options
+        self._page_tokens = page_tokens
+
+    def retain(self, observation: Observation) -> Retention:
+        """See `Policy.retain`."""
+        options = self._options
+        scores = importance(observation, options.pool_width_tokens)
+        is_static = classify(observation, options)
+        tiers = Pins.of(observation, options).tiers(observation.positions)
+        if observation.fits:
+            budgets = observation.lens
+            return Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
+        budgets = allocate(observation, scores, tiers, is_static, options, self._page_tokens)
+        tiers = self._raise_text(observation, scores, tiers, budgets, is_static)
+        retention = Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
+        if options.dynamic_unit_tokens == 1:
+            return retention
+        return keep_whole_units(
+            retention, observation.positions, options.dynamic_unit_tokens, observation.seen_tokens
+        )
+
+    def _raise_text(
+        self,
+        observation: Observation,
+        scores: torch.Tensor,
+        tiers: torch.Tensor,
+        budgets: torch.Tensor,
+        is_static: torch.Tensor,
+    ) -> torch.Tensor:
+        """Raise the text that static heads prefer to vision to its tier. Mutates `tiers`."""
+        if observation.text_tokens == 0:
+            return tiers
+        candidates = (tiers == Tier.SCORED) & ~observation.is_vision
+        # of what the pins leave: half the budget for text and half for a frame would leave nothing
+        open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=1)).clamp(min=0) * is_static
+        caps = open_tokens * round(self._options.text_share * RATIO_UNIT) // RATIO_UNIT
+        text = prior_text(observation, scores, candidates, caps)
+        return tiers.masked_fill_(text, Tier.TEXT)

@@ -1,0 +1,88 @@
+"""Every knob of the policies, with its unit and default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+HeadClass = Literal["static", "dynamic"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions:
+    """Knobs shared by all policies; a policy reads those that it knows.
+
+    Raises:
+        ValueError: a value is outside its range.
+    """
+
+    sink_tokens: int = 4
+    """First tokens of the request, always kept (StreamingLLM). At most a quarter of the budget."""
+    window_tokens: int = 64
+    """Most recent tokens, always kept. At most a quarter of the budget."""
+    frame_share: float = 0.5
+    """Share of the average budget that a frame cut by the chunk's end may pin."""
+    probe_tokens: int = 32
+    """Text-token queries per layer that score the cache."""
+    static_threshold: float = 0.9
+    """A head is static if this share of its attention falls on its top-k tokens (HybridKV)."""
+    hysteresis: float = 0.05
+    """How far beyond the threshold a head must go before it changes class."""
+    dynamic_weight: float = 1.5
+    """Budget of a dynamic head relative to `static_weight`. Above it, because what a dynamic head
+    drops cannot be recalled."""
+    static_weight: float = 1.0
+    """Budget of a static head relative to `dynamic_weight`."""
+    floor_ratio: float = 0.2
+    """Share of the static budget that is split evenly; the rest follows the scores (Ada-KV)."""
+    text_share: float = 0.5
+    """Share of a static head's budget, less its pinned tokens, that text may take before vision."""
+    pool_width_tokens: int = 7
+    """Width of the max-pool over the attention, odd; 1 switches it off."""
+    top_k_min: int = 64
+    """Least k of the top-k mass, tokens."""
+    top_k_ratio: float = 0.1
+    """k of the top-k mass as a share of the tokens held, if that is more than `top_k_min`."""
+    retrieval_ratio: float = 0.4
+    """Share of its resident pages that a dynamic head reads in a decode step; 1 reads all."""
+    dynamic_unit_tokens: int = 1
+    """Unit in which dynamic heads keep tokens: 1, or a divisor of the page. Whole pages lose small
+    details: 0.18 where single tokens scored 1.00 on a prototype with frames of 4 tokens."""
+    force_class: HeadClass | None = None
+    """Class of every head, for ablations and exactness tests; None classifies."""
+
+    def __post_init__(self) -> None:
+        for name in ("sink_tokens", "window_tokens"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("probe_tokens", "top_k_min", "dynamic_unit_tokens"):
+            self._require(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("dynamic_weight", "static_weight"):
+            self._require(name, 0.01 <= getattr(self, name) <= 100, "from 0.01 to 100")
+        for name in ("static_threshold", "hysteresis", "floor_ratio", "text_share", "frame_share"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        for name in ("top_k_ratio", "retrieval_ratio"):
+            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
+        odd = self.pool_width_tokens >= 1 and self.pool_width_tokens % 2 == 1
+        self._require("pool_width_tokens", odd, "odd and 1 or more")
+        known = self.force_class in (None, "static", "dynamic")
+        self._require("force_class", known, "None, 'static' or 'dynamic'")
+
+    def top_k_tokens(self, held_tokens: int) -> int:
+        """k of the top-k mass for heads that hold at most `held_tokens`."""
+        return max(self.top_k_min, ceil(self.top_k_ratio * held_tokens))
+
+    def retrieval_sink_pages(self, page_tokens: int) -> int:
+        """First pages of a dynamic head that decode always reads: those that hold its sinks."""
+        return ceil(self.sink_tokens / page_tokens)
+
+    def retrieval_window_pages(self, page_tokens: int) -> int:
+        """Last pages of a dynamic head that decode always reads.
+
+        The last page is partly filled, so a window of whole pages touches one page more.
+        """
+        return ceil(self.window_tokens / page_tokens) + 1
+
+    def _require(self, name: str, holds: bool, range_text: str) -> None:
+        if not holds:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; set it to a value {range_text}")

@@ -1,0 +1,1 @@
+"""Engine core process: counts blocks, touches no tensor."""

@@ -1,0 +1,163 @@
+"""Where the text, the images and the video frames of a prompt are."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class VisionItem(NamedTuple):
+    """One image or video of the prompt, as the engine's placeholder range gives it.
+
+    Attributes:
+        offset: position of its first placeholder token in the prompt.
+        length: placeholder tokens, 1 or more.
+        modality: "image", "video" or another kind that is not text.
+        frame_tokens: tokens of one frame, counted from `offset`; the last frame may be shorter.
+            None: an image is one frame, and any other item has no frames.
+    """
+
+    offset: int
+    length: int
+    modality: str
+    frame_tokens: int | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.length
+
+
+class TokenRange(NamedTuple):
+    """Positions from `start` to before `stop`."""
+
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class PromptSpans:
+    """Text and vision spans of one prompt. They alternate: even ids are text, odd ids are vision.
+
+    Span 0 is the text before the first item and is empty if there is none; the last span is text
+    and takes the generated tokens too. Items with no text between them are one vision span, but
+    each keeps its frames.
+
+    Args:
+        prompt_tokens: tokens of the prompt.
+        items: multimodal items, in any order.
+        device: where `lookup` runs.
+
+    Raises:
+        ValueError: an item is empty, overlaps another, reaches beyond the prompt or has a frame
+            that is not from 1 token to its length.
+    """
+
+    prompt_tokens: int
+    items: Sequence[VisionItem]
+    device: torch.device | str = "cpu"
+
+    def __post_init__(self) -> None:
+        items = tuple(sorted(self.items, key=lambda item: item.offset))
+        object.__setattr__(self, "items", items)
+        stop = 0
+        for item in items:
+            if item.length < 1 or not stop <= item.offset <= self.prompt_tokens - item.length:
+                raise ValueError(
+                    f"{item.modality} of {item.length} tokens at {item.offset} does not fit: the "
+                    f"prompt has {self.prompt_tokens} tokens and the item before it ends at {stop}"
+                )
+            if item.frame_tokens is not None and not 1 <= item.frame_tokens <= item.length:
+                raise ValueError(
+                    f"{item.modality} at {item.offset}: a frame of {item.frame_tokens} tokens must "
+                    f"have from 1 token to the {item.length} tokens of the item"
+                )
+            stop = item.stop
+
+    @cached_property
+    def vision_ranges(self) -> tuple[TokenRange, ...]:
+        """Vision spans, in order."""
+        ranges: list[TokenRange] = []
+        for item in self.items:
+            start = item.offset
+            if ranges and ranges[-1].stop == start:
+                start = ranges.pop().start
+            ranges.append(TokenRange(start, item.stop))
+        return tuple(ranges)
+
+    @cached_property
+    def text_ranges(self) -> tuple[TokenRange, ...]:
+        """Text spans of the prompt that are not empty, in order."""
+        starts = [0, *(vision.stop for vision in self.vision_ranges)]
+        stops = [*(vision.start for vision in self.vision_ranges), self.prompt_tokens]
+        spans = (TokenRange(*span) for span in zip(starts, stops, strict=True))
+        return tuple(span for span in spans if span.start < span.stop)
+
+    @property
+    def end_of_vision(self) -> int:
+        """Position behind the last vision token; 0 without vision."""
+        return self.vision_ranges[-1].stop if self.vision_ranges else 0
+
+    @cached_property
+    def boundaries(self) -> torch.Tensor:
+        """int32 [2 * vision spans] on `device`: first position of every span but the first."""
+        edges = [edge for vision in self.vision_ranges for edge in vision]
+        return torch.tensor(edges, dtype=torch.int32, device=self.device)
+
+    def lookup(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the span of every token, on the device.
+
+        Args:
+            positions: int32 [...], logical indices; -1 counts as text of span 0.
+
+        Returns:
+            span_ids int32 [...] and is_vision bool [...]. Nothing is mutated.
+        """
+        span_ids = torch.searchsorted(self.boundaries, positions, right=True, out_int32=True)
+        return span_ids, (span_ids & 1).bool()
+
+    def span_tokens(self, seen_tokens: int) -> torch.Tensor:
+        """Tokens of every span among the first `seen_tokens`: int32 [2 * vision spans + 1]."""
+        edges = self.boundaries.clamp(max=seen_tokens)
+        starts = torch.nn.functional.pad(edges, (1, 0), value=0)
+        stops = torch.nn.functional.pad(edges, (0, 1), value=seen_tokens)
+        return stops - starts
+
+    def count_text(self, seen_tokens: int) -> int:
+        """Text tokens among the first `seen_tokens`, generated ones included."""
+        vision = sum(
+            max(0, min(span.stop, seen_tokens) - span.start) for span in self.vision_ranges
+        )
+        return seen_tokens - vision
+
+    def last_text_positions(self, start: int, stop: int, count: int) -> list[int]:
+        """The last text positions in [start, stop), at most `count`, ascending.
+
+        They name the queries that join the probe. Positions behind the prompt are generated text.
+        """
+        positions: list[int] = []
+        text_stop = stop
+        for vision in (*reversed(self.vision_ranges), TokenRange(0, 0)):
+            text_start = max(start, vision.stop, text_stop - (count - len(positions)))
+            positions = [*range(text_start, text_stop), *positions]
+            text_stop = min(text_stop, vision.start)
+            if len(positions) >= count or text_stop <= start:
+                break
+        return positions
+
+    def trailing_frame_start(self, seen_tokens: int) -> int:
+        """First position of the frame that is cut after `seen_tokens`; `seen_tokens` if none is."""
+        index = bisect_right(self.items, seen_tokens, key=lambda item: item.offset) - 1
+        if index < 0 or seen_tokens >= self.items[index].stop:
+            return seen_tokens
+        item = self.items[index]
+        frame_tokens = item.frame_tokens
+        if frame_tokens is None:
+            frame_tokens = item.length if item.modality == "image" else 1
+        return seen_tokens - (seen_tokens - item.offset) % frame_tokens

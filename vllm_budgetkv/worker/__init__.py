@@ -1,0 +1,1 @@
+"""Worker process: owns the bytes. Which tokens stay is decided and carried out here."""

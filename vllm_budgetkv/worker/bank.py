@@ -1,0 +1,109 @@
+"""The probe bank: queries of the last text tokens of one request, for every layer.
+
+Vision tokens never enter. A look-ahead gives the bank its first content (the seed); then only text
+behind the last vision token replaces it, because the seed already holds all text before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_budgetkv.rotation import rotate
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary embedding of one layer: float32 inverse frequencies [rotary/2] and pairing style."""
+
+    inv_freq: torch.Tensor
+    is_neox: bool
+
+
+@dataclass(frozen=True)
+class BankWrite:
+    """Where a step's text tokens go: batch token indices and ring indices, both int64 [m]."""
+
+    token_index: torch.Tensor
+    ring_index: torch.Tensor
+
+
+class ProbeBank:
+    """A ring of the last `capacity` text queries.
+
+    Args:
+        num_layers: layers (L).
+        capacity: probe queries (M).
+        num_query_heads: query heads of this rank (Hq).
+        head_size: D.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        capacity: int,
+        num_query_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, capacity, num_query_heads, head_size)
+        self.queries = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = torch.zeros(capacity, dtype=torch.int64, device=device)
+        self.capacity = capacity
+        self.num_written = 0
+        self.is_seeded = False
+
+    @property
+    def size(self) -> int:
+        return min(self.num_written, self.capacity)
+
+    @property
+    def nbytes(self) -> int:
+        return self.queries.nbytes + self.positions.nbytes
+
+    def plan_write(self, token_indices: list[int]) -> BankWrite:
+        """Reserve ring places for the text tokens of a step (the last `capacity` of them)."""
+        kept = token_indices[-self.capacity :]
+        ring = [(self.num_written + i) % self.capacity for i in range(len(kept))]
+        self.num_written += len(kept)
+        device = self.positions.device
+        return BankWrite(torch.tensor(kept, device=device), torch.tensor(ring, device=device))
+
+    def write_positions(self, write: BankWrite, positions: torch.Tensor) -> None:
+        """Store the rotary positions of a step's text tokens; `positions` is int64 [T]."""
+        self.positions[write.ring_index] = positions[write.token_index]
+
+    def write_queries(self, write: BankWrite, layer: int, query: torch.Tensor) -> None:
+        """Store the rotated queries of a step's text tokens; `query` is [T, Hq, D]."""
+        self.queries[layer, write.ring_index] = query[write.token_index].to(self.queries.dtype)
+
+    def copy(self) -> ProbeBank:
+        """A bank with the same content that can be written on its own."""
+        clone = object.__new__(ProbeBank)
+        clone.__dict__.update(self.__dict__)
+        clone.queries = self.queries.clone()
+        clone.positions = self.positions.clone()
+        return clone
+
+    def probe(self, layer: int, next_position: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+        """The bank's queries as if they were asked right behind the cached tokens.
+
+        Args:
+            layer: layer index.
+            next_position: int64 scalar, rotary position of the next text token.
+            rotary: the layer's rotary embedding; None for a model without one.
+
+        Returns:
+            [size, Hq, D], oldest first, each at `next_position` plus its rank.
+        """
+        first = self.num_written - self.size
+        order = [(first + rank) % self.capacity for rank in range(self.size)]
+        index = torch.tensor(order, device=self.positions.device)
+        queries = self.queries[layer, index]
+        if rotary is None:
+            return queries
+        rank = torch.arange(self.size, device=self.positions.device)
+        distance = next_position + rank - self.positions[index]
+        return rotate(queries, distance, rotary.inv_freq, rotary.is_neox)

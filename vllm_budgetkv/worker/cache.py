@@ -1,0 +1,139 @@
+"""The worker's cache: what every request does in a step. No number here comes from the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv.worker.bank import ProbeBank
+from vllm_budgetkv.worker.ledger import check_slot
+from vllm_budgetkv.worker.report import record_kept
+from vllm_budgetkv.worker.requests import RequestState, RowPlan
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.worker.compressor import Compressor
+    from vllm_budgetkv.worker.slots import Slots
+    from vllm_budgetkv.worker.step import Step
+    from vllm_budgetkv.worker.tables import HeadTables
+
+
+@dataclass
+class BudgetCache:
+    """Everything that the worker holds under the quota.
+
+    Args:
+        quota: what one request may hold.
+        tables: page tables and the pool.
+        slots: the requests.
+        compressor: compresses one layer of one request.
+        num_query_heads: query heads of this rank (Hq).
+        check_ledger: check every slot after every step.
+        reports: whether records note which tokens were kept.
+        layer_index: index in the pool of each layer, by vLLM's name.
+        plans: what each request does in the current step, by id.
+        step: the current batch; None between batches.
+    """
+
+    quota: Quota
+    tables: HeadTables
+    slots: Slots
+    compressor: Compressor
+    num_query_heads: int
+    check_ledger: bool
+    reports: bool
+    layer_index: dict[str, int]
+    plans: dict[str, RowPlan] = field(default_factory=dict)
+    step: Step | None = None
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
+        self.slots.follow(scheduled)
+        self.plans = {
+            request_id: self._plan(self.slots.requests[request_id], num_tokens)
+            for request_id, num_tokens in scheduled.num_scheduled_tokens.items()
+        }
+
+    def end_step(self) -> None:
+        """Advance every request that ran, and check the ledger if asked to."""
+        for plan in self.plans.values():
+            self._advance(plan)
+        self.plans = {}
+        self.step = None
+        if self.check_ledger:
+            for request in self.slots.requests.values():
+                check_slot(
+                    self.tables, request.slot, request.blocks, request.shared, self.quota.blocks
+                )
+
+    def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
+        start_tokens = request.computed_tokens
+        stop_tokens = start_tokens + num_tokens
+        plan = RowPlan(request, num_tokens)
+        if request.in_prefill(start_tokens):
+            plan.compress = self.quota.compresses_after(stop_tokens, request.prefill_tokens)
+            if plan.compress and not request.shared:
+                self.slots.share(request)
+        else:
+            held_tokens = None if request.shared else start_tokens
+            if self.quota.compacts_before_decode(request.grown_tokens, held_tokens):
+                if not request.shared:
+                    self.slots.share(request)
+                self.compressor.compact_all(request)
+        plan.bank_positions = self._bank_positions(request, start_tokens, stop_tokens)
+        return plan
+
+    def _bank_positions(self, request: RequestState, start: int, stop: int) -> list[int]:
+        """Positions of this step's text tokens whose queries join the request's bank."""
+        if not self._needs_bank(request, stop):
+            return []
+        options = self.compressor.options
+        if request.bank is None:
+            request.bank = self._new_bank()
+        elif request.request_id in self.slots.seeds:
+            # the look-ahead's queries already stand for all text before the last vision token
+            start = max(start, request.spans.end_of_vision)
+        return request.spans.last_text_positions(start, stop, options.probe_tokens)
+
+    def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
+        compressor = self.compressor
+        if not (self.quota.compresses and compressor.policy.needs_scores):
+            return False
+        if self.slots.parent_of(request.request_id) is not None or request.is_long(self.quota):
+            return True
+        # a short prompt needs probes only once its output comes near the quota
+        return stop_tokens + compressor.options.probe_tokens > self.quota.tokens
+
+    def _new_bank(self) -> ProbeBank:
+        layout = self.tables.pool.layout
+        return ProbeBank(
+            self.tables.num_layers,
+            self.compressor.options.probe_tokens,
+            self.num_query_heads,
+            layout.head_size,
+            layout.dtype,
+            self.tables.lens.device,
+        )
+
+    def _advance(self, plan: RowPlan) -> None:
+        request = plan.request
+        was_prefill = request.in_prefill(request.computed_tokens)
+        request.computed_tokens += plan.num_tokens
+        request.grown_tokens += plan.num_tokens
+        ends_prefill = was_prefill and not request.in_prefill(request.computed_tokens)
+        if plan.compress:
+            self.compressor.finish(request, last=ends_prefill)
+        extra_bytes = self.tables.slot_bytes + (request.bank.nbytes if request.bank else 0)
+        request.record.observe(len(request.blocks), extra_bytes)
+        if ends_prefill:
+            self._end_prefill(request)
+
+    def _end_prefill(self, request: RequestState) -> None:
+        parent_id = self.slots.parent_of(request.request_id)
+        if parent_id is not None:
+            assert request.bank is not None
+            self.slots.seeds[parent_id] = request.bank
+        elif self.reports:
+            record_kept(request, self.tables)

@@ -1,0 +1,129 @@
+"""Page tables and free stacks of all request slots, on the device. Legend: docs/kv_layout.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.quota import ceil_div
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_budgetkv.layout import PagePool
+
+NO_PAGE = -1
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """Which head-pages every (slot, layer, head) holds, in the order of its tokens.
+
+    Args:
+        pool: the head-pages.
+        page_table: int32 [S, L, H, W].
+        lens: int32 [S, L, H], tokens.
+        free_pages: int32 [S, F], a stack per slot.
+        num_free: int32 [S].
+        retrieves: bool [S, L, H], heads that read only some of their pages in decode.
+        is_static: bool [S, L, H], class of each head.
+    """
+
+    pool: PagePool
+    page_table: torch.Tensor
+    lens: torch.Tensor
+    free_pages: torch.Tensor
+    num_free: torch.Tensor
+    retrieves: torch.Tensor
+    is_static: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        pool: PagePool,
+        *,
+        num_slots: int,
+        num_layers: int,
+        num_heads: int,
+        width_pages: int,
+        quota_blocks: int,
+        device: torch.device,
+    ) -> HeadTables:
+        """Tables of `num_slots` free slots."""
+        per_head = (num_slots, num_layers, num_heads)
+        stack_pages = quota_blocks * num_layers * num_heads
+
+        def ids(*shape: int, fill: int) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=torch.int32, device=device)
+
+        def flags(fill: bool) -> torch.Tensor:
+            return torch.full(per_head, fill, dtype=torch.bool, device=device)
+
+        return cls(
+            pool=pool,
+            page_table=ids(*per_head, width_pages, fill=NO_PAGE),
+            lens=ids(*per_head, fill=0),
+            free_pages=ids(num_slots, stack_pages, fill=NO_PAGE),
+            num_free=ids(num_slots, fill=0),
+            retrieves=flags(False),
+            is_static=flags(True),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return self.lens.shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.lens.shape[2]
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all tables of one slot."""
+        tensors = [self.page_table, self.lens, self.free_pages, self.num_free]
+        tensors += [self.retrieves, self.is_static]
+        return sum(t[0].numel() * t.element_size() for t in tensors)
+
+    def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
+        """int32 [L, H, len(blocks)]: the head-pages where each block's heads start."""
+        device = self.page_table.device
+        block_ids = torch.tensor(list(blocks), dtype=torch.int32, device=device)
+        heads_per_block = self.num_layers * self.num_heads
+        head = torch.arange(heads_per_block, dtype=torch.int32, device=device)
+        return (block_ids * heads_per_block + head[:, None]).view(
+            self.num_layers, self.num_heads, len(blocks)
+        )
+
+    def extend_identity(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
+        """Put blocks `first_block`, ... of a request in the identity state in its table."""
+        if blocks:
+            stop = first_block + len(blocks)
+            self.page_table[slot, :, :, first_block:stop] = self.pages_of(blocks)
+
+    def set_identity_length(self, slot: int, num_tokens: int) -> None:
+        """Say that every head already holds `num_tokens` tokens, as after a prefix-cache hit."""
+        self.lens[slot] = num_tokens
+
+    def share(self, slot: int, blocks: Sequence[int], held_tokens: int) -> None:
+        """Turn a slot from identity to shared: its unused head-pages become its free stack.
+
+        Args:
+            slot: the request's slot.
+            blocks: all block ids that the request holds.
+            held_tokens: tokens that every head holds.
+        """
+        held_pages = ceil_div(held_tokens, self.pool.layout.page_tokens)
+        free = self.pages_of(blocks[held_pages:]).flatten()
+        self.page_table[slot, :, :, held_pages:] = NO_PAGE
+        self.free_pages[slot, : free.numel()] = free
+        self.num_free[slot] = free.numel()
+
+    def release(self, slot: int) -> None:
+        """Forget everything of a slot."""
+        self.page_table[slot] = NO_PAGE
+        self.lens[slot] = 0
+        self.num_free[slot] = 0
+        self.retrieves[slot] = False
+        self.is_static[slot] = True
