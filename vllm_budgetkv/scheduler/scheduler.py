@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
-logger = init_logger(__name__)
+# a child of vLLM's logger, which alone has a handler
+logger = init_logger("vllm.plugins.budgetkv")
 
 
 class BudgetScheduler(AsyncScheduler):
