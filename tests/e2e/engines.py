@@ -18,6 +18,12 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
+VISION = {
+    "limit_mm_per_prompt": {"image": 8, "video": 1},
+    # every frame that is sent; vLLM takes 32 of them by default
+    "media_io_kwargs": {"video": {"num_frames": -1}},
+}
+
 
 def environment(*, runner: str = "v1", stock: bool = False) -> dict[str, str]:
     """Variables of an engine process: model runner `v1` or `v2`; `stock` loads no plugin at all."""
@@ -51,8 +57,8 @@ def run(
         "enforce_eager": True,
         "max_model_len": 4096,
         "block_size": 32,
-        "limit_mm_per_prompt": {"image": 8, "video": 1} if "vl" in model.name else {},
         "disable_log_stats": True,
+        **(VISION if "vl" in model.name else {}),
         **engine,
     }
     if budget is not None:

@@ -48,7 +48,7 @@ def mixed_requests() -> list[dict[str, Any]]:
         [{"image": 1}, question],
         [{"image": 1}, {"text": "and"}, {"image": 2}, {"text": "and"}, {"image": 3}, question],
         [{"video": 16}, question],
-        [{"video": 64}, question],
+        [{"video": 96}, question],
         [{"video": 24, "size_pixels": [168, 112]}, question],
         [{"text": "Look."}, {"video": 40, "seed": 3}, question],
     ]
