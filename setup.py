@@ -13,6 +13,9 @@ from setuptools import setup
 
 ROOT = Path(__file__).parent
 COMPILE_FLAGS = ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wall", "-Wno-psabi", "-g0"]
+# without it at::parallel_for, which is inlined from torch's headers, runs on one thread; the
+# library found at run time is the one that torch has loaded already
+OPENMP_FLAGS = ["-fopenmp"]
 
 
 def kernel_options() -> dict[str, object]:
@@ -27,7 +30,8 @@ def kernel_options() -> dict[str, object]:
         sources=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
         depends=sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.[hi]*")),
         include_dirs=[str(ROOT / "csrc")],
-        extra_compile_args={"cxx": COMPILE_FLAGS},
+        extra_compile_args={"cxx": COMPILE_FLAGS + OPENMP_FLAGS},
+        extra_link_args=OPENMP_FLAGS,
         py_limited_api=True,
     )
     return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -58,154 +59,129 @@ class Touchpoint:
 
 
 _ARGS = "vllm.engine.arg_utils"
+_SPEC = "vllm.v1.kv_cache_interface"
+_REGISTRY = "vllm.v1.kv_cache_spec_registry"
 _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
+_ASYNC = "vllm.v1.core.sched.async_scheduler"
 _BACKEND = "vllm.v1.attention.backend"
-_SPEC = "vllm.v1.kv_cache_interface"
-_BLOCKS_ARGS = (
-    "self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens",
-    "num_local_computed_tokens", "num_tokens_main_model", "apply_admission_cap", "prefill_end",
-)  # fmt: skip
+_WORKER = "vllm.v1.worker.gpu_worker"
 
+# one symbol after the other, its parameters behind it, reads better than one argument per line
+# fmt: off
 TOUCHPOINTS = (
-    Touchpoint(_ARGS, "EngineArgs.add_cli_args", "wrap", "flags: no official hook", ("parser",)),
-    Touchpoint(_ARGS, "EngineArgs.from_cli_args", "wrap", "fold flags", ("cls", "args")),
-    Touchpoint(
-        _ARGS,
-        "EngineArgs.create_engine_config",
-        "wrap",
-        "check the options against the engine's and name our scheduler and worker",
-    ),
-    Touchpoint(
-        "vllm.v1.kv_cache_spec_registry",
-        "KVCacheSpecRegistry.register",
-        "register",
-        "our spec and its manager",
-        ("cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec"),
-    ),
-    Touchpoint(
-        "vllm.v1.kv_cache_spec_registry",
-        "KVCacheSpecRegistry._ensure_registered",
-        "read",
-        "registering ours first would hide the built-in specs",
-        ("cls", "vllm_config"),
-    ),
-    Touchpoint(
-        _SPEC,
-        "FullAttentionSpec.max_memory_usage_bytes",
-        "override",
-        "start-up check counts the quota",
-        ("self", "vllm_config"),
-    ),
-    Touchpoint(_SPEC, "FullAttentionSpec.merge", "override", "keep the quota", ("cls", "specs")),
+    Touchpoint(_ARGS, "EngineArgs.add_cli_args", "wrap", "flags: no official hook",
+               ("parser",)),
+    Touchpoint(_ARGS, "EngineArgs.from_cli_args", "wrap", "fold the flags into one section",
+               ("cls", "args")),
+    Touchpoint(_ARGS, "EngineArgs.create_engine_config", "wrap",
+               "check the options against the engine's and name our scheduler and worker"),
+
+    Touchpoint(_REGISTRY, "KVCacheSpecRegistry.register", "register", "our spec and its manager",
+               ("cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec")),
+    Touchpoint(_REGISTRY, "KVCacheSpecRegistry._ensure_registered", "read",
+               "registering ours first would hide the built-in specs",
+               ("cls", "vllm_config")),
+    Touchpoint(_SPEC, "replace_as", "read", "our spec of a layer from vLLM's"),
+    Touchpoint(_SPEC, "FullAttentionSpec.max_memory_usage_bytes", "override",
+               "the start-up check counts the quota",
+               ("self", "vllm_config")),
+    Touchpoint(_SPEC, "FullAttentionSpec.merge", "override", "keep the quota",
+               ("cls", "specs")),
     Touchpoint(_SPEC, "KVCacheSpec.uses_slot_mapping", "override", "pages are ours to address"),
-    Touchpoint(
-        _MANAGER,
-        "SingleTypeKVCacheManager.get_num_blocks_to_allocate",
-        "override",
-        "admission counts min(need, quota)",
-        _BLOCKS_ARGS,
-    ),
-    Touchpoint(
-        _MANAGER,
-        "SingleTypeKVCacheManager.allocate_new_blocks",
-        "override",
-        "growth stops at the quota",
-        ("self", "request_id", "num_tokens", "num_tokens_main_model"),
-    ),
-    Touchpoint(
-        _MANAGER,
-        "FullAttentionManager.cache_blocks",
-        "override",
-        "compressed blocks are never published",
-        ("self", "request", "num_tokens", "retention_interval", "replay_boundaries"),
-    ),
-    Touchpoint(
-        _MANAGER,
-        "SingleTypeKVCacheManager.pop_blocks_for_free",
-        "override",
-        "forget a request",
-        ("self", "request_id"),
-    ),
-    Touchpoint(
-        _SCHEDULER, "Scheduler.add_request", "override", "hold for look-ahead", ("self", "request")
-    ),
-    Touchpoint(
-        _SCHEDULER,
-        "Scheduler.finish_requests",
-        "override",
-        "cancel a look-ahead with its parent",
-        ("self", "request_ids", "finished_status"),
-    ),
-    Touchpoint(
-        _SCHEDULER,
-        "Scheduler._free_request",
-        "override",
-        "release the parent of a look-ahead",
-        ("self", "request", "delay_free_blocks"),
-    ),
-    Touchpoint(
-        _SCHEDULER,
-        "Scheduler.get_request_counts",
-        "override",
-        "the chunk cap also holds for a lone request",
-        ("self",),
-    ),
-    Touchpoint(
-        _SCHEDULER,
-        "Scheduler.update_from_output",
-        "override",
-        "look-ahead output reaches no client",
-        ("self", "scheduler_output", "model_runner_output"),
-    ),
-    Touchpoint(
-        _BACKEND,
-        "AttentionBackend.customize_spec",
-        "override",
-        "our spec for every layer",
-        ("cls", "spec"),
-    ),
-    Touchpoint(
-        _BACKEND,
-        "AttentionBackend.supported_kv_cache_layouts",
-        "override",
-        "one buffer, block outermost",
-        ("cls",),
-    ),
-    Touchpoint(
-        _BACKEND,
-        "AttentionMetadataBuilder.build",
-        "override",
-        "rows of the batch to request slots",
-        ("self", "common_prefix_len", "common_attn_metadata", "fast_build"),
-    ),
-    Touchpoint(
-        "vllm.v1.attention.backends.registry",
-        "register_backend",
-        "register",
-        "our backend while our worker loads its model",
-        ("backend", "class_path", "is_mamba"),
-    ),
-    Touchpoint(
-        "vllm.v1.attention.selector",
-        "_cached_get_attn_backend",
-        "read",
-        "its cache must not outlive the registration",
-    ),
-    Touchpoint(
-        "vllm.v1.worker.cpu_worker",
-        "CPUWorker.execute_model",
-        "override",
-        "see each step's requests before the model runs",
-        ("self", "scheduler_output"),
-    ),
-    Touchpoint(
-        "vllm.v1.worker.gpu.states",
-        "RequestState.__init__",
-        "read",
-        "index_to_req_id: rows to requests (runner V2)",
-    ),
+
+    Touchpoint(_MANAGER, "SingleTypeKVCacheManager.__init__", "override", "take the quota",
+               ("self", "kv_cache_spec", "block_pool", "enable_caching", "kv_cache_group_id",
+                "scheduler_block_size", "dcp_world_size", "pcp_world_size",
+                "needs_kv_cache_zeroing", "max_admission_blocks_per_request")),
+    Touchpoint(_MANAGER, "SingleTypeKVCacheManager.get_num_blocks_to_allocate", "override",
+               "admission counts min(need, quota)",
+               ("self", "request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens",
+                "num_local_computed_tokens", "num_tokens_main_model", "apply_admission_cap",
+                "prefill_end")),
+    Touchpoint(_MANAGER, "SingleTypeKVCacheManager.allocate_new_blocks", "override",
+               "growth stops at the quota",
+               ("self", "request_id", "num_tokens", "num_tokens_main_model")),
+    Touchpoint(_MANAGER, "FullAttentionManager.cache_blocks", "override",
+               "compressed blocks are never published",
+               ("self", "request", "num_tokens", "retention_interval", "replay_boundaries")),
+
+    Touchpoint(_ASYNC, "AsyncScheduler.__init__", "override", "the quota, the notes, the banner",
+               ("self", "args", "kwargs")),
+    Touchpoint(_SCHEDULER, "Scheduler.schedule", "override", "know when requests are counted",
+               ("self", "throttle_prefills")),
+    Touchpoint(_SCHEDULER, "Scheduler.get_request_counts", "override",
+               "the chunk cap also holds for a lone request",
+               ("self",)),
+    Touchpoint(_SCHEDULER, "Scheduler.add_request", "override", "hold for look-ahead",
+               ("self", "request")),
+    Touchpoint(_SCHEDULER, "Scheduler._preempt_request", "override",
+               "a resumed request prefills its output too",
+               ("self", "request", "timestamp", "drop_stale_output")),
+    Touchpoint(_SCHEDULER, "Scheduler.finish_requests", "override",
+               "cancel a look-ahead with its parent",
+               ("self", "request_ids", "finished_status")),
+    Touchpoint(_SCHEDULER, "Scheduler._free_request", "override",
+               "release the parent of a look-ahead",
+               ("self", "request", "delay_free_blocks")),
+    Touchpoint(_SCHEDULER, "Scheduler.update_from_output", "override",
+               "look-ahead output reaches no client",
+               ("self", "scheduler_output", "model_runner_output")),
+
+    Touchpoint(_BACKEND, "AttentionBackend.supported_dtypes", "override", "those of the kernels"),
+    Touchpoint(_BACKEND, "AttentionBackend.get_name", "override", "our name", ()),
+    Touchpoint(_BACKEND, "AttentionBackend.get_impl_cls", "override", "our attention", ()),
+    Touchpoint(_BACKEND, "AttentionBackend.get_builder_cls", "override", "our metadata", ()),
+    Touchpoint(_BACKEND, "AttentionBackend.get_supported_kernel_block_sizes", "override",
+               "those of the page layout",
+               ("kv_cache_spec",)),
+    Touchpoint(_BACKEND, "AttentionBackend.get_supported_head_sizes", "override",
+               "those of the page layout",
+               ("cls",)),
+    Touchpoint(_BACKEND, "AttentionBackend.supported_kv_cache_layouts", "override",
+               "one buffer, block outermost",
+               ("cls",)),
+    Touchpoint(_BACKEND, "AttentionBackend.customize_spec", "override", "our spec for every layer",
+               ("cls", "spec")),
+    Touchpoint(_BACKEND, "AttentionBackend.supports_kv_connector", "override",
+               "a connector would read pages that have moved",
+               ("cls",)),
+    Touchpoint(_BACKEND, "AttentionMetadataBuilder.__init__", "override", "bound by the worker",
+               ("self", "kv_cache_spec", "layer_names", "vllm_config", "device")),
+    Touchpoint(_BACKEND, "AttentionMetadataBuilder.reorder_batch_threshold", "override",
+               "decode rows stand first"),
+    Touchpoint(_BACKEND, "AttentionMetadataBuilder.build", "override",
+               "rows of the batch to request slots",
+               ("self", "common_prefix_len", "common_attn_metadata", "fast_build")),
+    Touchpoint(_BACKEND, "AttentionImpl.__init__", "override", "refuse what the kernels cannot do",
+               ("self", "num_heads", "head_size", "scale", "num_kv_heads", "alibi_slopes",
+                "sliding_window", "kv_cache_dtype", "logits_soft_cap", "attn_type",
+                "kv_sharing_target_layer_name")),
+    Touchpoint(_BACKEND, "AttentionImpl.forward", "override", "append, attend, compress",
+               ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata", "output",
+                "output_scale", "output_block_scale")),
+    Touchpoint("vllm.v1.attention.backends.registry", "register_backend", "register",
+               "our backend while our worker loads its model",
+               ("backend", "class_path", "is_mamba")),
+    Touchpoint("vllm.v1.attention.backends.registry", "AttentionBackendEnum.clear_override",
+               "register", "only that model gets our backend",
+               ("self",)),
+    Touchpoint("vllm.v1.attention.selector", "_cached_get_attn_backend", "read",
+               "its cache must not outlive the registration"),
+
+    Touchpoint("vllm.v1.worker.cpu_worker", "CPUWorker", "subclass", "the worker of the engine"),
+    Touchpoint(_WORKER, "Worker.load_model", "override", "our backend while the model loads",
+               ("self", "load_dummy_weights")),
+    Touchpoint(_WORKER, "Worker.initialize_from_config", "override",
+               "our cache over the engine's buffer",
+               ("self", "kv_cache_config")),
+    Touchpoint(_WORKER, "Worker.execute_model", "override",
+               "see each step's requests before the model runs",
+               ("self", "scheduler_output")),
+    Touchpoint("vllm.v1.worker.gpu.states", "RequestState.__init__", "read",
+               "index_to_req_id: rows to requests (runner V2)"),
 )
+# fmt: on
 
 
 def check() -> None:
@@ -266,3 +242,7 @@ def as_markdown() -> str:
     ]
     lines += [f"| `{p.module}.{p.name}` | {p.how} | {p.why} |" for p in TOUCHPOINTS]
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_markdown())

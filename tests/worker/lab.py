@@ -1,4 +1,4 @@
-"""A worker without a model: a random scheduler drives the real cache, a shadow checks every byte."""
+"""A worker without a model: a random scheduler drives the real cache, a shadow checks all bytes."""
 
 from __future__ import annotations
 
@@ -73,12 +73,19 @@ class Client:
 class Lab:
     """The real cache of a worker with `layers` x `heads` heads, and a shadow of every token.
 
+    Queries, keys and values are random; override `project` to say what they are, and `see` to look
+    at what attention makes of them.
+
     Args:
         policy: name of the policy.
         quota: what one request may hold.
         pool_blocks: blocks of the pool.
         group: query heads per KV head (G).
     """
+
+    rope_base = 100.0
+    reads_all_pages = False
+    """Whether rows that retrieve read every page, so that their output must be dense attention."""
 
     def __init__(
         self,
@@ -121,7 +128,7 @@ class Lab:
             quota_blocks=quota.blocks if quota.compresses else 0,
             device=torch.device("cpu"),
         )
-        inv_freq = 100.0 ** -torch.linspace(0, 1, self.head_size // 2)
+        inv_freq = self.rope_base ** -torch.linspace(0, 1, self.head_size // 2)
         compressor = Compressor(
             tables=tables,
             policy=make_policy(policy, self.options, quota.page_tokens),
@@ -158,7 +165,7 @@ class Lab:
         return self.quota.blocks if whole else self.quota.blocks_for(seen_tokens)
 
     def take_blocks(self, client: Client, seen_tokens: int) -> list[int] | None:
-        """Blocks that the client needs more to have seen so many tokens; None if the pool is out."""
+        """Give the client what it needs to have seen so many tokens; None if the pool is out."""
         missing = self.blocks_needed(client, seen_tokens) - len(client.blocks)
         if missing > len(self.free_blocks):
             return None
@@ -239,22 +246,32 @@ class Lab:
         step = Step.build(self.cache, [c.request_id for c in rows], starts)
         positions = [torch.arange(work[c]) + c.computed_tokens for c in rows]
         step.see_positions(torch.cat(positions).expand(3, -1))
-        num_tokens = int(starts[-1])
         for layer in range(self.layers):
-            query = self.randn(num_tokens, self.heads * self.group)
-            key, value = (self.randn(num_tokens, self.heads) for _ in range(2))
-            for row, client in enumerate(rows):
-                part = slice(int(starts[row]), int(starts[row + 1]))
-                self._remember(client, layer, key[part], value[part])
+            parts = [self.project(c, layer, c.computed_tokens, work[c]) for c in rows]
+            query, key, value = (torch.cat(part) for part in zip(*parts, strict=True))
+            for client, (_, keys, values) in zip(rows, parts, strict=True):
+                self._remember(client, layer, keys, values)
             expected = self._expected(rows, starts, layer, query, key, value)
             out = torch.full_like(query, torch.nan)
             step.run_layer(f"layer{layer}", query, key, value, out, self.head_size**-0.5)
             assert not out.isnan().any()
-            if not step.num_retrieving_rows:
+            if self.reads_all_pages or not step.num_retrieving_rows:
                 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
-            for client in rows:
+            for row, client in enumerate(rows):
+                self.see(client, layer, out[int(starts[row]) : int(starts[row + 1])])
                 self.check_content(client, layer)
+                self.check_budget(client, layer)
         return step
+
+    def project(
+        self, client: Client, layer: int, first: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated query [count, Hq, D] and key, and value [count, H, D], of tokens from `first`."""
+        query = self.randn(count, self.heads * self.group)
+        return query, self.randn(count, self.heads), self.randn(count, self.heads)
+
+    def see(self, client: Client, layer: int, out: torch.Tensor) -> None:
+        """Look at the output [count, Hq, D] of a client's tokens."""
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, self.head_size, generator=self.generator)
@@ -317,3 +334,17 @@ class Lab:
             shadow = self.shadow[client.request_id, layer][positions, :, head]
             assert torch.equal(keys, shadow[:, 0])
             assert torch.equal(values, shadow[:, 1])
+
+    def check_budget(self, client: Client, layer: int) -> None:
+        """A layer that has just been compressed holds its budget at most, and not much less."""
+        plan = self.cache.plans[client.request_id]
+        if not plan.compress:
+            return
+        lens = self.cache.tables.lens[plan.request.slot, layer]
+        budget_tokens = self.quota.budget_tokens * self.heads
+        held_tokens = int(lens.sum())
+        assert held_tokens <= budget_tokens
+        assert int(lens.max()) <= self.quota.max_head_tokens
+        # dynamic heads round down to whole pages
+        slack_tokens = self.heads * self.quota.page_tokens
+        assert held_tokens > min(budget_tokens, plan.stop_tokens * self.heads) - slack_tokens

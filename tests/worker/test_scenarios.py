@@ -1,4 +1,4 @@
-"""The ledger under random chunks, aborts, preemptions and long outputs: no model, all the rest real.
+"""The ledger under random chunks, aborts, preemptions and long outputs, without a model.
 
 After every layer each held token must be, bit by bit, the one written at its position; free pages
 are NaN; and the ledger is checked after every step.

@@ -90,6 +90,40 @@ def _rotary(embedding: Any) -> Rotary:
     return Rotary(inverse_frequencies(table), bool(embedding.is_neox_style))
 
 
+def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size, which all layers must share."""
+    if len(layers) != quota.num_layers:
+        raise ValueError(
+            f"the model has {len(layers)} KV layers, the quota is for {quota.num_layers}"
+        )
+    impls = [layer.impl for layer in layers.values()]
+    shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls}
+    if len(shapes) != 1:
+        raise ValueError(f"layers with different heads are not supported: {sorted(shapes)}")
+    return shapes.pop()
+
+
+def _make_compressor(
+    config: BudgetConfig,
+    quota: Quota,
+    tables: HeadTables,
+    layers: Mapping[str, Any],
+    layer_index: Mapping[str, int],
+    model: torch.nn.Module,
+) -> Compressor:
+    options = config.policy_options()
+    policy = make_policy(config.policy, options, quota.page_tokens)
+    return Compressor(
+        tables=tables,
+        policy=policy,
+        options=options,
+        quota=quota,
+        scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
+        rotaries=rotaries_of(model, layer_index) if policy.needs_scores else {},
+        poison=config.check_ledger,
+    )
+
+
 def make_cache(
     *,
     config: BudgetConfig,
@@ -114,15 +148,7 @@ def make_cache(
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
     """
-    if len(layers) != quota.num_layers:
-        raise ValueError(
-            f"the model has {len(layers)} KV layers, the quota is for {quota.num_layers}"
-        )
-    impls = {name: layer.impl for name, layer in layers.items()}
-    shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls.values()}
-    if len(shapes) != 1:
-        raise ValueError(f"layers with different heads are not supported: {sorted(shapes)}")
-    num_query_heads, num_heads, head_size = shapes.pop()
+    num_query_heads, num_heads, head_size = _heads_of(layers, quota)
     views = {name: layer.kv_cache for name, layer in layers.items()}
     dtype = next(iter(views.values())).dtype
     pool, layer_index = pool_of(views, PageLayout(quota.page_tokens, head_size, dtype))
@@ -137,17 +163,7 @@ def make_cache(
         quota_blocks=quota.blocks if quota.compresses else 0,
         device=pool.raw.device,
     )
-    options = config.policy_options()
-    policy = make_policy(config.policy, options, quota.page_tokens)
-    compressor = Compressor(
-        tables=tables,
-        policy=policy,
-        options=options,
-        quota=quota,
-        scales={layer_index[name]: impl.scale for name, impl in impls.items()},
-        rotaries=rotaries_of(model, layer_index) if policy.needs_scores else {},
-        poison=config.check_ledger,
-    )
+    compressor = _make_compressor(config, quota, tables, layers, layer_index, model)
 
     def finish(record: RequestRecord) -> None:
         if config.report_file and writes_report:

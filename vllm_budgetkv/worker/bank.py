@@ -68,8 +68,7 @@ class ProbeBank:
         kept = token_indices[-self.capacity :]
         ring = [(self.num_written + i) % self.capacity for i in range(len(kept))]
         self.num_written += len(kept)
-        device = self.positions.device
-        return BankWrite(torch.tensor(kept, device=device), torch.tensor(ring, device=device))
+        return BankWrite(self._index(kept), self._index(ring))
 
     def write_positions(self, write: BankWrite, positions: torch.Tensor) -> None:
         """Store the rotary positions of a step's text tokens; `positions` is int64 [T]."""
@@ -100,10 +99,13 @@ class ProbeBank:
         """
         first = self.num_written - self.size
         order = [(first + rank) % self.capacity for rank in range(self.size)]
-        index = torch.tensor(order, device=self.positions.device)
+        index = self._index(order)
         queries = self.queries[layer, index]
         if rotary is None:
             return queries
         rank = torch.arange(self.size, device=self.positions.device)
         distance = next_position + rank - self.positions[index]
         return rotate(queries, distance, rotary.inv_freq, rotary.is_neox)
+
+    def _index(self, places: list[int]) -> torch.Tensor:
+        return torch.tensor(places, dtype=torch.int64, device=self.positions.device)

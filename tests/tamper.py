@@ -1,0 +1,317 @@
+"""Breaks the package on purpose, one place at a time, and sees that tests fail.
+
+    python -m tests.tamper [name ...]
+
+Every mutation is applied to a copy of the repository and the fast tests run on it. The exit status
+is 1 if one survives. Without names, all run; this takes some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")
+TESTS = (
+    "tests/test_quota.py",
+    "tests/scheduler",
+    "tests/worker/test_bank.py",
+    "tests/worker/test_vision.py",
+    "tests/worker/test_exact.py",
+    "tests/worker/test_scenarios.py",
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """Replace `old`, which stands exactly once in `module`, by `new`."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+
+
+COMPACT = "        tables.is_static[slot, layer] = kept.is_static\n"
+
+MUTATIONS = (
+    Mutation(
+        "quota: blocks_for gives one more",
+        "quota.py",
+        "self.page_tokens), self.blocks)",
+        "self.page_tokens), self.blocks + 1)",
+    ),
+    Mutation(
+        "quota: no room for partial pages",
+        "quota.py",
+        "self.decode_interval_tokens + self.page_tokens",
+        "self.decode_interval_tokens",
+    ),
+    Mutation(
+        "quota: compresses one token late in prefill",
+        "quota.py",
+        "return seen_tokens > self.budget_tokens",
+        "return seen_tokens > self.budget_tokens + 1",
+    ),
+    Mutation(
+        "quota: first compaction of decode one token late",
+        "quota.py",
+        "held_tokens + 1 > self.tokens",
+        "held_tokens > self.tokens",
+    ),
+    Mutation(
+        "quota: later compactions of decode one token late",
+        "quota.py",
+        "grown_tokens + 1 > self.decode_interval_tokens",
+        "grown_tokens > self.decode_interval_tokens",
+    ),
+    Mutation(
+        "manager: growth stops one block late",
+        "scheduler/manager.py",
+        "return min(num_tokens, self.quota_tokens)",
+        "return min(num_tokens, self.quota_tokens + self.block_size)",
+    ),
+    Mutation(
+        "manager: a long request takes a block too few",
+        "scheduler/manager.py",
+        "            return self.quota_tokens\n",
+        "            return self.quota_tokens - self.block_size\n",
+    ),
+    Mutation(
+        "manager: the bound is not asserted",
+        "scheduler/manager.py",
+        "if held_blocks > self.quota_blocks:",
+        "if held_blocks > self.quota_blocks + 1:",
+    ),
+    Mutation(
+        "manager: a private request publishes its blocks",
+        "scheduler/manager.py",
+        "if request.request_id in self._private:",
+        "if request.request_id in ():",
+    ),
+    Mutation(
+        "manager: a finished request is not forgotten",
+        "scheduler/manager.py",
+        "        self._whole_quota.discard(request_id)\n",
+        "",
+    ),
+    Mutation(
+        "compressor: two heads' tables swapped",
+        "worker/compressor.py",
+        COMPACT,
+        COMPACT + "        table[[0, -1]] = table[[-1, 0]].clone()\n",
+    ),
+    Mutation(
+        "compressor: scores negated",
+        "worker/compressor.py",
+        "ops.select(kept.scores,",
+        "ops.select(-kept.scores,",
+    ),
+    Mutation(
+        "compressor: a page freed twice",
+        "worker/compressor.py",
+        COMPACT,
+        COMPACT
+        + "        top = int(stack[1])\n"
+        + "        stack[0][top] = stack[0][top - 1]\n"
+        + "        stack[1] += 1\n",
+    ),
+    Mutation(
+        "compressor: positions renumbered",
+        "worker/compressor.py",
+        COMPACT,
+        COMPACT
+        + "        size = tables.pool.layout.page_tokens\n"
+        + "        tables.pool.positions[table[0, 1].long()] = torch.arange(size).int() + size\n",
+    ),
+    Mutation(
+        "compressor: poison skipped",
+        "worker/compressor.py",
+        "*stack, poison=self.poison)",
+        "*stack, poison=False)",
+    ),
+    Mutation(
+        "compressor: poison skipped and a stale token read",
+        "worker/compressor.py",
+        "*stack, poison=self.poison)\n",
+        "*stack, poison=False)\n"
+        + "        lens += (lens % tables.pool.layout.page_tokens > 0).int()\n",
+    ),
+    Mutation(
+        "compressor: digests not made",
+        "worker/compressor.py",
+        "            ops.digest(tables.pool, table, lens)\n",
+        "",
+    ),
+    Mutation(
+        "compressor: one layer is not compressed before decode",
+        "worker/compressor.py",
+        "for layer in range(self.tables.num_layers):",
+        "for layer in range(self.tables.num_layers - 1):",
+    ),
+    Mutation(
+        "cache: the bank takes vision tokens",
+        "worker/cache.py",
+        "return request.spans.last_text_positions(start, stop, options.probe_tokens)",
+        "return list(range(start, stop))[-options.probe_tokens :]",
+    ),
+    Mutation(
+        "cache: text before the video replaces the look-ahead",
+        "worker/cache.py",
+        "start = max(start, request.spans.end_of_vision)",
+        "pass",
+    ),
+    Mutation(
+        "slots: the look-ahead's seed is ignored",
+        "worker/slots.py",
+        "if seed is not None:",
+        "if seed is not None and not seed.size:",
+    ),
+    Mutation(
+        "slots: the seed is not copied",
+        "worker/slots.py",
+        "request.bank = seed.copy()",
+        "request.bank = seed",
+    ),
+    Mutation(
+        "slots: a preempted request keeps its slot",
+        "worker/slots.py",
+        "    def _preempt(self, request_id: str) -> None:\n        self._release(request_id)\n",
+        "    def _preempt(self, request_id: str) -> None:\n",
+    ),
+    Mutation(
+        "tables: identity pages off by one",
+        "worker/tables.py",
+        "return (block_ids * heads_per_block + head[:, None]).view(",
+        "return (block_ids * heads_per_block + (head[:, None] + 1) % heads_per_block).view(",
+    ),
+    Mutation(
+        "tables: a grown request's blocks off by one",
+        "worker/tables.py",
+        "            stop = first_block + len(blocks)\n",
+        "            first_block += first_block > 0\n"
+        + "            stop = first_block + len(blocks)\n",
+    ),
+    Mutation(
+        "tables: the first free page is lost when a request turns to shared",
+        "worker/tables.py",
+        "self.num_free[slot] = free.numel()",
+        "self.num_free[slot] = max(0, free.numel() - 1)",
+    ),
+    Mutation(
+        "tables: classes outlive their request",
+        "worker/tables.py",
+        "        self.is_static[slot] = True\n",
+        "",
+    ),
+    Mutation(
+        "ledger: one block more than the quota passes",
+        "worker/ledger.py",
+        "if len(blocks) > quota_blocks:",
+        "if len(blocks) > quota_blocks + 1:",
+    ),
+    Mutation(
+        "bank: the ring overwrites the wrong place",
+        "worker/bank.py",
+        "(self.num_written + i) % self.capacity",
+        "(self.num_written + i + 1) % self.capacity",
+    ),
+    Mutation(
+        "bank: queries turned the wrong way",
+        "worker/bank.py",
+        "distance = next_position + rank - self.positions[index]",
+        "distance = self.positions[index] - next_position - rank",
+    ),
+    Mutation(
+        "step: the probe asks in front of the chunk",
+        "worker/step.py",
+        "row_positions.max() + 1",
+        "row_positions.min()",
+    ),
+    Mutation(
+        "step: prefill rows retrieve",
+        "worker/step.py",
+        "if plan.num_tokens != 1), len(plans))",
+        "if plan.num_tokens < 1), len(plans))",
+    ),
+    Mutation(
+        "vision: time stamps count as frames",
+        "worker/vision.py",
+        "if place.is_embed is None:",
+        "if True:",
+    ),
+)
+
+
+def copy_repository(target: Path) -> None:
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=ignored)
+        else:
+            shutil.copy2(source, target / name)
+
+
+def run_tests(copy: Path) -> str | None:
+    """Name of the first test that fails; None if none does."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *TESTS]
+    environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.run(  # noqa: S603
+        command, cwd=copy, env=environment, capture_output=True, text=True, check=False
+    )
+    if process.returncode == 0:
+        return None
+    found = re.search(r"^(?:FAILED|ERROR) (\S+)", process.stdout, re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"the tests did not run:\n{process.stdout}\n{process.stderr}")
+    return found[1]
+
+
+def survivors(copy: Path, mutations: list[Mutation]) -> int:
+    """Apply the mutations one by one and report which test sees each; how many none sees."""
+    survived = 0
+    for mutation in mutations:
+        path = copy / "vllm_budgetkv" / mutation.module
+        source = path.read_text(encoding="utf-8")
+        if source.count(mutation.old) != 1:
+            raise ValueError(
+                f"{mutation.name}: {mutation.module} has {source.count(mutation.old)} places like "
+                f"{mutation.old!r}, not one; adapt the mutation to the code"
+            )
+        path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
+        failed = run_tests(copy)
+        path.write_text(source, encoding="utf-8")
+        survived += failed is None
+        sys.stdout.write(f"| {mutation.name} | {failed or 'SURVIVED'} |\n")
+        sys.stdout.flush()
+    return survived
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="parts of the names of mutations")
+    names = parser.parse_args().names
+    chosen = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        copy_repository(copy)
+        failed = run_tests(copy)
+        if failed is not None:
+            raise RuntimeError(f"{failed} fails on the code as it is")
+        sys.stdout.write("| broken on purpose | first test that fails |\n|---|---|\n")
+        survived = survivors(copy, chosen)
+    sys.stdout.write(f"\n{len(chosen) - survived} of {len(chosen)} were caught\n")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""The exact pieces: what compression must not change, and what it must keep."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from tests.worker.lab import LOOKAHEAD, Client, Feature
+from tests.worker.scripted import Haystack, Scripted, watch_free_pages
+from vllm_budgetkv.policy import PolicyOptions
+from vllm_budgetkv.quota import Quota, ceil_div
+from vllm_budgetkv.worker.compressor import Compressor
+
+BLOCKS = 12
+NUMBERS = {"page_tokens": 8, "num_layers": 3, "chunk_tokens": 24, "decode_interval_tokens": 8}
+SMALL = {"sink_tokens": 2, "window_tokens": 8, "probe_tokens": 4}
+CLASSES = pytest.mark.parametrize("force_class", ["static", "dynamic"])
+
+
+def small_quota(**changes: Any) -> Quota:
+    return Quota(**{"blocks": BLOCKS, **NUMBERS, **changes})
+
+
+def options(**changes: Any) -> PolicyOptions:
+    return PolicyOptions(**{**SMALL, **changes})
+
+
+def video_client(name: str = "video", prompt_tokens: int = 480, text_tokens: int = 6) -> Client:
+    """Text, a video of frames of 4 tokens, text."""
+    video = Feature(text_tokens, prompt_tokens - 2 * text_tokens, 4)
+    return Client(name, prompt_tokens, [video])
+
+
+# --- dense attention over what is retained ----------------------------------------------------
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_dynamic_heads_that_read_all_pages_are_dense_attention(group: int) -> None:
+    """The lab compares every output, of prefill and of decode, with dense attention."""
+    # the smallest ratio that still rounds up to every page, so that the retrieval path runs
+    lab = Scripted(
+        "hybrid",
+        small_quota(),
+        pool_blocks=BLOCKS,
+        group=group,
+        options=options(force_class="dynamic", retrieval_ratio=1 - 1e-9),
+    )
+    lab.reads_all_pages = True
+    client = lab.run(video_client(), outputs=30)
+    assert lab.cache.tables.retrieves[lab.slot(client)].all()
+    retrieving = [step for step in lab.steps if step.num_retrieving_rows]
+    assert len(retrieving) == 29
+
+
+def test_dynamic_heads_that_read_some_pages_differ() -> None:
+    """The comparison above can fail: with fewer pages it does."""
+    lab = Scripted(
+        "hybrid",
+        small_quota(),
+        pool_blocks=BLOCKS,
+        options=options(force_class="dynamic", retrieval_ratio=0.1),
+    )
+    lab.reads_all_pages = True
+    with pytest.raises(AssertionError, match="not close"):
+        lab.run(video_client(), outputs=30)
+
+
+# --- a budget that drops nothing ----------------------------------------------------------------
+
+
+def outputs_of(lab: Scripted, client: Client) -> torch.Tensor:
+    return torch.cat([out.flatten() for out in lab.outputs[client.request_id]])
+
+
+def run_full(prompt_tokens: int, outputs: int) -> torch.Tensor:
+    quota = small_quota(blocks=40, compresses=False)
+    lab = Scripted("full", quota, pool_blocks=40)
+    return outputs_of(lab, lab.run(video_client("full", prompt_tokens), outputs))
+
+
+@CLASSES
+def test_a_prompt_that_fits_is_policy_full(force_class: str) -> None:
+    quota = small_quota()
+    lab = Scripted("hybrid", quota, pool_blocks=BLOCKS, options=options(force_class=force_class))
+    client = lab.run(video_client(prompt_tokens=quota.tokens - 20), outputs=20)
+    assert client.computed_tokens == quota.tokens - 1
+    assert not lab.cache.slots.requests["video"].shared
+    assert torch.equal(outputs_of(lab, client), run_full(quota.tokens - 20, 20))
+
+
+class Generous(Scripted):
+    """Gives every client its whole quota at once, as the scheduler does for long ones."""
+
+    def blocks_needed(self, client: Client, seen_tokens: int) -> int:
+        return self.quota.blocks
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "window"])
+@CLASSES
+def test_compression_that_drops_nothing_is_policy_full(
+    policy: str, force_class: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every chunk is scored, selected and compacted, and pages are shared, but all tokens stay."""
+    expected = run_full(130, 30)
+    monkeypatch.setattr(Quota, "compresses_after", lambda *_: True)
+    quota = small_quota(blocks=30)
+    lab = Generous(
+        policy,
+        quota,
+        pool_blocks=30,
+        options=options(force_class=force_class, retrieval_ratio=1.0),
+    )
+    client = lab.run(video_client(prompt_tokens=130), outputs=30)
+    assert client.computed_tokens < quota.budget_tokens
+    request = lab.cache.slots.requests["video"]
+    assert request.shared and request.record.compressions >= 130 // 24 + 30 // 8
+    assert (lab.cache.tables.lens[request.slot] == client.computed_tokens).all()
+    assert torch.equal(outputs_of(lab, client), expected)
+
+
+# --- a needle ---------------------------------------------------------------------------------
+
+NEEDLE = 101
+QUESTION = list(range(474, 480))
+ALL_TEXT = [*range(6), *QUESTION]
+
+
+def search(
+    policy: str, asking: list[int], *, looks_ahead: bool, needle: int = NEEDLE, **changes: Any
+) -> int:
+    """(layer, head) pairs of 6 that hold the needle after a prefill of 20 chunks."""
+    lab = Haystack(
+        policy,
+        small_quota(),
+        pool_blocks=BLOCKS,
+        options=options(**changes),
+        needle=needle,
+        asking=asking,
+    )
+    client = video_client()
+    if looks_ahead:
+        lab.look_ahead(client, Client(client.request_id + LOOKAHEAD, 0))
+    lab.run(client, outputs=1)
+    assert lab.cache.slots.requests["video"].record.compressions == 20 - 3
+    return lab.heads_with_needle(client)
+
+
+NEEDLES = pytest.mark.parametrize("needle", [41, 101, 205, 301])
+
+
+@CLASSES
+@NEEDLES
+def test_needle_that_all_text_asks_for_survives(force_class: str, needle: int) -> None:
+    assert (
+        search("hybrid", ALL_TEXT, looks_ahead=False, needle=needle, force_class=force_class) == 6
+    )
+
+
+@CLASSES
+@NEEDLES
+def test_needle_that_only_the_question_asks_for_survives_with_look_ahead(
+    force_class: str, needle: int
+) -> None:
+    assert search("hybrid", QUESTION, looks_ahead=True, needle=needle, force_class=force_class) == 6
+
+
+@CLASSES
+@NEEDLES
+def test_needle_that_only_the_question_asks_for_is_lost_without_look_ahead(
+    force_class: str, needle: int
+) -> None:
+    """Before the question the bank knows other text alone, to which the needle is like any token.
+
+    One of six heads may keep it by chance.
+    """
+    kept = search("hybrid", QUESTION, looks_ahead=False, needle=needle, force_class=force_class)
+    assert kept <= 1
+
+
+@NEEDLES
+def test_window_loses_the_needle(needle: int) -> None:
+    assert search("window", ALL_TEXT, looks_ahead=False, needle=needle) == 0
+
+
+@pytest.mark.parametrize("ratio", [0.4, 0.6])
+def test_decode_reads_the_page_of_the_needle(ratio: float) -> None:
+    """Dynamic heads find it by its digest, among pages that they do not read."""
+    output = list(range(480, 500))
+    lab = Haystack(
+        "hybrid",
+        small_quota(),
+        pool_blocks=BLOCKS,
+        options=options(force_class="dynamic", retrieval_ratio=ratio),
+        needle=NEEDLE,
+        asking=[*ALL_TEXT, *output],
+    )
+    client = lab.run(video_client(), outputs=20)
+    assert lab.heads_with_needle(client) == 6
+    for step in range(1, 20):
+        for layer in range(3):
+            out = lab.outputs["video"][-3 * step + layer][0].unflatten(0, (2, 2))
+            value = lab.script[layer, 2, NEEDLE, :2, None]
+            assert torch.cosine_similarity(out, value, dim=-1).min() > 0.8
+
+
+# --- positions, pages and the order of things -------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "window"])
+def test_keys_keep_their_position_and_rotation(policy: str) -> None:
+    """After 20 compressions and a long decode a key is, bit by bit, the one of its position."""
+    lab = Scripted(policy, small_quota(), pool_blocks=BLOCKS)
+    client = lab.run(video_client(), outputs=40)
+    for layer in range(3):
+        _, keys, _ = lab.project(client, layer, 0, client.computed_tokens)
+        for head in range(2):
+            positions = lab.held(client, layer, head)
+            assert positions[0] == 0 and positions[-1] == client.computed_tokens - 1
+            assert len(positions) < 0.3 * client.computed_tokens
+            pages = lab.cache.tables.page_table[lab.slot(client), layer, head]
+            held = lab.pool.keys[pages[pages >= 0].long()].flatten(0, 1)[: len(positions)]
+            assert torch.equal(held, keys[positions, head])
+
+
+# chunks that fill one layer's head-room to the page, so that no room is left over
+TIGHT = small_quota(blocks=14, num_layers=4, chunk_tokens=64, decode_interval_tokens=1)
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "window"])
+def test_one_layer_at_a_time_has_just_enough_room(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free pages at the worst moment: no fewer than none, no more than the rounding of pages."""
+    lab = Scripted(policy, TIGHT, pool_blocks=14, options=options(force_class="static"))
+    client = video_client()
+    free = watch_free_pages(monkeypatch, lab, client)
+    lab.run(client, outputs=40)
+    assert TIGHT.headroom_tokens < TIGHT.chunk_tokens
+    rounding_tokens = TIGHT.page_tokens + TIGHT.decode_interval_tokens
+    spare_pages = ceil_div(lab.layers * lab.heads * rounding_tokens, TIGHT.page_tokens)
+    assert 0 <= min(free) <= spare_pages
+
+
+def test_compression_after_the_forward_would_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same quota and chunks; only the moment of the compression differs."""
+    late: list[tuple[Any, ...]] = []
+    compress = Compressor.compress
+
+    class Late(Scripted):
+        def check_budget(self, client: Client, layer: int) -> None:
+            """Nothing is compressed yet."""
+
+        def _forward(self, work: dict[Client, int]) -> Any:
+            step = super()._forward(work)
+            while late:
+                arguments, keywords = late.pop(0)
+                compress(*arguments, **keywords)
+            return step
+
+    monkeypatch.setattr(Compressor, "compress", lambda *args, **kwargs: late.append((args, kwargs)))
+    with pytest.raises(RuntimeError, match="compress the request before it grows"):
+        Late("hybrid", TIGHT, pool_blocks=14).run(video_client(), outputs=1)
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "window"])
+@pytest.mark.parametrize("interval_tokens", [1, 8, 13])
+def test_a_long_decode_never_runs_out_of_pages(
+    policy: str, interval_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quota = small_quota(decode_interval_tokens=interval_tokens)
+    lab = Scripted(policy, quota, pool_blocks=BLOCKS)
+    client = video_client(prompt_tokens=200)
+    free = watch_free_pages(monkeypatch, lab, client)
+    lab.run(client, outputs=150)
+    assert min(free) >= 0
+    request = lab.cache.slots.requests["video"]
+    in_prefill = 200 // 24 + 1 - quota.budget_tokens // 24
+    assert request.record.compressions == in_prefill + 148 // interval_tokens
+    assert len(client.blocks) == BLOCKS
+
+
+def test_an_output_that_outgrows_the_quota_is_compacted_just_before() -> None:
+    """A short prompt stays in the identity state until its next token would not fit."""
+    quota = small_quota()
+    lab = Scripted("hybrid", quota, pool_blocks=BLOCKS)
+    client = lab.run(video_client(prompt_tokens=90), outputs=7)
+    request = lab.cache.slots.requests["video"]
+    assert client.computed_tokens == quota.tokens and not request.shared
+    lab.step({client: 1})
+    assert request.shared and request.record.compressions == 1
+    assert int(lab.cache.tables.lens[request.slot].sum(1).max()) <= 2 * (quota.budget_tokens + 1)
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True], ids=["", "look-ahead"])
+def test_a_resumed_request_repeats_itself(looks_ahead: bool) -> None:
+    """Preempted in mid-prefill and resumed with the same chunks: the same outputs, bit by bit."""
+    kept = []
+    for preempt in (False, True):
+        lab = Haystack(
+            "hybrid", small_quota(), pool_blocks=BLOCKS, needle=NEEDLE, asking=QUESTION,
+            options=options(),
+        )  # fmt: skip
+        client = video_client()
+        if looks_ahead:
+            lab.look_ahead(client, Client(client.request_id + LOOKAHEAD, 0))
+        if preempt:
+            for _ in range(7):
+                lab.step({client: 24})
+            lab.give_blocks(client)
+            lab.free_blocks.reverse()
+            lab.step({}, preempted=(client.request_id,))
+            lab.outputs.clear()
+        lab.run(client, outputs=20)
+        positions = [lab.held(client, layer, head) for layer in range(3) for head in range(2)]
+        kept.append((outputs_of(lab, client), torch.cat(positions)))
+    for once, again in pairwise(kept):
+        assert torch.equal(once[0], again[0])
+        assert torch.equal(once[1], again[1])
+
+
+def test_identity_pages_are_where_vllm_puts_them() -> None:
+    """Head-page (block * L + layer) * H + head, so that a cached block serves any request."""
+    lab = Scripted("hybrid", small_quota(), pool_blocks=BLOCKS)
+    lab.free_blocks = [7, 3, 9, *(b for b in range(BLOCKS) if b not in (7, 3, 9))]
+    client = video_client(prompt_tokens=40)
+    lab.step({client: 10})
+    lab.step({client: 14})
+    table = lab.cache.tables.page_table[lab.slot(client)]
+    for layer in range(3):
+        for head in range(2):
+            pages = [(block * 3 + layer) * 2 + head for block in (7, 3, 9)]
+            assert table[layer, head].tolist()[:4] == [*pages, -1]
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "window"])
+def test_free_pages_are_poison(policy: str) -> None:
+    """A read of a page that was given back shows as NaN in the output."""
+    lab = Scripted(policy, small_quota(), pool_blocks=BLOCKS)
+    client = lab.run(video_client(), outputs=9)
+    tables, slot = lab.cache.tables, lab.slot(client)
+    free = tables.free_pages[slot, : int(tables.num_free[slot])].long()
+    assert len(free) > 0
+    assert lab.pool.keys[free].isnan().all() and lab.pool.values[free].isnan().all()
+    blocks = list(client.blocks)
+    lab.give_blocks(client)
+    lab.step({}, finished=(client.request_id,))
+    left = tables.pages_of(blocks).flatten().long()
+    assert lab.pool.keys[left].isnan().all() and lab.pool.values[left].isnan().all()
