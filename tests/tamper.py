@@ -237,6 +237,12 @@ MUTATIONS = (
         "row_positions.min()",
     ),
     Mutation(
+        "step: pages without a digest compete",
+        "worker/step.py",
+        "max(grown_pages, options.retrieval_window_pages(page_tokens))",
+        "options.retrieval_window_pages(page_tokens)",
+    ),
+    Mutation(
         "step: prefill rows retrieve",
         "worker/step.py",
         "if plan.num_tokens != 1), len(plans))",

@@ -10,6 +10,9 @@ import torch
 
 from tests.worker.lab import LOOKAHEAD, Client, Feature
 from tests.worker.scripted import Haystack, Scripted, watch_free_pages
+from vllm_budgetkv import ops
+from vllm_budgetkv.layout import PagePool
+from vllm_budgetkv.ops import digest
 from vllm_budgetkv.policy import PolicyOptions
 from vllm_budgetkv.quota import Quota, ceil_div
 from vllm_budgetkv.worker.compressor import Compressor
@@ -204,6 +207,30 @@ def test_decode_reads_the_page_of_the_needle(ratio: float) -> None:
             out = lab.outputs["video"][-3 * step + layer][0].unflatten(0, (2, 2))
             value = lab.script[layer, 2, NEEDLE, :2, None]
             assert torch.cosine_similarity(out, value, dim=-1).min() > 0.8
+
+
+def test_pages_that_grew_since_their_digest_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where decode grows by more than the recent window between two digests."""
+    lab = Scripted(
+        "hybrid",
+        small_quota(blocks=16, decode_interval_tokens=30),
+        pool_blocks=16,
+        options=options(force_class="dynamic", retrieval_ratio=0.1, window_tokens=4),
+    )
+    retrieve, skipped = ops.retrieve, []
+
+    def spy(query: Any, pool: Any, table: Any, lens: Any, slots: Any, *rest: Any) -> None:
+        retrieve(query, pool, table, lens, slots, *rest)
+        for head, row in enumerate(table[int(slots[0])]):
+            fresh = PagePool(pool.raw.clone(), pool.layout)
+            digest(fresh, row[None], lens[slots[0], head][None])
+            unread = [page for page in row.tolist() if page >= 0 and page not in rest[-2][0, head]]
+            skipped.extend(unread)
+            assert torch.equal(pool.digests[unread], fresh.digests[unread])
+
+    monkeypatch.setattr(ops, "retrieve", spy)
+    lab.run(video_client(), outputs=70)
+    assert skipped, "otherwise nothing was tested"
 
 
 # --- positions, pages and the order of things -------------------------------------------------

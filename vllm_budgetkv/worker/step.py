@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv import ops
+from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -147,6 +148,8 @@ class Step:
         tables, options = self.cache.tables, self.cache.compressor.options
         table, lens = tables.page_table[:, layer], tables.lens[:, layer]
         num_rows, page_tokens = query.shape[0], tables.pool.layout.page_tokens
+        # what decode appended since the last compaction has no digest yet, so it is always read
+        grown_pages = ceil_div(self.cache.quota.decode_interval_tokens, page_tokens) + 1
         read_table = table.new_empty(num_rows, *table.shape[1:])
         read_lens = lens.new_empty(num_rows, lens.shape[1])
         ops.retrieve(
@@ -158,7 +161,7 @@ class Step:
             tables.retrieves[:, layer],
             options.retrieval_ratio,
             options.retrieval_sink_pages(page_tokens),
-            options.retrieval_window_pages(page_tokens),
+            max(grown_pages, options.retrieval_window_pages(page_tokens)),
             read_table,
             read_lens,
         )
