@@ -169,7 +169,8 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         text=True,
         check=False,
     ).stdout.strip()
-    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("model name")[1].splitlines()[0]
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    cpu = cpuinfo.split("model name")[1].splitlines()[0]
     return {
         "command": f"python -m benchmarks.bench --repeats {options.repeats} --dtype {options.dtype}",
         "commit": commit or "unknown",

@@ -73,6 +73,8 @@ def main() -> int:
         return 1
     demo_report.draw(record, video, PICTURE)
     print(demo_report.describe(record, answer, PICTURE))
+    if options.model is None:
+        print("the default model has random weights: its words mean nothing, its cache is real\n")
     return 0
 
 

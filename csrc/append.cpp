@@ -10,6 +10,8 @@
 namespace budgetkv {
 namespace {
 
+constexpr int64_t kTokensPerThread = 64;
+
 // One head of one batch row.
 struct HeadWrite {
   const int32_t* pages;
@@ -103,16 +105,22 @@ void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& ke
   check_last_stride("value", value);
   check_last_stride("table", table);
   const int page_tokens = static_cast<int>(keys.size(1));
-  Tables tables{table.accessor<int32_t, 3>(), lens.accessor<int32_t, 2>(),
-                free_pages.accessor<int32_t, 2>(), num_free.accessor<int32_t, 1>(),
-                page_tokens, keys.size(0)};
+  Tables tables{table.accessor<int32_t, 3>(),
+                lens.accessor<int32_t, 2>(),
+                free_pages.accessor<int32_t, 2>(),
+                num_free.accessor<int32_t, 1>(),
+                page_tokens,
+                keys.size(0)};
   const BatchRows rows("append", slots, query_start, table.size(0), key.size(0));
   const std::vector<HeadWrite> writes = plan(tables, rows, first_position, shared);
 
   const Field from_key(key), from_value(value), to_key(keys), to_value(values);
   const Field to_position(positions), to_score(scores);
   const int64_t row_bytes = keys.size(2) * keys.element_size();
-  at::parallel_for(0, static_cast<int64_t>(writes.size()), 1, [&](int64_t begin, int64_t end) {
+  // a decode step writes a few tokens: waking a thread would cost more than copying them
+  const int64_t num_writes = writes.size();
+  const int64_t grain = key.size(0) < kTokensPerThread ? num_writes : 1;
+  at::parallel_for(0, num_writes, grain, [&](int64_t begin, int64_t end) {
     for (int64_t w = begin; w < end; ++w) {
       const HeadWrite& write = writes[w];
       for (int i = 0; i < write.num_tokens; ++i) {

@@ -14,32 +14,32 @@ enum class FloatType { kFloat32, kBfloat16, kFloat16 };
 
 // What all tiles share. Strides count elements.
 struct AttendArgs {
-  FloatType type;          // of query, keys, values and out
-  const void* query;       // [T, Hq, D]
+  FloatType type;     // of query, keys, values and out
+  const void* query;  // [T, Hq, D]
   int64_t query_token_stride, query_head_stride;
-  void* out;               // [T, Hq, D]
+  void* out;  // [T, Hq, D]
   int64_t out_token_stride, out_head_stride;
-  const void* keys;        // [P, N, D], pages `page_stride` apart
-  const void* values;      // as keys
+  const void* keys;    // [P, N, D], pages `page_stride` apart
+  const void* values;  // as keys
   int64_t page_stride;
-  int64_t num_pages;       // P
-  int page_tokens;         // N
-  int head_size;           // D
-  int group;               // G
-  float scale;             // of the scores
+  int64_t num_pages;  // P
+  int page_tokens;    // N
+  int head_size;      // D
+  int group;          // G
+  float scale;        // of the scores
 };
 
 struct AttendTile {
-  const int32_t* pages;    // the head's table entries
-  int64_t first_token;     // of the batch row, in query and out
+  const int32_t* pages;  // the head's table entries
+  int64_t first_token;   // of the batch row, in query and out
   int kv_head;
-  int first_query;         // m of the tile's first query
+  int first_query;  // m of the tile's first query
   int num_queries;
-  int first_visible;       // keys that the row's first token sees; not positive if none
-  bool is_decode;          // the row is one token, and the tile is its whole group
-  int num_splits;          // the keys are cut into runs of split_keys
+  int first_visible;  // keys that the row's first token sees; not positive if none
+  bool is_decode;     // the row is one token, and the tile is its whole group
+  int num_splits;     // the keys are cut into runs of split_keys
   int split_keys;
-  float* partials;         // [num_splits, num_queries, D + 2]; unused if there is one split
+  float* partials;  // [num_splits, num_queries, D + 2]; unused if there is one split
 
   int token_of(int query, int group) const { return (first_query + query) / group; }
   int visible(int query, int group) const {

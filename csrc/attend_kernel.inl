@@ -2,7 +2,7 @@
 // (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867). What prefill and decode share; their
 // inner loops are in attend_prefill.inl and attend_decode.inl.
 
-constexpr int kBlockKeys = 64;       // keys between two updates of the softmax
+constexpr int kBlockKeys = 64;  // keys between two updates of the softmax
 constexpr int kMaxHeadSize = 256;
 constexpr float kInfinity = __builtin_inff();
 alignas(64) constexpr float kZeroRow[kMaxHeadSize] = {};
@@ -106,7 +106,7 @@ BUDGETKV_INLINE bool split_of_type(const AttendArgs& args, const AttendTile& til
   float* rest = scratch + attend_tile_queries() * (args.head_size + 2);
   rest += (kLanes - (rest - scratch) % kLanes) % kLanes;
   const int vectors = (tile.num_queries + kLanes - 1) / kLanes;
-  const bool found = tile.is_decode   ? decode<T>(args, tile, begin, end, result, rest)
+  const bool found = tile.is_decode ? decode<T>(args, tile, begin, end, result, rest)
                      : vectors == 1 ? prefill<T, 1>(args, tile, begin, end, result, rest)
                      : vectors == 2 ? prefill<T, 2>(args, tile, begin, end, result, rest)
                                     : prefill<T, 3>(args, tile, begin, end, result, rest);

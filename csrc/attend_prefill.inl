@@ -33,16 +33,16 @@ BUDGETKV_INLINE void transpose_queries(const AttendArgs& args, const AttendTile&
 }
 
 // Rows of float32: the pages themselves, or a widened copy.
-BUDGETKV_INLINE void widen_rows(const float* const* rows, int count, int, float*, const float** wide) {
+BUDGETKV_INLINE void widen_rows(const float* const* rows, int count, int, float*,
+                                const float** wide) {
   for (int i = 0; i < count; ++i) wide[i] = rows[i];
 }
 template <class T>
 BUDGETKV_INLINE void widen_rows(const T* const* rows, int count, int size, float* copy,
                                 const float** wide) {
   for (int i = 0; i < count; ++i, copy += size) {
-    for_each_vector(size, [&](int d, bool is_tail) {
-      store(copy + d, load(rows[i] + d, is_tail), is_tail);
-    });
+    for_each_vector(
+        size, [&](int d, bool is_tail) { store(copy + d, load(rows[i] + d, is_tail), is_tail); });
     wide[i] = copy;
   }
 }

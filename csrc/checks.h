@@ -53,8 +53,10 @@ class BatchRows {
  public:
   BatchRows(const char* op, const at::Tensor& slots, const at::Tensor& query_start,
             int64_t num_slots, int64_t num_tokens)
-      : op_(op), slots_(slots.accessor<int32_t, 1>()),
-        starts_(query_start.accessor<int32_t, 1>()), num_slots_(num_slots) {
+      : op_(op),
+        slots_(slots.accessor<int32_t, 1>()),
+        starts_(query_start.accessor<int32_t, 1>()),
+        num_slots_(num_slots) {
     TORCH_CHECK_VALUE(starts_.size(0) == size() + 1, op, ": query_start has ", starts_.size(0),
                       " entries for ", size(), " rows; it needs one more than there are rows");
     for (int64_t row = 0; row < size(); ++row) {

@@ -35,8 +35,14 @@ struct TokenField {
 struct Pages {
   Pages(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& positions,
         const at::Tensor& scores, const at::Tensor& digests)
-      : keys(keys), values(values), positions(positions), scores(scores), digests(digests),
-        dtype(keys.scalar_type()), page_tokens(keys.size(1)), head_size(keys.size(2)) {}
+      : keys(keys),
+        values(values),
+        positions(positions),
+        scores(scores),
+        digests(digests),
+        dtype(keys.scalar_type()),
+        page_tokens(keys.size(1)),
+        head_size(keys.size(2)) {}
   TokenField keys, values, positions, scores, digests;
   at::ScalarType dtype;
   int64_t page_tokens, head_size;
@@ -46,8 +52,8 @@ using TableRow = at::TensorAccessor<int32_t, 1>;
 
 // Moves runs of survivors that stay within one page on both sides. A target never lies behind its
 // source, so moving in order is safe, and memmove covers the overlap within a page.
-void move_survivors(const bool* keep, int64_t num_tokens, const TableRow& table,
-                    const Pages& pages, bool move_scores) {
+void move_survivors(const bool* keep, int64_t num_tokens, const TableRow& table, const Pages& pages,
+                    bool move_scores) {
   const int64_t n = pages.page_tokens;
   const std::array<const TokenField*, 4> fields = {&pages.keys, &pages.values, &pages.positions,
                                                    &pages.scores};

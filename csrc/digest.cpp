@@ -50,8 +50,7 @@ void digest(const at::Tensor& keys,     // [P, N, D]
   at::parallel_for(0, pages.size(), kPagesPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = pages[i].id * page_bytes;
-      digest_page(type, key_data + offset, pages[i].num_tokens, keys.size(2),
-                  digest_data + offset);
+      digest_page(type, key_data + offset, pages[i].num_tokens, keys.size(2), digest_data + offset);
     }
   });
 }

@@ -4,10 +4,10 @@
 #include "attend.h"
 
 // Returns `function<T>(...)`, T being the type's name in the surrounding instruction set.
-#define BUDGETKV_FOR_FLOAT_TYPE(type, function, ...)                              \
-  switch (type) {                                                                 \
-    case ::budgetkv::FloatType::kFloat32: return function<float>(__VA_ARGS__);    \
-    case ::budgetkv::FloatType::kBfloat16: return function<Bf16>(__VA_ARGS__);    \
-    case ::budgetkv::FloatType::kFloat16: return function<Fp16>(__VA_ARGS__);     \
-  }                                                                               \
+#define BUDGETKV_FOR_FLOAT_TYPE(type, function, ...)                           \
+  switch (type) {                                                              \
+    case ::budgetkv::FloatType::kFloat32: return function<float>(__VA_ARGS__); \
+    case ::budgetkv::FloatType::kBfloat16: return function<Bf16>(__VA_ARGS__); \
+    case ::budgetkv::FloatType::kFloat16: return function<Fp16>(__VA_ARGS__);  \
+  }                                                                            \
   __builtin_unreachable()

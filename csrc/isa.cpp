@@ -18,8 +18,7 @@ bool is_supported(Isa isa) {
     case Isa::kAvx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
              __builtin_cpu_supports("f16c");
-    case Isa::kGeneric:
-      return true;
+    case Isa::kGeneric: return true;
   }
 #endif
   return isa == Isa::kGeneric;
@@ -31,8 +30,8 @@ Isa best_isa() {
 }
 
 Isa parse(const std::string& name) {
-  TORCH_CHECK_VALUE(name == "avx512" || name == "avx2" || name == "generic",
-                    "instruction set ", name, " is unknown: choose avx512, avx2 or generic");
+  TORCH_CHECK_VALUE(name == "avx512" || name == "avx2" || name == "generic", "instruction set ",
+                    name, " is unknown: choose avx512, avx2 or generic");
   const Isa isa = name == "avx512" ? Isa::kAvx512 : name == "avx2" ? Isa::kAvx2 : Isa::kGeneric;
   TORCH_CHECK_VALUE(is_supported(isa), "this CPU does not support ", name,
                     ": unset VLLM_BUDGETKV_ISA to let the kernels choose");

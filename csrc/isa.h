@@ -15,16 +15,24 @@ Isa current_isa();
 }  // namespace budgetkv
 
 #if defined(__x86_64__)
-#define BUDGETKV_DECLARE(...)            \
-  namespace avx512 { __VA_ARGS__; }      \
-  namespace avx2 { __VA_ARGS__; }        \
-  namespace generic { __VA_ARGS__; }
-#define BUDGETKV_PICK(function)                                          \
+#define BUDGETKV_DECLARE(...) \
+  namespace avx512 {          \
+  __VA_ARGS__;                \
+  }                           \
+  namespace avx2 {            \
+  __VA_ARGS__;                \
+  }                           \
+  namespace generic {         \
+  __VA_ARGS__;                \
+  }
+#define BUDGETKV_PICK(function)                                              \
   (::budgetkv::current_isa() == ::budgetkv::Isa::kAvx512 ? &avx512::function \
    : ::budgetkv::current_isa() == ::budgetkv::Isa::kAvx2 ? &avx2::function   \
                                                          : &generic::function)
 #else
 #define BUDGETKV_DECLARE(...) \
-  namespace generic { __VA_ARGS__; }
+  namespace generic {         \
+  __VA_ARGS__;                \
+  }
 #define BUDGETKV_PICK(function) (&generic::function)
 #endif

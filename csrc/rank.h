@@ -13,7 +13,8 @@ namespace budgetkv {
 constexpr int kRankIndexBits = 24;
 constexpr uint64_t kRankIndexMask = (uint64_t{1} << kRankIndexBits) - 1;
 
-// Larger stays first: tier (8 bits) | score (32 bits) | index (24 bits). The index makes keys unique.
+// Larger stays first: tier (8 bits) | score (32 bits) | index (24 bits). The index makes keys
+// unique.
 inline uint64_t rank_key(uint8_t tier, float score, int64_t index) {
   if (std::isnan(score)) score = -std::numeric_limits<float>::infinity();
   score += 0.0f;  // turns -0 into +0, which compare equal

@@ -11,8 +11,8 @@
 #include <cmath>
 #include <vector>
 
-#include "tables.h"
 #include "rank.h"
+#include "tables.h"
 
 namespace budgetkv {
 namespace {
@@ -87,7 +87,11 @@ void retrieve(const at::Tensor& query,       // [R, H * G, D]
       std::vector<int32_t> pages(num_pages);
       for (int64_t j = 0; j < num_pages; ++j) pages[j] = table[slot][h][j];
       const PageQuery page_query{queries.const_data_ptr<float>() + task * group * head_size,
-                                 group, head_size, float_type(digests.scalar_type()), digest_data, page_bytes};
+                                 group,
+                                 head_size,
+                                 float_type(digests.scalar_type()),
+                                 digest_data,
+                                 page_bytes};
       std::vector<char> chosen(num_pages, true);
       if (dynamic[slot][h]) chosen = choose_pages(page_query, pages, share);
       int64_t kept = 0;

@@ -70,8 +70,7 @@ void pack_heads(const std::vector<Head>& heads, const at::Tensor& keys, const at
   at::parallel_for(0, blocks.size(), kBlocksPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto& [head, first_token, num_tokens, first_slot] = blocks[i];
-      pack_block({float_type(keys.scalar_type()),
-                  static_cast<const char*>(keys.const_data_ptr()),
+      pack_block({float_type(keys.scalar_type()), static_cast<const char*>(keys.const_data_ptr()),
                   static_cast<const char*>(values.const_data_ptr()),
                   keys.stride(0) * keys.itemsize(), page_tokens, head_size, table[head].data(),
                   first_token, num_tokens, packed + first_slot * head_size,
@@ -94,10 +93,10 @@ void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // 
       const Head& head = heads[q / group];
       if (head.num_tokens() == 0) continue;
       logits.resize(std::min(kRowTile, num_rows) * head.slots());
-      const float sum = score_rows(
-          {packed + head.first_slot * head_size, head.sinks, head.rest,
-           queries.const_data_ptr<float>() + q * num_rows * head_size, scale, num_rows, head_size,
-           top_k, logits.data(), partial + head.first_slot * group + q % group * head.slots()});
+      const float sum = score_rows({packed + head.first_slot * head_size, head.sinks, head.rest,
+                                    queries.const_data_ptr<float>() + q * num_rows * head_size,
+                                    scale, num_rows, head_size, top_k, logits.data(),
+                                    partial + head.first_slot * group + q % group * head.slots()});
       topk_mass[q] = sum / static_cast<float>(num_rows);
     }
   });
@@ -119,8 +118,8 @@ void average_mass(const Head& head, const float* partial, int64_t group, int64_t
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
-    const at::Tensor& probe,      // [M, H * G, D]
-    const at::Tensor& keys,       // [P, N, D], as values
+    const at::Tensor& probe,  // [M, H * G, D]
+    const at::Tensor& keys,   // [P, N, D], as values
     const at::Tensor& values,
     const at::Tensor& positions,  // int32 [P, N]
     const at::Tensor& table_in,   // int32 [H, W]

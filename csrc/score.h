@@ -16,10 +16,10 @@ struct PackTask {
   FloatType type;
   const char *keys, *values;  // of the pool's first page
   int64_t page_bytes, page_tokens, head_size;
-  const int32_t* table;              // pages of the head
-  int64_t first_token, num_tokens;   // 1 to kBlockTokens tokens
-  float* packed;                     // [head_size, kBlockTokens], mutated: 0 behind the last token
-  float* norms;                      // [num_tokens], mutated: L2 norm of the values
+  const int32_t* table;             // pages of the head
+  int64_t first_token, num_tokens;  // 1 to kBlockTokens tokens
+  float* packed;                    // [head_size, kBlockTokens], mutated: 0 behind the last token
+  float* norms;                     // [num_tokens], mutated: L2 norm of the values
 };
 
 // A head's tokens lie in two segments, sinks and the rest, each padded to whole blocks.

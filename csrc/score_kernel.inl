@@ -27,9 +27,7 @@ static void pack_block_as(const PackTask& task) {
   }
 }
 
-void pack_block(const PackTask& task) {
-  BUDGETKV_FOR_FLOAT_TYPE(task.type, pack_block_as, task);
-}
+void pack_block(const PackTask& task) { BUDGETKV_FOR_FLOAT_TYPE(task.type, pack_block_as, task); }
 
 // Logits of kRows rows for one block. The sums stay in registers: 16 of 32 with AVX-512, 8 of 16
 // with less.
@@ -155,7 +153,8 @@ float score_rows(const ScoreTask& task) {
     const int64_t left = task.num_rows - first, rows = left < kRowTile ? left : kRowTile;
     const float* queries = task.queries + first * task.head_size;
     for (int64_t slot = 0; slot < padded; slot += kBlockTokens) {
-      multiply(task.packed + slot * task.head_size, queries, rows, task, task.logits + slot, padded);
+      multiply(task.packed + slot * task.head_size, queries, rows, task, task.logits + slot,
+               padded);
     }
     for (int64_t r = 0; r < rows; ++r) topk_mass += score_row(task, task.logits + r * padded);
   }

@@ -15,8 +15,12 @@ typedef uint32_t Uint __attribute__((vector_size(4 * BUDGETKV_LANES)));
 typedef uint16_t Short __attribute__((vector_size(2 * BUDGETKV_LANES)));
 
 // 16-bit floats as they lie in memory.
-struct Bf16 { uint16_t bits; };
-struct Fp16 { uint16_t bits; };
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
 
 template <class To, class From>
 BUDGETKV_INLINE To bitcast(From from) {
@@ -50,8 +54,8 @@ BUDGETKV_INLINE Short narrow(Bf16, Vec x) {
   const Uint bits = bitcast<Uint>(x);
   const Uint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   const Uint quiet_nan = (bits >> 16) | 0x40;
-  return __builtin_convertvector(bitcast<Uint>(select(x == x, bitcast<Vec>(rounded),
-                                                      bitcast<Vec>(quiet_nan))), Short);
+  return __builtin_convertvector(
+      bitcast<Uint>(select(x == x, bitcast<Vec>(rounded), bitcast<Vec>(quiet_nan))), Short);
 }
 
 #if BUDGETKV_LANES == 16
@@ -80,8 +84,8 @@ BUDGETKV_INLINE Short narrow(Fp16, Vec x) {
   const Uint normal = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
   // Adding 0.5 rounds a subnormal half into the low bits of the sum.
   const Uint subnormal = bitcast<Uint>(bitcast<Vec>(magnitude) + 0.5f) - 0x3f000000;
-  const Uint overflow = bitcast<Uint>(select(magnitude > 0x7f800000, bitcast<Vec>(Uint{} + 0x7e00),
-                                             bitcast<Vec>(Uint{} + 0x7c00)));
+  const Uint overflow = bitcast<Uint>(
+      select(magnitude > 0x7f800000, bitcast<Vec>(Uint{} + 0x7e00), bitcast<Vec>(Uint{} + 0x7c00)));
   Vec half = select(magnitude < 0x38800000, bitcast<Vec>(subnormal), bitcast<Vec>(normal));
   half = select(magnitude >= 0x47800000, bitcast<Vec>(overflow), half);
   return __builtin_convertvector(bitcast<Uint>(half) | (bits >> 16 & 0x8000), Short);
@@ -200,8 +204,8 @@ BUDGETKV_INLINE Vec reduce_each(Vec* rows) {
   } else {
 #pragma GCC unroll 8
     for (int i = 0; i < kCount / 2; ++i) {
-      rows[i] = fold<kStep>(rows[2 * i], rows[2 * i + 1],
-                            std::make_integer_sequence<int, kLanes>{});
+      rows[i] =
+          fold<kStep>(rows[2 * i], rows[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
     }
     return reduce_each<kStep + 1>(rows);
   }

@@ -26,6 +26,7 @@ TESTS = (
     "tests/worker/test_bank.py",
     "tests/worker/test_vision.py",
     "tests/worker/test_exact.py",
+    "tests/worker/test_needle.py",
     "tests/worker/test_scenarios.py",
 )
 

@@ -1,4 +1,4 @@
-"""Runs one engine in a process of its own: `python -m tests.e2e.job`, job on stdin, answer in a file.
+"""Runs one engine in a process of its own: `python -m tests.e2e.job`, job on stdin.
 
 The engine core runs in the same process, so that the job can look at its blocks from the outside
 after every step.
@@ -95,18 +95,24 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def runner_module(executor: Any) -> str:
+    """Module of the model runner's class; "remote" when the workers are processes of their own."""
+    worker = getattr(executor, "driver_worker", None)
+    return type(worker.worker.model_runner).__module__ if worker else "remote"
+
+
 def describe(llm: Any) -> dict[str, Any]:
     """What of ours is on the engine's path."""
     core = llm.llm_engine.engine_core.engine_core
     config = core.vllm_config
-    layers = config.compilation_config.static_forward_context.values()
+    layers = list(config.compilation_config.static_forward_context.values())
     return {
         "scheduler": type(core.scheduler).__name__,
         "worker": config.parallel_config.worker_cls,
         "backends": sorted(
             {x.attn_backend.get_name() for x in layers if hasattr(x, "attn_backend")}
         ),
-        "runner": type(core.model_executor.driver_worker.worker.model_runner).__module__,
+        "runner": runner_module(core.model_executor),
         "num_blocks": core.scheduler.kv_cache_config.num_blocks,
         "leftovers": len(core.scheduler.requests),
     }

@@ -1,4 +1,4 @@
-"""Every request stays inside its quota: read from the outside, after every step of a real engine."""
+"""Every request stays inside its quota: read from the outside after every step of an engine."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_runner_v2_gives_the_same_compressed_answers(tmp_path: Path, vision_mode
 
 
 def test_random_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> None:
-    """Twenty scenarios in one engine: random arrivals, aborts in prefill and decode, preemptions."""
+    """Twenty scenarios in one engine: random arrivals, aborts and preemptions."""
     chance = random.Random(5)
     requests, preempts, start = [], [], 0
     for scenario in range(20):

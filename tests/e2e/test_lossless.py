@@ -1,4 +1,4 @@
-"""A quota that holds prompt and output changes nothing: same tokens as stock vLLM, float32, greedy."""
+"""A quota that holds prompt and output changes nothing: stock vLLM's tokens, float32, greedy."""
 
 from __future__ import annotations
 

@@ -6,19 +6,38 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.worker.lab import Client, Lab, parent_of
+from tests.worker.lab import Client, Feature, Lab, parent_of
 from vllm_budgetkv import ops
+from vllm_budgetkv.policy import PolicyOptions
+from vllm_budgetkv.quota import Quota
 from vllm_budgetkv.rotation import rotate
 
 if TYPE_CHECKING:
     import pytest
 
-    from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.worker.step import Step
 
 MAX_TOKENS = 640
 STRENGTH = 9.0
 """Norm of what the needle's keys and the asking queries share: 0.9 of the attention or more."""
+
+BLOCKS = 12
+NUMBERS = {"page_tokens": 8, "num_layers": 3, "chunk_tokens": 24, "decode_interval_tokens": 8}
+SMALL = {"sink_tokens": 2, "window_tokens": 8, "probe_tokens": 4}
+
+
+def small_quota(**changes: Any) -> Quota:
+    return Quota(**{"blocks": BLOCKS, **NUMBERS, **changes})
+
+
+def options(**changes: Any) -> PolicyOptions:
+    return PolicyOptions(**{**SMALL, **changes})
+
+
+def video_client(name: str = "video", prompt_tokens: int = 480, text_tokens: int = 6) -> Client:
+    """Text, a video of frames of 4 tokens, text."""
+    video = Feature(text_tokens, prompt_tokens - 2 * text_tokens, 4)
+    return Client(name, prompt_tokens, [video])
 
 
 class Scripted(Lab):

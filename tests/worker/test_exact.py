@@ -8,34 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from tests.worker.lab import LOOKAHEAD, Client, Feature
-from tests.worker.scripted import Haystack, Scripted, watch_free_pages
-from vllm_budgetkv import ops
-from vllm_budgetkv.layout import PagePool
-from vllm_budgetkv.ops import digest
-from vllm_budgetkv.policy import PolicyOptions
+from tests.worker.lab import LOOKAHEAD, Client
+from tests.worker.scripted import (
+    BLOCKS,
+    Haystack,
+    Scripted,
+    options,
+    small_quota,
+    video_client,
+    watch_free_pages,
+)
 from vllm_budgetkv.quota import Quota, ceil_div
 from vllm_budgetkv.worker.compressor import Compressor
 
-BLOCKS = 12
-NUMBERS = {"page_tokens": 8, "num_layers": 3, "chunk_tokens": 24, "decode_interval_tokens": 8}
-SMALL = {"sink_tokens": 2, "window_tokens": 8, "probe_tokens": 4}
 CLASSES = pytest.mark.parametrize("force_class", ["static", "dynamic"])
-
-
-def small_quota(**changes: Any) -> Quota:
-    return Quota(**{"blocks": BLOCKS, **NUMBERS, **changes})
-
-
-def options(**changes: Any) -> PolicyOptions:
-    return PolicyOptions(**{**SMALL, **changes})
-
-
-def video_client(name: str = "video", prompt_tokens: int = 480, text_tokens: int = 6) -> Client:
-    """Text, a video of frames of 4 tokens, text."""
-    video = Feature(text_tokens, prompt_tokens - 2 * text_tokens, 4)
-    return Client(name, prompt_tokens, [video])
-
 
 # --- dense attention over what is retained ----------------------------------------------------
 
@@ -122,115 +108,6 @@ def test_compression_that_drops_nothing_is_policy_full(
     assert request.shared and request.record.compressions >= 130 // 24 + 30 // 8
     assert (lab.cache.tables.lens[request.slot] == client.computed_tokens).all()
     assert torch.equal(outputs_of(lab, client), expected)
-
-
-# --- a needle ---------------------------------------------------------------------------------
-
-NEEDLE = 101
-QUESTION = list(range(474, 480))
-ALL_TEXT = [*range(6), *QUESTION]
-
-
-def search(
-    policy: str, asking: list[int], *, looks_ahead: bool, needle: int = NEEDLE, **changes: Any
-) -> int:
-    """(layer, head) pairs of 6 that hold the needle after a prefill of 20 chunks."""
-    lab = Haystack(
-        policy,
-        small_quota(),
-        pool_blocks=BLOCKS,
-        options=options(**changes),
-        needle=needle,
-        asking=asking,
-    )
-    client = video_client()
-    if looks_ahead:
-        lab.look_ahead(client, Client(client.request_id + LOOKAHEAD, 0))
-    lab.run(client, outputs=1)
-    assert lab.cache.slots.requests["video"].record.compressions == 20 - 3
-    return lab.heads_with_needle(client)
-
-
-NEEDLES = pytest.mark.parametrize("needle", [41, 101, 205, 301])
-
-
-@CLASSES
-@NEEDLES
-def test_needle_that_all_text_asks_for_survives(force_class: str, needle: int) -> None:
-    assert (
-        search("hybrid", ALL_TEXT, looks_ahead=False, needle=needle, force_class=force_class) == 6
-    )
-
-
-@CLASSES
-@NEEDLES
-def test_needle_that_only_the_question_asks_for_survives_with_look_ahead(
-    force_class: str, needle: int
-) -> None:
-    assert search("hybrid", QUESTION, looks_ahead=True, needle=needle, force_class=force_class) == 6
-
-
-@CLASSES
-@NEEDLES
-def test_needle_that_only_the_question_asks_for_is_lost_without_look_ahead(
-    force_class: str, needle: int
-) -> None:
-    """Before the question the bank knows other text alone, to which the needle is like any token.
-
-    One of six heads may keep it by chance.
-    """
-    kept = search("hybrid", QUESTION, looks_ahead=False, needle=needle, force_class=force_class)
-    assert kept <= 1
-
-
-@NEEDLES
-def test_window_loses_the_needle(needle: int) -> None:
-    assert search("window", ALL_TEXT, looks_ahead=False, needle=needle) == 0
-
-
-@pytest.mark.parametrize("ratio", [0.4, 0.6])
-def test_decode_reads_the_page_of_the_needle(ratio: float) -> None:
-    """Dynamic heads find it by its digest, among pages that they do not read."""
-    output = list(range(480, 500))
-    lab = Haystack(
-        "hybrid",
-        small_quota(),
-        pool_blocks=BLOCKS,
-        options=options(force_class="dynamic", retrieval_ratio=ratio),
-        needle=NEEDLE,
-        asking=[*ALL_TEXT, *output],
-    )
-    client = lab.run(video_client(), outputs=20)
-    assert lab.heads_with_needle(client) == 6
-    for step in range(1, 20):
-        for layer in range(3):
-            out = lab.outputs["video"][-3 * step + layer][0].unflatten(0, (2, 2))
-            value = lab.script[layer, 2, NEEDLE, :2, None]
-            assert torch.cosine_similarity(out, value, dim=-1).min() > 0.8
-
-
-def test_pages_that_grew_since_their_digest_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where decode grows by more than the recent window between two digests."""
-    lab = Scripted(
-        "hybrid",
-        small_quota(blocks=16, decode_interval_tokens=30),
-        pool_blocks=16,
-        options=options(force_class="dynamic", retrieval_ratio=0.1, window_tokens=4),
-    )
-    retrieve, skipped = ops.retrieve, []
-
-    def spy(query: Any, pool: Any, table: Any, lens: Any, slots: Any, *rest: Any) -> None:
-        retrieve(query, pool, table, lens, slots, *rest)
-        for head, row in enumerate(table[int(slots[0])]):
-            fresh = PagePool(pool.raw.clone(), pool.layout)
-            digest(fresh, row[None], lens[slots[0], head][None])
-            unread = [page for page in row.tolist() if page >= 0 and page not in rest[-2][0, head]]
-            skipped.extend(unread)
-            assert torch.equal(pool.digests[unread], fresh.digests[unread])
-
-    monkeypatch.setattr(ops, "retrieve", spy)
-    lab.run(video_client(), outputs=70)
-    assert skipped, "otherwise nothing was tested"
 
 
 # --- positions, pages and the order of things -------------------------------------------------
@@ -327,7 +204,7 @@ def test_a_resumed_request_repeats_itself(looks_ahead: bool) -> None:
     kept = []
     for preempt in (False, True):
         lab = Haystack(
-            "hybrid", small_quota(), pool_blocks=BLOCKS, needle=NEEDLE, asking=QUESTION,
+            "hybrid", small_quota(), pool_blocks=BLOCKS, needle=101, asking=list(range(474, 480)),
             options=options(),
         )  # fmt: skip
         client = video_client()
@@ -376,3 +253,19 @@ def test_free_pages_are_poison(policy: str) -> None:
     lab.step({}, finished=(client.request_id,))
     left = tables.pages_of(blocks).flatten().long()
     assert lab.pool.keys[left].isnan().all() and lab.pool.values[left].isnan().all()
+
+
+def test_a_preempted_request_gives_up_its_slot() -> None:
+    """Or those that wait to be resumed would keep out those that run."""
+    lab = Scripted("hybrid", small_quota(), pool_blocks=BLOCKS, num_slots=1)
+    first, second = video_client("first"), video_client("second", prompt_tokens=200)
+    for _ in range(6):
+        lab.step({first: 24})
+    lab.give_blocks(first)
+    lab.step({second: 24}, preempted=("first",))
+    assert list(lab.cache.slots.requests) == ["second"]
+    lab.run(second, outputs=2)
+    lab.give_blocks(second)
+    lab.step({first: 24}, finished=("second",))
+    lab.run(first, outputs=2)
+    assert lab.cache.slots.records["first"].preemptions == 1
