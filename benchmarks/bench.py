@@ -170,11 +170,11 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
         check=False,
     ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    cpu = cpuinfo.split("model name")[1].splitlines()[0]
+    cpu = cpuinfo.split("model name")[1].splitlines()[0].strip(" :\t")
     return {
         "command": f"python -m benchmarks.bench --repeats {options.repeats} --dtype {options.dtype}",
         "commit": commit or "unknown",
-        "machine": f"{cpu.strip(' :\t')}, {os.cpu_count()} cores, {platform.system()}",
+        "machine": f"{cpu}, {os.cpu_count()} cores, {platform.system()}",
         "model": MODEL,
         "quota_tokens": quota_tokens(options),
         "page_tokens": PAGE_TOKENS,
