@@ -80,7 +80,8 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
         "model": str(model),
         "dtype": options.dtype,
         "enforce_eager": True,
-        "max_model_len": max(options.sizes) + 2048,
+        # vLLM sizes its encoder cache by the longest video that fits, in powers of two
+        "max_model_len": 1 << (max(options.sizes) + OUTPUT_TOKENS).bit_length(),
         "block_size": PAGE_TOKENS,
         "max_num_batched_tokens": CHUNK_TOKENS,
         "max_num_seqs": 8,
@@ -171,8 +172,9 @@ def about(options: argparse.Namespace) -> dict[str, Any]:
     ).stdout.strip()
     cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     cpu = cpuinfo.split("model name")[1].splitlines()[0].strip(" :\t")
+    arguments = f"--repeats {options.repeats} --dtype {options.dtype}"
     return {
-        "command": f"python -m benchmarks.bench --repeats {options.repeats} --dtype {options.dtype}",
+        "command": f"python -m benchmarks.bench {arguments}",
         "commit": commit or "unknown",
         "machine": f"{cpu}, {os.cpu_count()} cores, {platform.system()}",
         "model": MODEL,
