@@ -57,7 +57,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "bench.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     bench_plots.draw(result, RESULTS)
-    bench_table.write(result, REPOSITORY / "README.md")
+    bench_table.write(result, REPOSITORY)
     print(bench_table.table(result))
     print(json.dumps(result["engine"]))
 

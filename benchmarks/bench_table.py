@@ -1,15 +1,16 @@
-"""The README's table of measured figures, made from the JSON of `make bench`."""
+"""The tables of measured figures in README and docs, made from the JSON of `make bench`."""
 
 from __future__ import annotations
 
 import re
+import statistics
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-START, STOP = "<!-- bench:start -->", "<!-- bench:stop -->"
 MIB = 2**20
+SLOW = 0.9
 
 
 def table(result: dict[str, Any]) -> str:
@@ -43,9 +44,43 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(result: dict[str, Any], readme: Path) -> None:
-    """Replace the table between the markers of the README. Mutates the file."""
-    text = readme.read_text(encoding="utf-8")
-    block = f"{START}\n{table(result)}\n{STOP}"
-    text = re.sub(f"{START}.*{STOP}", lambda _: block, text, flags=re.DOTALL)
-    readme.write_text(text, encoding="utf-8")
+def kernel_table(result: dict[str, Any]) -> str:
+    """Markdown: attention against vLLM's own, and every other op against its reference."""
+    attention = result["kernels"]["attention"]["vllm_seconds_over_ours"]
+    lines = [
+        "| attention, vLLM's time over ours | cases | least | median | most | below 0.9 |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in ("prefill", "decode"):
+        for dtype in ("float32", "bfloat16"):
+            ratios = [r for name, r in attention.items() if name.startswith(kind) and dtype in name]
+            slow = sum(ratio < SLOW for ratio in ratios)
+            lines.append(
+                f"| {kind}, {dtype} | {len(ratios)} | {min(ratios):.2f} "
+                f"| {statistics.median(ratios):.2f} | {max(ratios):.2f} | {slow} |"
+            )
+    losses = [f"{name}: {ratio:.2f}" for name, ratio in attention.items() if ratio < SLOW]
+    lines += ["", "Below 0.9: " + ("; ".join(losses) or "none") + "."]
+    lines += ["", "| op (4 heads, group 4, 3,000 tokens) | kernel | reference over kernel |"]
+    lines.append("|---|---|---|")
+    for name, found in result["kernels"]["ops"]["results"].items():
+        ratio = found["reference_ms"] / found["kernel_ms"]
+        lines.append(f"| {name} | {found['kernel_ms']:.2f} ms | {ratio:.0f}x |")
+    about = result["about"]
+    lines += ["", f"`{about['command']}` at {about['commit']}, {about['machine']}."]
+    return "\n".join(lines)
+
+
+def write(result: dict[str, Any], repository: Path) -> None:
+    """Replace the tables between the markers of README and docs. Mutates the files."""
+    replace(repository / "README.md", "bench", table(result))
+    replace(repository / "docs" / "performance.md", "kernels", kernel_table(result))
+
+
+def replace(file: Path, mark: str, block: str) -> None:
+    """Put `block` between the comments `mark:start` and `mark:stop` of a Markdown file."""
+    start, stop = f"<!-- {mark}:start -->", f"<!-- {mark}:stop -->"
+    text = file.read_text(encoding="utf-8")
+    between = f"{start}\n{block}\n{stop}"
+    text = re.sub(f"{start}.*{stop}", lambda _: between, text, flags=re.DOTALL)
+    file.write_text(text, encoding="utf-8")

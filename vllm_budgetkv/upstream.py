@@ -127,6 +127,8 @@ TOUCHPOINTS = (
     Touchpoint(_SCHEDULER, "Scheduler.update_from_output", "override",
                "look-ahead output reaches no client",
                ("self", "scheduler_output", "model_runner_output")),
+    Touchpoint(_SCHEDULER, "Scheduler._reject_on_encoder_cache_embed_mismatch", "read",
+               "fills encoder_cache_mismatch_reqs, whose requests end with an error: so do sessions"),
 
     Touchpoint(_BACKEND, "AttentionBackend.supported_dtypes", "override", "those of the kernels"),
     Touchpoint(_BACKEND, "AttentionBackend.get_name", "override", "our name", ()),

@@ -48,6 +48,7 @@ def run(
     runner: str = "v1",
     stock: bool = False,
     preempts: tuple[int, ...] = (),
+    session: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
     """Answers of `requests` from one engine; see `tests.e2e.job` for their form."""
@@ -69,6 +70,7 @@ def run(
         "engine": arguments,
         "requests": requests,
         "preempts": preempts,
+        "session": session,
         "answer_file": str(answer_file),
     }
     process = subprocess.run(

@@ -95,6 +95,25 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def session_outcome(llm: Any) -> str:
+    """How the engine core ends a streaming-input session: the reason that its client gets."""
+    from vllm import SamplingParams
+    from vllm.v1.request import Request
+
+    core = llm.llm_engine.engine_core.engine_core
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    core.scheduler.add_request(
+        Request("session", [5, 6, 7], params, pooling_params=None, resumable=True)
+    )
+    for _ in range(8):
+        outputs, _ = core.step_fn()
+        for of_client in (outputs or {}).values():
+            for output in of_client.outputs:
+                if output.finish_reason is not None:
+                    return str(output.finish_reason)
+    return "unfinished"
+
+
 def runner_module(executor: Any) -> str:
     """Module of the model runner's class; "remote" when the workers are processes of their own."""
     worker = getattr(executor, "driver_worker", None)
@@ -126,6 +145,8 @@ def main() -> None:
     llm = LLM(**job["engine"])
     answer = drive(llm, job)
     answer["engine"] = describe(llm)
+    if job["session"]:
+        answer["session"] = session_outcome(llm)
     Path(job["answer_file"]).write_text(json.dumps(answer), encoding="utf-8")
 
 

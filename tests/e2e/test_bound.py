@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.engines import run, tokens_of
+from vllm_budgetkv.scheduler.lookahead import SUFFIX
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -70,6 +71,8 @@ def test_eight_mixed_requests_at_once(tmp_path: Path, vision_model: Path, policy
     answer = run(tmp_path, vision_model, requests, budget=budget(policy), **ENGINE)
     check_bound(answer)
     assert answer["running_at_once"] >= 3
+    looked_ahead = any(SUFFIX in request_id for request_id in answer["held"])
+    assert looked_ahead == (policy == "hybrid")
     longest = max(a["prompt_tokens"] for a in answer["answers"].values())
     assert longest > POOL_BLOCKS * BLOCK_TOKENS, "one prompt must not fit the whole pool"
     for request in requests:
@@ -126,21 +129,23 @@ def test_text_only_model_under_a_small_quota(tmp_path: Path, text_model: Path) -
         {"name": "long", "content": [{"text": "What does the sign say? " * 60}], "max_tokens": 40},
         {"name": "short", "content": [{"text": "Hi"}], "max_tokens": 130},
     ]
-    answer = run(tmp_path, text_model, requests, budget=budget("hybrid"), **ENGINE)
+    answer = run(tmp_path, text_model, requests, budget=budget("hybrid"), session=True, **ENGINE)
     check_bound(answer)
+    assert answer["session"] == "error", "a streaming-input session is refused, not mishandled"
     assert [len(a["tokens"]) for a in answer["answers"].values()].count(130) == 1
 
 
 def test_all_dynamic_with_every_page_read_equals_no_retrieval_at_all(
     tmp_path: Path, vision_model: Path
 ) -> None:
-    """Reading all pages through the retrieval path must not change a token."""
+    """Reading all pages through the retrieval path must not change a token. No look-ahead here."""
     requests = mixed_requests()[4:6]
-    forced = {"force_class": "dynamic"}
+    forced = {"force_class": "dynamic", "lookahead": False}
     everything = budget("hybrid", retrieval_ratio=1.0, **forced)
     nearly = budget("hybrid", retrieval_ratio=0.999, **forced)
     answers = [
-        tokens_of(run(tmp_path, vision_model, requests, budget=options, **ENGINE))
+        run(tmp_path, vision_model, requests, budget=options, **ENGINE)
         for options in (everything, nearly)
     ]
-    assert answers[0] == answers[1]
+    assert tokens_of(answers[0]) == tokens_of(answers[1])
+    assert not any(SUFFIX in request_id for answer in answers for request_id in answer["held"])

@@ -80,6 +80,11 @@ class BudgetScheduler(AsyncScheduler):
         if request.request_id in self.requests:
             super().add_request(request)
             return
+        if request.resumable and self._quota.compresses:
+            # a session grows its prompt, but the quota's plan needs its length from the start;
+            # vLLM ends the requests of this set with an error that reaches the client
+            logger.warning("budgetkv: streaming-input session %s refused", request.request_id)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
         if self._expect(request):
             request.skip_reading_prefix_cache = True
         if self._config.looks_ahead and not self._quota.fits(request.num_prompt_tokens):
