@@ -128,7 +128,7 @@ TOUCHPOINTS = (
                "look-ahead output reaches no client",
                ("self", "scheduler_output", "model_runner_output")),
     Touchpoint(_SCHEDULER, "Scheduler._reject_on_encoder_cache_embed_mismatch", "read",
-               "fills encoder_cache_mismatch_reqs, whose requests end with an error: so do sessions"),
+               "fills encoder_cache_mismatch_reqs: such requests, and sessions, end with an error"),
 
     Touchpoint(_BACKEND, "AttentionBackend.supported_dtypes", "override", "those of the kernels"),
     Touchpoint(_BACKEND, "AttentionBackend.get_name", "override", "our name", ()),
