@@ -15,7 +15,7 @@ namespace {
 
 // The cut of the keys depends on the request alone, so a request's result does not depend on what
 // else is in the batch, nor on the number of threads.
-constexpr int kDecodeSplitKeys = 512;
+constexpr int kDecodeSplitKeys = 1024;
 constexpr int kPrefillSplitKeys = 4096;
 
 struct Plan {

@@ -8,13 +8,14 @@ int64_t decode_scratch_floats(int head_size) {
   return kMaxPaddedGroup * (2 * padded_size + kBlockKeys);
 }
 
-// scores [kQ, kBlockKeys] of kQ queries [kQ, padded]; the block is padded to whole steps.
+// scores [kQ, kBlockKeys] of kQ queries [kQ, padded]; the block is padded to whole steps. The
+// first queries of a block fetch the next block for all.
 template <class T, int kQ>
-BUDGETKV_INLINE void score_keys(const Block<T>& block, const Block<T>& next, const float* queries,
-                                int size, int padded, float* scores) {
+BUDGETKV_INLINE void score_keys(const Block<T>& block, const Block<T>& next, bool is_first,
+                                const float* queries, int size, int padded, float* scores) {
   constexpr int kStep = kLanes / kQ;  // so that kLanes sums fill the registers
   for (int key = 0; key < block.num_keys; key += kStep) {
-    prefetch(next, key, kStep, size);
+    if (is_first) prefetch(next, key, kStep, size);
     Vec sums[kLanes] = {};
     for_each_vector(size, [&](int d, bool is_tail) {
       Vec k[kStep];
@@ -123,7 +124,7 @@ bool decode_group(const AttendArgs& args, const AttendTile& tile, int begin, int
     for (int key = num_keys; key % kLanes; ++key) block.keys[key] = block.keys[num_keys - 1];
     for (int q = 0; q < num_padded; q += kQ) {
       float* scores_q = scores + q * kBlockKeys;
-      score_keys<T, kQ>(block, next, queries + q * padded, size, padded, scores_q);
+      score_keys<T, kQ>(block, next, q == 0, queries + q * padded, size, padded, scores_q);
       for (int i = 0; i < kQ; ++i) {
         decay[q + i] = soften_row(scores_q + i * kBlockKeys, num_keys, peak[q + i], total[q + i]);
       }

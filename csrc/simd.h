@@ -147,15 +147,24 @@ BUDGETKV_INLINE void store(T* to, Vec vec, bool is_tail) {
 
 // ---- arithmetic ----------------------------------------------------------------------------
 
+// Folds a vector in halves: log2(kLanes) steps instead of one for each lane.
+template <int kWidth, class V, class Combine>
+BUDGETKV_INLINE float fold_halves(V vec, Combine combine) {
+  if constexpr (kWidth == 1) {
+    return vec[0];
+  } else {
+    typedef float Half __attribute__((vector_size(2 * kWidth)));
+    Half low, high;
+    __builtin_memcpy(&low, &vec, sizeof(Half));
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&vec) + sizeof(Half), sizeof(Half));
+    return fold_halves<kWidth / 2>(combine(low, high), combine);
+  }
+}
 BUDGETKV_INLINE float reduce_add(Vec vec) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += vec[i];
-  return sum;
+  return fold_halves<kLanes>(vec, [](auto a, auto b) { return a + b; });
 }
 BUDGETKV_INLINE float reduce_max(Vec vec) {
-  float most = vec[0];
-  for (int i = 1; i < kLanes; ++i) most = vec[i] > most ? vec[i] : most;
-  return most;
+  return fold_halves<kLanes>(vec, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // 2^x to 1 ulp: 0 below 2^-125 (so 0 for -inf), NaN for NaN; x must be below 127.
