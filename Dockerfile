@@ -1,7 +1,10 @@
 # The public vLLM server image with this plugin in it; the entry point stays `vllm serve`.
 #
 #   docker build -t vllm-budgetkv .
-#   docker run --gpus all -p 8000:8000 vllm-budgetkv MODEL --kv-policy hybrid --kv-page-quota 256
+#   docker run --gpus all -p 8000:8000 vllm-budgetkv MODEL
+#
+# Version 0.1 has kernels for CPUs only: on a GPU `--kv-policy` is refused at start, and without it
+# the server is stock vLLM. Build with `--build-arg BASE=` a CPU image of vLLM 0.32 to use a policy.
 ARG BASE=vllm/vllm-openai:v0.32.0
 
 FROM ${BASE} AS wheel
