@@ -24,8 +24,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         flag = flag_of(option)
         if flag in parser._option_string_actions:
             continue
-        settings: dict[str, Any] = {"dest": _destination(option), "default": None}
-        settings["help"] = f"{option.metadata['help']} (default: {option.default})"
+        # absent unless given, so that help shows the option's default and not the flag's
+        settings: dict[str, Any] = {"dest": _destination(option), "default": argparse.SUPPRESS}
+        settings["help"] = option.metadata["help"]
+        if option.default is not None:
+            settings["help"] += f" (default: {option.default})"
         if option.type == "bool":
             settings["action"] = argparse.BooleanOptionalAction
         else:
