@@ -23,7 +23,7 @@ from vllm_budgetkv.testing.shapes import DecoderShape, VisionShape
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedConfig, Qwen2Tokenizer
+    from transformers import PreTrainedConfig, Qwen2_5_VLProcessor, Qwen2Tokenizer
 
 
 def build_qwen2_5_vl(
@@ -50,9 +50,9 @@ def build_qwen2_5_vl(
         from transformers import Qwen2_5_VLForConditionalGeneration
 
         vocabulary = tokenizer.build_tokenizer(shape.max_position_tokens)
-        config = _qwen2_5_vl_config(shape, vision, vocabulary)
+        config = qwen2_5_vl_config(shape, vision, vocabulary)
         _save_weights(Qwen2_5_VLForConditionalGeneration, config, shape, vocabulary, folder)
-        _save_processor(vocabulary, folder)
+        build_processor(vocabulary).save_pretrained(folder)
 
     return _cached(cache, shapes.fingerprint("qwen2_5_vl", shape, vision, source=_source()), write)
 
@@ -104,9 +104,10 @@ def _decoder_fields(shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> dict[str
     }
 
 
-def _qwen2_5_vl_config(
+def qwen2_5_vl_config(
     shape: DecoderShape, vision: VisionShape, vocabulary: Qwen2Tokenizer
 ) -> PreTrainedConfig:
+    """Configuration of a Qwen2.5-VL of these sizes and this tokenizer."""
     from transformers import Qwen2_5_VLConfig
 
     rope = {
@@ -152,7 +153,8 @@ def _save_weights(
     model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
 
 
-def _save_processor(vocabulary: Qwen2Tokenizer, folder: Path) -> None:
+def build_processor(vocabulary: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
+    """The processor of images and videos that belongs to these models."""
     from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     # from one cell up: small test frames are not enlarged
@@ -164,13 +166,12 @@ def _save_processor(vocabulary: Qwen2Tokenizer, folder: Path) -> None:
     }
     images = Qwen2VLImageProcessor(size=pixels, **patches)
     videos = Qwen2VLVideoProcessor(size=pixels, cap_pixels_per_frame=True, **patches)
-    processor = Qwen2_5_VLProcessor(
+    return Qwen2_5_VLProcessor(
         image_processor=images,
         tokenizer=vocabulary,
         video_processor=videos,
         chat_template=tokenizer.CHAT_TEMPLATE,
     )
-    processor.save_pretrained(folder)
 
 
 def _source() -> bytes:

@@ -51,14 +51,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(max_tokens: int) -> Qwen2Tokenizer:
+def build_tokenizer(
+    max_tokens: int, corpus: str = CORPUS, vocabulary: int = MERGED_VOCABULARY
+) -> Qwen2Tokenizer:
     """Trains the tokenizer.
 
     Args:
         max_tokens: longest input in tokens that it accepts without a warning.
+        corpus: text whose frequent words become whole tokens.
+        vocabulary: most tokens before the special ones.
 
     Returns:
-        A `Qwen2Tokenizer`: 256 bytes, the merges of `CORPUS`, then `SPECIAL_TOKENS`, in this order
+        A `Qwen2Tokenizer`: 256 bytes, the merges of `corpus`, then `SPECIAL_TOKENS`, in this order
         of ids.
     """
     import json
@@ -68,14 +72,14 @@ def build_tokenizer(max_tokens: int) -> Qwen2Tokenizer:
 
     blank = Qwen2Tokenizer(vocab={}, merges=[])
     trainer = trainers.BpeTrainer(
-        vocab_size=MERGED_VOCABULARY,
+        vocab_size=vocabulary,
         initial_alphabet=_byte_alphabet(),
         show_progress=False,
         special_tokens=[],
     )
     backend = blank.backend_tokenizer
     backend.model = models.BPE()
-    backend.train_from_iterator(CORPUS.splitlines(), trainer)
+    backend.train_from_iterator(corpus.splitlines(), trainer)
     trained = json.loads(backend.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
