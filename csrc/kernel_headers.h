@@ -10,5 +10,6 @@
 #include "attend.h"
 #include "digest.h"
 #include "float_type.h"
+#include "merge.h"
 #include "retrieve.h"
 #include "score.h"

@@ -10,5 +10,6 @@ namespace budgetkv::avx2 {
 #include "digest_kernel.inl"
 #include "retrieve_kernel.inl"
 #include "score_kernel.inl"
+#include "merge_kernel.inl"
 }  // namespace budgetkv::avx2
 #endif

@@ -11,5 +11,6 @@ namespace budgetkv::avx512 {
 #include "digest_kernel.inl"
 #include "retrieve_kernel.inl"
 #include "score_kernel.inl"
+#include "merge_kernel.inl"
 }  // namespace budgetkv::avx512
 #endif

@@ -8,4 +8,5 @@ namespace budgetkv::generic {
 #include "digest_kernel.inl"
 #include "retrieve_kernel.inl"
 #include "score_kernel.inl"
+#include "merge_kernel.inl"
 }  // namespace budgetkv::generic

@@ -162,7 +162,7 @@ def test_parts_do_not_know_each_other(source: str, target: str) -> None:
 
 
 def test_arithmetic_imports_nothing_of_ours() -> None:
-    for module in ("quota.py", "layout.py", "spans.py", "rotation.py"):
+    for module in ("quota.py", "layer_budgets.py", "layout.py", "spans.py", "rotation.py"):
         assert not own_imports(module, "module", "function", "types"), module
 
 

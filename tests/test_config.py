@@ -13,8 +13,10 @@ from vllm_budgetkv.config import BudgetConfig
 FLAGS = {
     "--kv-policy", "--kv-page-quota", "--kv-quota-tokens", "--kv-quota-ratio", "--kv-chunk-tokens",
     "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead", "--kv-lookahead-tokens",
+    "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
-    "--kv-force-class", "--kv-report-file", "--kv-check-ledger", "--no-kv-check-ledger",
+    "--kv-force-class", "--kv-merge", "--kv-report-file", "--kv-check-ledger",
+    "--no-kv-check-ledger",
 }  # fmt: skip
 
 
@@ -84,6 +86,12 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "window", "page_quota": 8, "chunk_tokens": 0}, "--kv-chunk-tokens"),
         ({"policy": "window", "page_quota": 8, "static_threshold": 2.0}, "static_threshold"),
         ({"polcy": "window"}, "unknown budgetkv option"),
+        ({"policy": "hybrid", "page_quota": 8, "merge": "pivot"}, "merge is 'pivot'"),
+        ({"policy": "snapkv", "page_quota": 8, "merge": "value"}, "is of --kv-policy hybrid"),
+        ({"policy": "sparsemm", "page_quota": 8}, "needs --kv-head-scores-file"),
+        ({"policy": "streammem", "page_quota": 8, "lookahead": False}, "--no-kv-lookahead"),
+        ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "'template'; got"),
+        ({"policy": "hybrid", "page_quota": 8, "template_tokens": 0}, "--kv-template-tokens"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -113,6 +121,25 @@ def test_a_quota_below_one_block_is_refused() -> None:
     config = BudgetConfig(policy="window", quota_tokens=15)
     with pytest.raises(ValueError, match="smaller than one block of 16 tokens.*--kv-quota-tokens"):
         config.quota_blocks(page_tokens=16, max_model_len=1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "limit_tokens"),
+    [
+        ({"policy": "hybrid"}, 256),
+        ({"policy": "hybrid", "lookahead_tokens": 9}, 9),
+        ({"policy": "hybrid", "lookahead_source": "template"}, 5),
+        ({"policy": "streammem", "template_tokens": 7}, 7),
+        ({"policy": "hybrid", "lookahead": False}, None),
+        ({"policy": "snapkv"}, None),
+        ({"policy": "lookm-pivot"}, None),
+        ({"policy": "keydiff"}, None),
+    ],
+    ids=str,
+)
+def test_what_runs_ahead(options: dict[str, object], limit_tokens: int | None) -> None:
+    config = BudgetConfig(page_quota=9, **options)
+    assert (config.lookahead_limit_tokens if config.looks_ahead else None) == limit_tokens
 
 
 def test_round_trip() -> None:

@@ -128,3 +128,33 @@ def test_frames_of_a_video_and_an_image() -> None:
 def test_bad_items(prompt_tokens: int, items: list[VisionItem], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PromptSpans(prompt_tokens, items)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_lookup_frames(name: str) -> None:
+    """Frames are counted over the prompt; items with equally large frames share patch ids."""
+    spans = PromptSpans(*PROMPTS[name])
+    frame_ids, patch_ids = [-1] * (spans.prompt_tokens + 3), [0] * (spans.prompt_tokens + 3)
+    first_patch: dict[int, int] = {}
+    frame = -1
+    for item in spans.items:
+        size = item.frame_tokens or (item.length if item.modality == "image" else 1)
+        first = first_patch.setdefault(size, sum(first_patch))
+        for position in range(item.offset, item.stop):
+            inside = position - item.offset
+            frame += inside % size == 0
+            frame_ids[position], patch_ids[position] = frame, first + inside % size
+    positions = torch.tensor([-1, *range(len(frame_ids))], dtype=torch.int32)
+    found = spans.lookup_frames(positions)
+    assert [tensor.tolist() for tensor in found] == [[-1, *frame_ids], [0, *patch_ids]]
+    assert [tensor.dtype for tensor in found] == [torch.int32, torch.int32]
+    assert max(patch_ids) < spans.num_patches
+
+
+def test_frames_of_one_size_share_patches_and_others_do_not() -> None:
+    items = [VisionItem(0, 8, "video", 4), VisionItem(9, 4, "image"), VisionItem(14, 6, "image")]
+    spans = PromptSpans(30, items)
+    frame_ids, patch_ids = spans.lookup_frames(torch.arange(20, dtype=torch.int32))
+    assert frame_ids.tolist() == [*[0] * 4, *[1] * 4, -1, *[2] * 4, -1, *[3] * 6]
+    assert patch_ids.tolist() == [*range(4), *range(4), 0, *range(4), 0, *range(4, 10)]
+    assert spans.num_patches == 10

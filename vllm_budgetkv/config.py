@@ -31,8 +31,8 @@ class BudgetConfig:
     policy: str = _option(
         "full",
         "Which cached tokens a request keeps once its quota is full: 'hybrid' (by the class of "
-        "each attention head), 'window' (first and most recent tokens), or 'full' (everything, "
-        "no quota).",
+        "each attention head), 'window' (first and most recent tokens), 'full' (everything, "
+        "no quota), or a method of the literature to compare with.",
         choices=tuple(POLICIES),
     )
     page_quota: int | None = _option(
@@ -57,10 +57,24 @@ class BudgetConfig:
     lookahead: bool = _option(
         True,
         "Run the text of a long prompt ahead of it, so that the question chooses what the first "
-        "chunks keep. Policy 'hybrid' only.",
+        "chunks keep. Policies whose probe is text only.",
     )
     lookahead_tokens: int = _option(
         256, "Most text tokens (the last of the prompt) that run ahead.", metavar="TOKENS"
+    )
+    lookahead_source: str = _option(
+        "text",
+        "What runs ahead: the last 'text' of the prompt or its chat 'template' alone, which asks "
+        "nothing (for ablations).",
+        choices=("text", "template"),
+    )
+    template_tokens: int = _option(
+        PolicyOptions.template_tokens,
+        "Last tokens of every prompt that belong to the chat template.",
+        metavar="TOKENS",
+    )
+    probe_tokens: int = _option(
+        PolicyOptions.probe_tokens, "Queries per layer that score the cache.", metavar="TOKENS"
     )
     sink_tokens: int = _option(
         PolicyOptions.sink_tokens, "First tokens of a request that always stay.", metavar="TOKENS"
@@ -83,6 +97,18 @@ class BudgetConfig:
         "Treat every head as of this class (for ablations).",
         choices=("static", "dynamic"),
     )
+    merge: str = _option(
+        PolicyOptions.merge,
+        "Merge the 'value' of dropped tokens into kept ones of like keys, or 'none' (for "
+        "ablations). Policy 'hybrid' only.",
+        choices=("none", "value"),
+    )
+    head_scores_file: str | None = _option(
+        None,
+        "JSON file with offline scores of the heads, a list per layer with a number per KV head. "
+        "Policy 'sparsemm' only.",
+        metavar="PATH",
+    )
     report_file: str | None = _option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )
@@ -96,9 +122,26 @@ class BudgetConfig:
                 f"unknown --kv-policy {self.policy!r}: choose one of {', '.join(POLICIES)}"
             )
         self._check_quota()
-        for name in ("chunk_tokens", "decode_interval_tokens", "lookahead_tokens"):
+        for name in _COUNT_FIELDS:
             _check_count(name, getattr(self, name))
+        self._check_lookahead()
+        if self.merge != "none" and self.policy != "hybrid":
+            raise ValueError(
+                f"--kv-merge {self.merge} is of --kv-policy hybrid; got --kv-policy {self.policy}"
+            )
+        if self.policy == "sparsemm" and self.head_scores_file is None:
+            raise ValueError("--kv-policy sparsemm needs --kv-head-scores-file")
         self.policy_options()
+
+    def _check_lookahead(self) -> None:
+        if self.lookahead_source not in ("text", "template"):
+            raise ValueError(
+                f"--kv-lookahead-source must be 'text' or 'template'; got {self.lookahead_source!r}"
+            )
+        if POLICIES[self.policy].probe_source == "template" and not self.lookahead:
+            raise ValueError(
+                f"--kv-policy {self.policy} asks with what runs ahead: remove --no-kv-lookahead"
+            )
 
     def _check_quota(self) -> None:
         given = [n for n in _QUOTA_FIELDS if getattr(self, n) is not None]
@@ -129,7 +172,14 @@ class BudgetConfig:
 
     @property
     def looks_ahead(self) -> bool:
-        return self.lookahead and POLICIES[self.policy].needs_scores
+        policy = POLICIES[self.policy]
+        return self.lookahead and policy.needs_scores and policy.probe_source != "recent"
+
+    @property
+    def lookahead_limit_tokens(self) -> int:
+        """Most text tokens, the last of the prompt, that run ahead."""
+        sources = (self.lookahead_source, POLICIES[self.policy].probe_source)
+        return self.template_tokens if "template" in sources else self.lookahead_tokens
 
     def policy_options(self) -> PolicyOptions:
         """The knobs of the policy; those that have no flag keep their default."""
@@ -179,6 +229,13 @@ class BudgetConfig:
         return asdict(self)
 
 
+_COUNT_FIELDS = (
+    "chunk_tokens",
+    "decode_interval_tokens",
+    "lookahead_tokens",
+    "template_tokens",
+    "probe_tokens",
+)
 _QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -122,6 +123,54 @@ class PromptSpans:
         span_ids = torch.searchsorted(self.boundaries, positions, right=True, out_int32=True)
         return span_ids, (span_ids & 1).bool()
 
+    @cached_property
+    def num_patches(self) -> int:
+        """Patch ids of `lookup_frames` are below it, and it is at least 1."""
+        return max(1, sum({_frame_tokens(item) for item in self.items}))
+
+    @cached_property
+    def _frame_table(self) -> torch.Tensor:
+        """int32 [4, items] on `device`: offset, tokens per frame, first frame and first patch id.
+
+        Items with equally large frames share their patch ids; others have none in common.
+        """
+        sizes = [_frame_tokens(item) for item in self.items]
+        first_patch: dict[int, int] = {}
+        num_patches = 0
+        for size in sizes:
+            if size not in first_patch:
+                first_patch[size] = num_patches
+                num_patches += size
+        counts = [-(-item.length // size) for item, size in zip(self.items, sizes, strict=True)]
+        rows = [
+            [item.offset for item in self.items],
+            sizes,
+            list(accumulate(counts, initial=0))[:-1],
+            [first_patch[size] for size in sizes],
+        ]
+        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+
+    def lookup_frames(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the frame of every vision token and its place there, on the device.
+
+        Args:
+            positions: int32 [...], logical indices; -1 counts as text.
+
+        Returns:
+            frame_ids int32 [...], counted over the prompt, -1 for text; and patch_ids int32 [...],
+            equal for the same place of frames of equally many tokens, 0 for text. Nothing is
+            mutated.
+        """
+        is_vision = self.lookup(positions)[1]
+        if not self.items:
+            return torch.full_like(positions, -1), torch.zeros_like(positions)
+        offsets, sizes, first_frames, first_patches = self._frame_table
+        items = (torch.searchsorted(offsets, positions, right=True) - 1).clamp(min=0)
+        inside, size = positions - offsets[items], sizes[items]
+        frame_ids = first_frames[items] + torch.div(inside, size, rounding_mode="floor")
+        patch_ids = first_patches[items] + inside % size
+        return frame_ids.masked_fill(~is_vision, -1), patch_ids.masked_fill(~is_vision, 0)
+
     def span_tokens(self, seen_tokens: int) -> torch.Tensor:
         """Tokens of every span among the first `seen_tokens`: int32 [2 * vision spans + 1]."""
         edges = self.boundaries.clamp(max=seen_tokens)
@@ -157,7 +206,11 @@ class PromptSpans:
         if index < 0 or seen_tokens >= self.items[index].stop:
             return seen_tokens
         item = self.items[index]
-        frame_tokens = item.frame_tokens
-        if frame_tokens is None:
-            frame_tokens = item.length if item.modality == "image" else 1
-        return seen_tokens - (seen_tokens - item.offset) % frame_tokens
+        return seen_tokens - (seen_tokens - item.offset) % _frame_tokens(item)
+
+
+def _frame_tokens(item: VisionItem) -> int:
+    """Tokens of a whole frame of `item`; 1 where it has no frames."""
+    if item.frame_tokens is not None:
+        return item.frame_tokens
+    return item.length if item.modality == "image" else 1

@@ -1,4 +1,4 @@
-"""Turns conversations into tensors: token ids, M-RoPE positions, pixels and the answers to learn."""
+"""Turns conversations into tensors: token ids, M-RoPE positions, cells, the answers to learn."""
 
 from __future__ import annotations
 

@@ -16,7 +16,6 @@ A turn asks one of these (K is any letter):
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from benchmarks.quality import scenes
 from benchmarks.quality.scenes import LETTERS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
@@ -75,7 +74,10 @@ def draw_frames(pairs: Sequence[str], grid: Grid, rng: Rng, *, whole: bool = Fal
     size = (len(pairs), grid.rows, grid.columns)
     first = scenes.landscape_id(0)
     scene = rng.integers(first, first + scenes.NUM_LANDSCAPES, size)
-    rows, columns = rng.integers(0, grid.rows, len(pairs)), rng.integers(0, grid.columns, len(pairs))
+    rows, columns = (
+        rng.integers(0, grid.rows, len(pairs)),
+        rng.integers(0, grid.columns, len(pairs)),
+    )
     variants = rng.integers(0, scenes.NUM_VARIANTS, len(pairs))
     for index, pair in enumerate(pairs):
         if not pair:
@@ -162,7 +164,7 @@ class _Plan:
     ) -> _Plan:
         letters = shuffled_letters(rng)
         recurring = num_frames >= 4 and any(kind in RECURRING for kind in kinds)
-        num_often = int(rng.integers(1, min(5, num_frames // 3 + 2))) if recurring else 0
+        num_often = int(rng.integers(1, min(5, (num_frames + 1) // 2))) if recurring else 0
         room = num_frames - 2 * num_often
         num_once = int(np.clip(rng.integers(max(1, room // 2), room + 1), 1, 10))
         once, often = letters[:num_once], letters[num_once : num_once + num_often]

@@ -45,10 +45,10 @@ ALL = {"video": 0.5, "read": 0.1, "pages": 0.12, "notes": 0.13, "ahead": 0.15}
 STAGES = (
     Stage("letters", 900, {"read": 1.0}, 4, turns=2),
     Stage("few frames", 700, {"read": 0.3, "needles": 0.7}, 16),
-    Stage("more frames", 1500, {**ALL, "needles": 0.2}, 64, (0.85, 0.05, 0.1, 0.0)),
-    Stage("clips", 2000, ALL, 256, (0.6, 0.15, 0.15, 0.1)),
-    Stage("videos", 1500, ALL, 1024, (0.55, 0.15, 0.2, 0.1), turns=12),
-    Stage("long videos", 700, ALL, 4096, (0.55, 0.1, 0.25, 0.1), turns=16),
+    Stage("more frames", 1300, {**ALL, "needles": 0.2}, 64, (0.85, 0.05, 0.1, 0.0)),
+    Stage("clips", 1500, ALL, 256, (0.6, 0.15, 0.15, 0.1)),
+    Stage("videos", 1100, ALL, 1024, (0.55, 0.15, 0.2, 0.1), turns=12),
+    Stage("long videos", 500, ALL, 4096, (0.55, 0.1, 0.25, 0.1), turns=16),
 )
 LAST_STEP = sum(stage.steps for stage in STAGES)
 MOST_ROWS = 128

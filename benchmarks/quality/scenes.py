@@ -75,15 +75,15 @@ class Palette:
         output = processor.video_processor(
             videos=[video], do_sample_frames=False, return_tensors="pt"
         )
-        return output["pixel_values_videos"].view(len(self.pixels), -1, output[
-            "pixel_values_videos"
-        ].shape[-1])
+        return output["pixel_values_videos"].view(
+            len(self.pixels), -1, output["pixel_values_videos"].shape[-1]
+        )
 
     def draw(self, scene: np.ndarray) -> np.ndarray:
         """Pixels of a scene, int [F, rows, columns] of cell ids.
 
         Returns:
-            uint8 [F * `FRAMES_PER_TOKEN`, height, width, 3]: each frame as often as one token spans.
+            uint8 [F * `FRAMES_PER_TOKEN`, height, width, 3]: each frame fills a token.
         """
         cells = self.pixels[scene]
         num_frames, rows, columns = scene.shape

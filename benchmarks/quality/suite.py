@@ -6,7 +6,6 @@ Seeds of reports are apart from those of the training: a training batch draws fr
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ from benchmarks.quality import conversations
 from benchmarks.quality.conversations import VIDEO, Conversation, Grid, Rng, draw_frames
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 SUITE = 20261121
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -97,7 +96,9 @@ def pair_of(letter: str, rng: Rng) -> str:
     return f"{letter}{rng.integers(10)}"
 
 
-def needle(tokens: int, depth: float, rng: Rng, grid: Grid = SMALL, **drawing: bool) -> Conversation:
+def needle(
+    tokens: int, depth: float, rng: Rng, grid: Grid = SMALL, **drawing: bool
+) -> Conversation:
     """One pair shown once among others."""
     letters = conversations.shuffled_letters(rng)
     pairs = background(tokens // grid.tokens, letters[1:], rng)

@@ -96,7 +96,7 @@ class Trainer:
         num_frames = len(batch.cells) // (rows * columns)
         grid = torch.tensor([[num_frames, 2 * rows, 2 * columns]])
         vision = inner.visual(pixels, grid_thw=grid).pooler_output
-        embeds = embeds.masked_scatter(batch.is_vision[..., None], vision)
+        embeds = embeds.masked_scatter(batch.is_vision[..., None], vision.to(embeds.dtype))
         hidden = inner.language_model(
             inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state

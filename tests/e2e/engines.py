@@ -52,7 +52,28 @@ def run(
     **engine: Any,
 ) -> dict[str, Any]:
     """Answers of `requests` from one engine; see `tests.e2e.job` for their form."""
-    arguments = {
+    arguments = arguments_of(model, **engine)
+    if budget is not None:
+        arguments["additional_config"] = {"budgetkv": budget}
+    job = {"engine": arguments, "requests": requests, "preempts": preempts, "session": session}
+    return _answer_of("job", job, tmp_path, environment(runner=runner, stock=stock))
+
+
+def run_budgets(
+    tmp_path: Path,
+    model: Path,
+    requests: list[dict[str, Any]],
+    budgets: list[dict[str, Any]],
+    **engine: Any,
+) -> dict[str, Any]:
+    """What `run` answers, by policy: one engine after another in one process."""
+    job = {"engine": arguments_of(model, **engine), "requests": requests, "budgets": budgets}
+    return _answer_of("budgets_job", job, tmp_path, environment())
+
+
+def arguments_of(model: Path, **engine: Any) -> dict[str, Any]:
+    """Arguments of an engine, those of the tests unless `engine` says otherwise."""
+    return {
         "model": str(model),
         "dtype": "float32",
         "enforce_eager": True,
@@ -62,21 +83,18 @@ def run(
         **(VISION if "vl" in model.name else {}),
         **engine,
     }
-    if budget is not None:
-        arguments["additional_config"] = {"budgetkv": budget}
+
+
+def _answer_of(
+    module: str, job: dict[str, Any], tmp_path: Path, variables: dict[str, str]
+) -> dict[str, Any]:
+    """Run `tests.e2e.<module>` on a job in a process of its own."""
     answer_file = tmp_path / "answer.json"
     answer_file.unlink(missing_ok=True)
-    job = {
-        "engine": arguments,
-        "requests": requests,
-        "preempts": preempts,
-        "session": session,
-        "answer_file": str(answer_file),
-    }
     process = subprocess.run(
-        [sys.executable, "-m", "tests.e2e.job"],
-        input=json.dumps(job),
-        env=environment(runner=runner, stock=stock),
+        [sys.executable, "-m", f"tests.e2e.{module}"],
+        input=json.dumps({**job, "answer_file": str(answer_file)}),
+        env=variables,
         capture_output=True,
         text=True,
         timeout=300,

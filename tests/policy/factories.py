@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
 
 import torch
 
-from vllm_budgetkv.policy import Observation, Retention
+from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention, make_policy
 from vllm_budgetkv.spans import PromptSpans, VisionItem
 
 PAGE_TOKENS = 16
+HEAD_SIZE = 8
+
+
+def policy_for(name: str, options: PolicyOptions, num_heads: int, num_layers: int = 1) -> Policy:
+    """The policy; one that needs a file of head scores gets falling ones."""
+    if name == "sparsemm":
+        scores_file = str(head_scores_file(num_layers, num_heads))
+        options = replace(options, head_scores_file=scores_file)
+    return make_policy(name, options, PAGE_TOKENS)
+
+
+@cache
+def head_scores_file(num_layers: int, num_heads: int) -> Path:
+    """A file for `sparsemm`: the first head of the first layer has the largest score."""
+    path = Path(mkdtemp()) / "scores.json"
+    total = num_layers * num_heads
+    flat = [float(total - index) ** 2 for index in range(total)]
+    rows = [flat[index : index + num_heads] for index in range(0, total, num_heads)]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return path
 
 
 @dataclass(frozen=True)
@@ -25,6 +49,7 @@ class Case:
     held_share: float = 0.5
     frame_tokens: int = 20
     hints: bool = True
+    layer: int = 0
 
     def spans(self) -> PromptSpans:
         """Text, a video, text, an image, text, an image directly behind it, text to the end."""
@@ -55,6 +80,8 @@ class Case:
         mass = rand(*positions.shape) ** 6 * held
         spans = self.spans()
         span_ids, is_vision = spans.lookup(positions)
+        frame_ids, patch_ids = spans.lookup_frames(positions)
+        keys = torch.randn(*positions.shape, HEAD_SIZE, generator=generator) + 0.5
         return Observation(
             mass=mass / mass.sum(dim=1, keepdim=True),
             topk_mass=0.8 + 0.2 * rand(self.num_heads * self.group),
@@ -70,6 +97,11 @@ class Case:
             was_static=rand(self.num_heads) < 0.5,
             text_tokens=spans.count_text(self.seen_tokens) if self.hints else None,
             span_tokens=spans.span_tokens(self.seen_tokens) if self.hints else None,
+            keys=keys * held[..., None],
+            frame_ids=frame_ids,
+            patch_ids=patch_ids,
+            num_patches=spans.num_patches,
+            layer=self.layer,
         )
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.policy.factories import PAGE_TOKENS, Case, kept_indices
+from tests.policy.factories import PAGE_TOKENS, Case, kept_indices, policy_for
 from vllm_budgetkv.policy import (
     POLICIES,
     Observation,
@@ -62,7 +62,7 @@ def pinned_sets(
 @given(case=CASES, options=OPTIONS)
 def test_budgets_hold(name: str, case: Case, options: PolicyOptions) -> None:
     observation = case.observe()
-    retention = make_policy(name, options, PAGE_TOKENS).retain(observation)
+    retention = policy_for(name, options, case.num_heads).retain(observation)
     budgets, lens = retention.budgets.tolist(), observation.lens.tolist()
     assert sum(budgets) <= case.budget_tokens * case.num_heads
     for budget, length in zip(budgets, lens, strict=True):
@@ -80,7 +80,7 @@ def test_budgets_hold(name: str, case: Case, options: PolicyOptions) -> None:
 def test_sinks_and_recent_tokens_stay(name: str, case: Case, options: PolicyOptions) -> None:
     """Whenever the head's budget has room for them; a smaller budget has nothing else."""
     observation = case.observe()
-    retention = make_policy(name, options, PAGE_TOKENS).retain(observation)
+    retention = policy_for(name, options, case.num_heads).retain(observation)
     for head, kept in enumerate(kept_indices(retention, observation)):
         sinks, recent = pinned_sets(observation, options, head)
         if len(sinks | recent) + 2 * options.dynamic_unit_tokens <= len(kept):
@@ -213,7 +213,7 @@ def stream(name: str, options: PolicyOptions, needle: int) -> set[int]:
 def test_never_waits_for_the_device(name: str, hints: bool, unit_tokens: int) -> None:
     """Fake tensors have no data: reading one on the host, or a shape that depends on it, raises."""
     options = PolicyOptions(dynamic_unit_tokens=unit_tokens)
-    policy = make_policy(name, options, PAGE_TOKENS)
+    policy = policy_for(name, options, Case.num_heads)
     observation = Case(hints=hints).observe()
     with FakeTensorMode() as mode:
         faked = {
@@ -228,7 +228,7 @@ def test_never_waits_for_the_device(name: str, hints: bool, unit_tokens: int) ->
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", NAMES)
 def test_never_synchronises_a_gpu(name: str) -> None:
-    policy = make_policy(name, PolicyOptions(dynamic_unit_tokens=4), PAGE_TOKENS)
+    policy = policy_for(name, PolicyOptions(dynamic_unit_tokens=4), Case.num_heads)
     observation = Case().observe()
     moved = {
         field.name: value.cuda() if isinstance(value, torch.Tensor) else value
@@ -255,7 +255,8 @@ def test_types_and_nothing_mutated(name: str, case: Case) -> None:
     observation = case.observe()
     tensors = [v for v in vars(observation).values() if isinstance(v, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
-    check_types(make_policy(name, PolicyOptions(), PAGE_TOKENS).retain(observation), observation)
+    policy = policy_for(name, PolicyOptions(), case.num_heads)
+    check_types(policy.retain(observation), observation)
     assert all(torch.equal(*pair) for pair in zip(tensors, before, strict=True))
 
 
@@ -282,7 +283,7 @@ def test_full_is_never_asked() -> None:
 
 
 def test_unknown_policy_names_the_choices() -> None:
-    with pytest.raises(ValueError, match="'h2o'; choose one of full, window, hybrid"):
+    with pytest.raises(ValueError, match="'h2o'; choose one of full, window, hybrid, "):
         make_policy("h2o", PolicyOptions(), PAGE_TOKENS)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 
+from tests.policy.factories import head_scores_file
 from vllm_budgetkv.layout import PageLayout, PagePool
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 from vllm_budgetkv.worker.bank import Rotary
@@ -105,6 +106,9 @@ class Lab:
         self.quota, self.heads, self.group, self.head_size = quota, heads, group, head_size
         self.layers = quota.num_layers
         self.options = options or PolicyOptions(sink_tokens=2, window_tokens=8, probe_tokens=4)
+        if policy == "sparsemm":
+            scores_file = str(head_scores_file(self.layers, heads))
+            self.options = replace(self.options, head_scores_file=scores_file)
         layout = PageLayout(quota.page_tokens, head_size, torch.float32)
         num_pages = pool_blocks * self.layers * heads
         raw = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8)
@@ -341,10 +345,15 @@ class Lab:
         if not plan.compress:
             return
         lens = self.cache.tables.lens[plan.request.slot, layer]
-        budget_tokens = self.quota.budget_tokens * self.heads
         held_tokens = int(lens.sum())
-        assert held_tokens <= budget_tokens
         assert int(lens.max()) <= self.quota.max_head_tokens
+        layer_budgets = plan.request.layer_budgets
+        if layer_budgets is not None:
+            assert held_tokens <= layer_budgets.caps[layer] * self.heads
+            assert sum(layer_budgets.caps) <= self.quota.budget_tokens * self.layers
+            return
+        budget_tokens = self.quota.budget_tokens * self.heads
+        assert held_tokens <= budget_tokens
         # dynamic heads round down to whole pages
         slack_tokens = self.heads * self.quota.page_tokens
         assert held_tokens > min(budget_tokens, plan.stop_tokens * self.heads) - slack_tokens

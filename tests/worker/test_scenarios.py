@@ -7,6 +7,7 @@ are NaN; and the ledger is checked after every step.
 from __future__ import annotations
 
 import random
+from typing import TypeVar
 
 import pytest
 
@@ -15,9 +16,12 @@ from vllm_budgetkv.quota import Quota
 
 SCENARIOS = 200
 POOL_BLOCKS = 40
+BASELINES = ["random", "snapkv", "ada-snapkv", "pyramidkv", "sparsemm", "keydiff"]
+BASELINES += ["infinipot-v", "streammem", "lookm"]
+AnyLab = TypeVar("AnyLab", bound=Lab)
 
 
-def make_lab(seed: int, policy: str) -> Lab:
+def make_lab(seed: int, policy: str, kind: type[AnyLab] = Lab) -> AnyLab:
     chance = random.Random(seed)
     numbers = {
         "page_tokens": chance.choice([8, 16]),
@@ -27,7 +31,7 @@ def make_lab(seed: int, policy: str) -> Lab:
     }
     smallest = Quota(blocks=10**6, **numbers).min_blocks
     quota = Quota(blocks=smallest + chance.randint(0, 3), **numbers)
-    return Lab(
+    return kind(
         policy,
         quota,
         pool_blocks=max(POOL_BLOCKS, 2 * quota.blocks),
@@ -57,7 +61,9 @@ def play(lab: Lab, num_steps: int) -> None:
         if len(clients) < 4 and chance.random() < 0.5:
             client = make_client(lab, f"request{number}")
             long = not lab.quota.fits(client.prompt_tokens)
-            if long and lab.cache.compressor.policy.needs_scores and chance.random() < 0.5:
+            policy = lab.cache.compressor.policy
+            looks_ahead = policy.needs_scores and policy.probe_source != "recent"
+            if long and looks_ahead and chance.random() < 0.5:
                 ahead = Client(client.request_id + LOOKAHEAD, min(5, lab.quota.chunk_tokens))
                 lab.step({ahead: ahead.prompt_tokens})
                 lab.give_blocks(ahead)
@@ -92,7 +98,16 @@ def play(lab: Lab, num_steps: int) -> None:
 @pytest.mark.parametrize("block", range(4))
 def test_random_scenarios(policy: str, block: int) -> None:
     count = SCENARIOS // 8
-    for seed in range(block * count, (block + 1) * count):
+    play_scenarios(policy, range(block * count, (block + 1) * count))
+
+
+@pytest.mark.parametrize("policy", BASELINES)
+def test_random_scenarios_of_the_baselines(policy: str) -> None:
+    play_scenarios(policy, range(SCENARIOS // 8))
+
+
+def play_scenarios(policy: str, seeds: range) -> None:
+    for seed in seeds:
         lab = make_lab(seed, policy)
         play(lab, num_steps=30)
         assert_empty(lab)
@@ -143,7 +158,7 @@ QUOTA = {
 }
 
 
-@pytest.mark.parametrize("policy", ["hybrid", "window"])
+@pytest.mark.parametrize("policy", ["hybrid", "window", *BASELINES])
 def test_long_prompt_and_output_stay_inside_the_quota(policy: str) -> None:
     lab = Lab(policy, Quota(**QUOTA), pool_blocks=12)
     client = long_run(lab, 24)

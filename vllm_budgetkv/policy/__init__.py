@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from vllm_budgetkv.policy.ada_snapkv import AdaSnapKVPolicy
 from vllm_budgetkv.policy.base import Observation, Policy, Retention, Tier
 from vllm_budgetkv.policy.full import FullPolicy
 from vllm_budgetkv.policy.hybrid import HybridPolicy
+from vllm_budgetkv.policy.infinipot_v import InfiniPotVPolicy
+from vllm_budgetkv.policy.keydiff import KeyDiffPolicy
+from vllm_budgetkv.policy.lookm import (
+    LookMAveragePolicy,
+    LookMPivotPolicy,
+    LookMPolicy,
+    LookMWeightedPolicy,
+)
 from vllm_budgetkv.policy.options import PolicyOptions
+from vllm_budgetkv.policy.pyramidkv import PyramidKVPolicy
+from vllm_budgetkv.policy.random_ranks import RandomPolicy
+from vllm_budgetkv.policy.snapkv import SnapKVPolicy
+from vllm_budgetkv.policy.sparsemm import SparseMMPolicy
+from vllm_budgetkv.policy.streammem import StreamMemPolicy
 from vllm_budgetkv.policy.window import WindowPolicy
 
 POLICIES: dict[str, type[Policy]] = {
     "full": FullPolicy,
     "window": WindowPolicy,
     "hybrid": HybridPolicy,
+    "random": RandomPolicy,
+    "snapkv": SnapKVPolicy,
+    "ada-snapkv": AdaSnapKVPolicy,
+    "pyramidkv": PyramidKVPolicy,
+    "sparsemm": SparseMMPolicy,
+    "keydiff": KeyDiffPolicy,
+    "infinipot-v": InfiniPotVPolicy,
+    "streammem": StreamMemPolicy,
+    "lookm": LookMPolicy,
+    "lookm-average": LookMAveragePolicy,
+    "lookm-pivot": LookMPivotPolicy,
+    "lookm-weighted": LookMWeightedPolicy,
 }
 
 

@@ -10,12 +10,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_budgetkv.policy.options import PolicyOptions
+
+
+ProbeSource = Literal["text", "template", "recent"]
+"""Which queries score the cache.
+
+- text: the last text tokens; a look-ahead runs them before a long prompt.
+- template: the last tokens of the prompt, those of the chat template alone; also run ahead, and
+  nothing that comes later replaces them.
+- recent: the last tokens of each step whatever they are; there is no look-ahead.
+"""
+
+MergeMode = Literal["average", "pivot", "weighted", "value"]
+"""How tokens that are dropped are merged into kept ones; `ops.merge` has the formulas."""
 
 
 class Tier(IntEnum):
@@ -38,7 +51,16 @@ class Observation:
             policy needs no scores or if there is no probe yet.
         topk_mass: float32 [Hq], mean over the probe's rows of the top-k mass with the sinks taken
             out; query heads of one KV head are neighbours. None together with `mass`.
-        value_norms: float32 [H, n], L2 norm of each value, 0 beyond `lens`, or None.
+        value_norms: float32 [H, n], L2 norm of each value, 0 beyond `lens`, or None if the policy
+            needs neither scores nor the norms.
+        keys: [H, n, D] of the cache's dtype, rotated as they are stored, 0 beyond `lens`; None
+            unless the policy needs keys.
+        frame_ids: int32 [H, n], number of the token's frame in the prompt; -1 for text and beyond
+            `lens`. None unless the policy needs frames.
+        patch_ids: int32 [H, n], place of a vision token in its frame; equal ids mean the same place
+            of frames with equally many tokens. 0 for text. None together with `frame_ids`.
+        num_patches: patch ids are below it.
+        layer: index of the layer.
         positions: int32 [H, n], logical index of each token, ascending, -1 beyond `lens`.
         lens: int32 [H], tokens that each head holds.
         is_vision: bool [H, n], False beyond `lens`.
@@ -70,6 +92,11 @@ class Observation:
     was_static: torch.Tensor | None = None
     text_tokens: int | None = None
     span_tokens: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    frame_ids: torch.Tensor | None = None
+    patch_ids: torch.Tensor | None = None
+    num_patches: int = 0
+    layer: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,26 +120,60 @@ class Retention:
         budgets: int32 [H], at most the tokens held and at most `max_head_tokens`; their sum is at
             most H * `budget_tokens`.
         is_static: bool [H], class of each head; only dynamic heads retrieve at decode.
+        merge: how the tokens that go are merged into those that stay; None loses them.
     """
 
     scores: torch.Tensor
     tiers: torch.Tensor
     budgets: torch.Tensor
     is_static: torch.Tensor
+    merge: MergeMode | None = None
 
 
 class Policy(Protocol):
-    """One way to choose the tokens that stay. Stateless: the state is in the `Observation`."""
+    """One way to choose the tokens that stay. Stateless: the state is in the `Observation`.
+
+    Policies inherit from this class for its defaults.
+    """
 
     name: ClassVar[str]
     """What the user types."""
     needs_scores: ClassVar[bool]
     """Whether the probe must be scored before `retain` is called."""
+    probe_source: ClassVar[ProbeSource] = "text"
+    """Whose queries are the probe; without meaning if no scores are needed."""
+    needs_value_norms: ClassVar[bool] = False
+    """Whether `value_norms` are needed also without a probe."""
+    needs_keys: ClassVar[bool] = False
+    """Whether `keys` must be gathered."""
+    needs_frames: ClassVar[bool] = False
+    """Whether `frame_ids` and `patch_ids` must be looked up."""
+    retrieves: ClassVar[bool] = False
+    """Whether it has dynamic heads, which read only some of their pages at decode."""
     compresses: ClassVar[bool]
     """False for a policy that never drops a token; `retain` is then not called."""
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         """Take the validated options and the tokens of a page; ValueError if they do not fit."""
+
+    def layer_budgets(
+        self, num_layers: int, num_heads: int, budget_tokens: int
+    ) -> tuple[int, ...] | None:
+        """Tokens per head, on average over its heads, that each layer should keep.
+
+        Args:
+            num_layers: L.
+            num_heads: KV heads of this rank (H).
+            budget_tokens: mean over the layers.
+
+        Returns:
+            L numbers whose sum is at most `num_layers * budget_tokens`; None for equal layers. A
+            layer gets more than the mean only once others have given up as much.
+
+        Raises:
+            ValueError: the policy does not fit the model.
+        """
+        return None
 
     def retain(self, observation: Observation) -> Retention:
         """Answer which tokens stay. Mutates nothing and does not wait for the device."""

@@ -61,8 +61,8 @@ def allocate(
     static = (counts * (RATIO_UNIT - floor) + uniform * floor) // RATIO_UNIT
 
     budgets = torch.where(is_static, torch.minimum(static, caps), dynamic)
-    budgets = budgets + _slack(budgets, caps * is_static, total_tokens)
-    grown = budgets + _slack(budgets, caps, total_tokens)
+    budgets = budgets + slack(budgets, caps * is_static, total_tokens)
+    grown = budgets + slack(budgets, caps, total_tokens)
     # a page that is partly filled costs a whole one, so dynamic heads grow by whole pages
     takes_all = is_static | (grown >= caps)
     whole = torch.maximum(grown // page_tokens * page_tokens, budgets)
@@ -98,7 +98,7 @@ def _pooled_counts(
     return torch.zeros_like(dynamic).scatter_add_(0, heads, torch.ones_like(heads))
 
 
-def _slack(budgets: torch.Tensor, caps: torch.Tensor, total_tokens: int) -> torch.Tensor:
+def slack(budgets: torch.Tensor, caps: torch.Tensor, total_tokens: int) -> torch.Tensor:
     """Tokens that each head gets of the unspent ones, in proportion to its room up to its cap."""
     room = (caps - budgets).clamp(min=0)
     room_tokens = room.sum()

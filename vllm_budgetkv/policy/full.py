@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, NoReturn
 
+from vllm_budgetkv.policy.base import Policy
+
 if TYPE_CHECKING:
     from vllm_budgetkv.policy.base import Observation
     from vllm_budgetkv.policy.options import PolicyOptions
 
 
-class FullPolicy:
+class FullPolicy(Policy):
     """The baseline without compression: a request that does not fit its quota is refused."""
 
     name: ClassVar[str] = "full"

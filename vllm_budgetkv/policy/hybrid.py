@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_budgetkv.policy.base import Observation, Retention, Tier
+from vllm_budgetkv.policy.base import Observation, Policy, Retention, Tier
 from vllm_budgetkv.policy.budgets import RATIO_UNIT, allocate
 from vllm_budgetkv.policy.classify import classify
 from vllm_budgetkv.policy.importance import importance
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.policy.options import PolicyOptions
 
 
-class HybridPolicy:
+class HybridPolicy(Policy):
     """HybridKV (https://arxiv.org/abs/2604.05887), applied chunk by chunk under a hard quota.
 
     All tokens, retained and new, are scored with the same probe at each call; nothing is summed
@@ -28,6 +28,7 @@ class HybridPolicy:
       `text_share` of the budget that is left; then whatever scores best.
     - Dynamic heads keep the same pins, then whatever scores best, in units of
       `dynamic_unit_tokens`. At decode they read only the pages that fit the query.
+    - With `merge` the values of what goes are merged into kept tokens of like keys, in all heads.
 
     Raises:
         ValueError: `dynamic_unit_tokens` does not divide the page.
@@ -36,6 +37,7 @@ class HybridPolicy:
     name: ClassVar[str] = "hybrid"
     needs_scores: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
+    retrieves: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         if page_tokens % options.dynamic_unit_tokens:
@@ -57,7 +59,13 @@ class HybridPolicy:
             return Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
         budgets = allocate(observation, scores, tiers, is_static, options, self._page_tokens)
         tiers = self._raise_text(observation, scores, tiers, budgets, is_static)
-        retention = Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
+        retention = Retention(
+            scores=scores,
+            tiers=tiers,
+            budgets=budgets,
+            is_static=is_static,
+            merge=None if options.merge == "none" else options.merge,
+        )
         if options.dynamic_unit_tokens == 1:
             return retention
         return keep_whole_units(

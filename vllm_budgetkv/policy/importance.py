@@ -26,15 +26,30 @@ def importance(observation: Observation, pool_width_tokens: int) -> torch.Tensor
     Returns:
         float32 [H, n], 0 or more, 0 beyond `lens`.
     """
-    if observation.mass is not None:
-        run_index = observation.positions + observation.span_ids
-        pooled = pool_runs(observation.mass, run_index, pool_width_tokens // 2)
-        if observation.value_norms is not None:
-            pooled = pooled * observation.value_norms
-        return pooled
-    if observation.value_norms is not None:
+    if observation.mass is None and observation.value_norms is not None:
         return observation.value_norms
-    return (observation.positions + 1).float()
+    scores = pooled_attention(observation, pool_width_tokens)
+    if observation.mass is not None and observation.value_norms is not None:
+        scores = scores * observation.value_norms
+    return scores
+
+
+def pooled_attention(observation: Observation, pool_width_tokens: int) -> torch.Tensor:
+    """Score every token by the probe's attention alone, max-pooled over its neighbours (SnapKV).
+
+    Without a probe the score is recency. Arguments and result as for `importance`.
+    """
+    if observation.mass is None:
+        return (observation.positions + 1).float()
+    return pool_runs(observation.mass, run_index(observation), pool_width_tokens // 2)
+
+
+def run_index(observation: Observation) -> torch.Tensor:
+    """int32 [H, n]: grows by exactly 1 from each token to its neighbour in the prompt.
+
+    Where a token was dropped, or text meets vision, it grows by more.
+    """
+    return observation.positions + observation.span_ids
 
 
 def pool_runs(mass: torch.Tensor, run_index: torch.Tensor, reach_tokens: int) -> torch.Tensor:
@@ -66,3 +81,24 @@ def pool_runs(mass: torch.Tensor, run_index: torch.Tensor, reach_tokens: int) ->
         backward[:, shift:] = torch.maximum(backward[:, shift:], before)
         covered += shift
     return torch.maximum(forward, backward)
+
+
+def average_runs(values: torch.Tensor, run_index: torch.Tensor, reach_tokens: int) -> torch.Tensor:
+    """Average-pool along the tokens over those that are neighbours in the prompt.
+
+    Args:
+        values: float32 [H, n].
+        run_index: int32 [H, n], as in `pool_runs`.
+        reach_tokens: tokens to each side.
+
+    Returns:
+        float32 [H, n]. Nothing is mutated.
+    """
+    total, count = values.clone(), torch.ones_like(values)
+    for shift in range(1, reach_tokens + 1):
+        neighbours = (run_index[:, shift:] - run_index[:, :-shift]) == shift
+        total[:, :-shift] += values[:, shift:] * neighbours
+        total[:, shift:] += values[:, :-shift] * neighbours
+        count[:, :-shift] += neighbours
+        count[:, shift:] += neighbours
+    return total / count

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Literal
 
 HeadClass = Literal["static", "dynamic"]
+HybridMerge = Literal["none", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,10 @@ class PolicyOptions:
     frame_share: float = 0.5
     """Share of the average budget that a frame cut by the chunk's end may pin."""
     probe_tokens: int = 32
-    """Text-token queries per layer that score the cache."""
+    """Queries per layer that score the cache."""
+    template_tokens: int = 5
+    """Last tokens of a prompt that are the chat template alone and ask nothing: of Qwen's
+    `<|im_end|>\\n<|im_start|>assistant\\n`."""
     static_threshold: float = 0.9
     """A head is static if this share of its attention falls on its top-k tokens (HybridKV)."""
     hysteresis: float = 0.05
@@ -49,22 +53,38 @@ class PolicyOptions:
     dynamic_unit_tokens: int = 1
     """Unit in which dynamic heads keep tokens: 1, or a divisor of the page. Whole pages lose small
     details: 0.18 where single tokens scored 1.00 on a prototype with frames of 4 tokens."""
+    recent_frames_share: float = 0.25
+    """Share of a head's budget for the most recent frames (InfiniPot-V)."""
+    redundancy_share: float = 0.5
+    """Share of the scored tokens that stay because recent frames do not repeat them; the others
+    stay for the norm of their value (InfiniPot-V)."""
+    uniform_share: float = 0.1
+    """Share of the budget that all heads get alike; the rest follows their offline scores
+    (SparseMM)."""
+    head_scores_file: str | None = None
+    """JSON list with a list per layer with a number, 0 or more, per KV head (SparseMM)."""
+    seed: int = 0
+    """Of random ranks."""
+    merge: HybridMerge = "none"
+    """Whether `hybrid` merges the values of dropped tokens into kept ones of like keys. Off: it
+    changes what is cached and has not won yet."""
     force_class: HeadClass | None = None
     """Class of every head, for ablations and exactness tests; None classifies."""
 
     def __post_init__(self) -> None:
         for name in ("sink_tokens", "window_tokens"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("probe_tokens", "top_k_min", "dynamic_unit_tokens"):
+        for name in ("probe_tokens", "template_tokens", "top_k_min", "dynamic_unit_tokens"):
             self._require(name, getattr(self, name) >= 1, "1 or more")
         for name in ("dynamic_weight", "static_weight"):
             self._require(name, 0.01 <= getattr(self, name) <= 100, "from 0.01 to 100")
-        for name in ("static_threshold", "hysteresis", "floor_ratio", "text_share", "frame_share"):
+        for name in _FROM_0_TO_1:
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for name in ("top_k_ratio", "retrieval_ratio"):
             self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
         odd = self.pool_width_tokens >= 1 and self.pool_width_tokens % 2 == 1
         self._require("pool_width_tokens", odd, "odd and 1 or more")
+        self._require("merge", self.merge in ("none", "value"), "'none' or 'value'")
         known = self.force_class in (None, "static", "dynamic")
         self._require("force_class", known, "None, 'static' or 'dynamic'")
 
@@ -86,3 +106,15 @@ class PolicyOptions:
     def _require(self, name: str, holds: bool, range_text: str) -> None:
         if not holds:
             raise ValueError(f"{name} is {getattr(self, name)!r}; set it to a value {range_text}")
+
+
+_FROM_0_TO_1 = (
+    "static_threshold",
+    "hysteresis",
+    "floor_ratio",
+    "text_share",
+    "frame_share",
+    "recent_frames_share",
+    "redundancy_share",
+    "uniform_share",
+)

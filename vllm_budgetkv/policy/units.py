@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 
-from vllm_budgetkv.policy.base import Retention, Tier
+from vllm_budgetkv.policy.base import Tier
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.policy.base import Retention
 
 
 def keep_whole_units(
@@ -45,7 +51,7 @@ def keep_whole_units(
     held_tokens = (tiers > Tier.NOT_HELD).sum(dim=1)
     as_is = retention.is_static | (budgets >= held_tokens) | (cut == 0)
     budgets = torch.where(as_is, budgets, cut).int()
-    return Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=retention.is_static)
+    return replace(retention, scores=scores, tiers=tiers, budgets=budgets)
 
 
 def _max_of(values: torch.Tensor, units: torch.Tensor, num_units: int) -> torch.Tensor:

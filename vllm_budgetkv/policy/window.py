@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from vllm_budgetkv.policy.base import Observation, Retention
+from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.pins import Pins
 
 if TYPE_CHECKING:
     from vllm_budgetkv.policy.options import PolicyOptions
 
 
-class WindowPolicy:
+class WindowPolicy(Policy):
     """StreamingLLM (https://arxiv.org/abs/2309.17453): all heads alike, no look at the content."""
 
     name: ClassVar[str] = "window"

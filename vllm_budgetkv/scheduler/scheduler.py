@@ -97,7 +97,7 @@ class BudgetScheduler(AsyncScheduler):
         super().add_request(request)
 
     def _lookahead_limit_tokens(self) -> int:
-        return min(self._config.lookahead_tokens, self._quota.budget_tokens)
+        return min(self._config.lookahead_limit_tokens, self._quota.budget_tokens)
 
     def _expect(self, request: Request) -> bool:
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)

@@ -113,15 +113,19 @@ def _make_compressor(
 ) -> Compressor:
     options = config.policy_options()
     policy = make_policy(config.policy, options, quota.page_tokens)
-    return Compressor(
+    turns_probe = policy.needs_scores and policy.probe_source != "recent"
+    compressor = Compressor(
         tables=tables,
         policy=policy,
         options=options,
         quota=quota,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
-        rotaries=rotaries_of(model, layer_index) if policy.needs_scores else {},
+        rotaries=rotaries_of(model, layer_index) if turns_probe else {},
         poison=config.check_ledger,
     )
+    if quota.compresses:
+        compressor.new_layer_budgets()  # refuses a model that does not fit before any request
+    return compressor
 
 
 def make_cache(

@@ -75,27 +75,38 @@ class BudgetCache:
         if request.in_prefill(start_tokens):
             plan.compress = self.quota.compresses_after(stop_tokens, request.prefill_tokens)
             if plan.compress and not request.shared:
-                self.slots.share(request)
+                self._share(request)
         else:
             held_tokens = None if request.shared else start_tokens
             if self.quota.compacts_before_decode(request.grown_tokens, held_tokens):
                 if not request.shared:
-                    self.slots.share(request)
+                    self._share(request)
                 self.compressor.compact_all(request)
         plan.bank_positions = self._bank_positions(request, start_tokens, stop_tokens)
         return plan
 
+    def _share(self, request: RequestState) -> None:
+        self.slots.share(request)
+        request.layer_budgets = self.compressor.new_layer_budgets()
+
     def _bank_positions(self, request: RequestState, start: int, stop: int) -> list[int]:
-        """Positions of this step's text tokens whose queries join the request's bank."""
+        """Positions of this step's tokens whose queries join the request's bank."""
         if not self._needs_bank(request, stop):
             return []
-        options = self.compressor.options
+        spans, options = request.spans, self.compressor.options
+        source = self.compressor.policy.probe_source
+        is_seeded = request.request_id in self.slots.seeds
         if request.bank is None:
             request.bank = self._new_bank()
-        elif request.request_id in self.slots.seeds:
+        if source == "recent":
+            return list(range(max(start, stop - options.probe_tokens), stop))
+        if source == "template":
+            template = spans.last_text_positions(0, spans.prompt_tokens, options.template_tokens)
+            return [] if is_seeded else [p for p in template if start <= p < stop]
+        if is_seeded:
             # the look-ahead's queries already stand for all text before the last vision token
-            start = max(start, request.spans.end_of_vision)
-        return request.spans.last_text_positions(start, stop, options.probe_tokens)
+            start = max(start, spans.end_of_vision)
+        return spans.last_text_positions(start, stop, options.probe_tokens)
 
     def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
         compressor = self.compressor
@@ -103,14 +114,18 @@ class BudgetCache:
             return False
         if self.slots.parent_of(request.request_id) is not None or request.is_long(self.quota):
             return True
+        if compressor.policy.probe_source == "template":
+            # its queries pass once, long before the output of a short prompt needs them
+            return True
         # a short prompt needs probes only once its output comes near the quota
         return stop_tokens + compressor.options.probe_tokens > self.quota.tokens
 
     def _new_bank(self) -> ProbeBank:
-        layout = self.tables.pool.layout
+        layout, options = self.tables.pool.layout, self.compressor.options
+        is_template = self.compressor.policy.probe_source == "template"
         return ProbeBank(
             self.tables.num_layers,
-            self.compressor.options.probe_tokens,
+            options.template_tokens if is_template else options.probe_tokens,
             self.num_query_heads,
             layout.head_size,
             layout.dtype,

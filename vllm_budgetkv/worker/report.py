@@ -27,6 +27,7 @@ class RequestRecord:
         kept: tokens after prefill, summed over (layer, head), by class and modality.
         kept_counts: per prompt position, the (layer, head) pairs of a class that kept it.
         heads: (layer, head) pairs of each class after prefill.
+        static_heads: after prefill, per layer and head whether the head is static.
         kv_bytes: bytes of blocks, tables and probe bank at the peak.
     """
 
@@ -46,6 +47,7 @@ class RequestRecord:
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
     kept_counts: dict[str, list[int]] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
+    static_heads: list[list[bool]] = field(default_factory=list)
     frames: list[dict[str, Any]] = field(default_factory=list)
 
     def observe(self, num_blocks: int, extra_bytes: int) -> None:
@@ -70,6 +72,7 @@ def record_kept(request: RequestState, tables: HeadTables) -> None:
     record, slot = request.record, request.slot
     page_tokens = tables.pool.layout.page_tokens
     length = request.prefill_tokens
+    record.static_heads = tables.is_static[slot].tolist()
     for index, name in enumerate(CLASSES):
         counts = torch.zeros(length, dtype=torch.int64)
         chosen = tables.is_static[slot] if index == 0 else ~tables.is_static[slot]

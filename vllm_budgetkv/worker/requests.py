@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from vllm_budgetkv.layer_budgets import LayerBudgets
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.bank import ProbeBank
@@ -32,6 +33,7 @@ class RequestState:
         retrieves: whether its digests are valid, so that decode may read some pages only.
         bank: its probe queries; None until it needs some.
         next_position: int64 scalar on the device: rotary position behind its last token.
+        layer_budgets: what each layer may hold now; None if all layers are equal.
     """
 
     request_id: str
@@ -47,6 +49,7 @@ class RequestState:
     retrieves: bool = False
     bank: ProbeBank | None = None
     next_position: torch.Tensor | None = None
+    layer_budgets: LayerBudgets | None = None
 
     def in_prefill(self, start_tokens: int) -> bool:
         return start_tokens < self.prefill_tokens
@@ -71,7 +74,7 @@ class RowPlan:
         request: the request.
         num_tokens: its tokens in this step.
         compress: whether each layer is compressed after its attention.
-        bank_positions: positions in the request of the text tokens that enter its bank.
+        bank_positions: positions in the request of the tokens that enter its bank.
     """
 
     request: RequestState

@@ -1,0 +1,171 @@
+"""What is run: policies, quotas, lengths and tasks, by the name of a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from benchmarks.quality.suite import SUITE, TASKS
+from vllm_budgetkv.policy import POLICIES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Input = Literal["as is", "uniform", "low-res"]
+
+PAGE_TOKENS = 8
+DECODE_INTERVAL_TOKENS = 8
+LONG_TOKENS = 4096
+ALL_TASKS = tuple(TASKS)
+HEAD_SCORES = Path(__file__).parent / "head_scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One engine and what it is asked.
+
+    Args:
+        name: of the line in plots and tables; the policy's unless options or input differ.
+        policy: a key of `POLICIES`.
+        quota_share: quota as a share of the prompt, 0 to 1; None for the full cache.
+        options: further options of the plugin, see `BudgetConfig`.
+        length_tokens: about how long the prompts are.
+        tasks: keys of `TASKS`.
+        count: examples of each task.
+        input: "as is", or how the videos are made to fit the quota before the engine sees them.
+        oracle: what is kept is chosen by the attention of the right answer.
+
+    Raises:
+        ValueError: policy, task or share is none of these, or a quota is missing or too much.
+    """
+
+    name: str
+    policy: str
+    quota_share: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    length_tokens: int = 2048
+    tasks: tuple[str, ...] = ALL_TASKS
+    count: int = 15
+    input: Input = "as is"
+    oracle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(f"policy {self.policy!r} is none of {', '.join(POLICIES)}")
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown:
+            raise ValueError(f"unknown task(s) {', '.join(unknown)}; known: {', '.join(TASKS)}")
+        if POLICIES[self.policy].compresses != (self.quota_share is not None):
+            raise ValueError(f"policy {self.policy!r} with quota_share {self.quota_share}")
+        if self.quota_share is not None and not 0 < self.quota_share <= 1:
+            raise ValueError(f"quota_share must be above 0 and at most 1; got {self.quota_share}")
+
+    @property
+    def title(self) -> str:
+        """Name, quota and length, for progress and errors."""
+        share = "" if self.quota_share is None else f" at {100 * self.quota_share:g} %"
+        return f"{self.name}{share} of {self.length_tokens:,} tokens"
+
+    @property
+    def quota_tokens(self) -> int | None:
+        """Tokens per head of the quota, whole pages; None for the full cache."""
+        if self.quota_share is None:
+            return None
+        return int(self.quota_share * self.length_tokens) // PAGE_TOKENS * PAGE_TOKENS
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Small beside the quota, of which a chunk takes its tokens over the layers."""
+        return 128 if self.length_tokens >= LONG_TOKENS else 64
+
+    @property
+    def num_examples(self) -> int:
+        return self.count * len(self.tasks)
+
+    def budget(self) -> dict[str, Any]:
+        """Options of the plugin."""
+        options: dict[str, Any] = {"policy": self.policy}
+        if self.quota_share is not None:
+            options |= {
+                "quota_tokens": self.quota_tokens,
+                "chunk_tokens": self.chunk_tokens,
+                "decode_interval_tokens": DECODE_INTERVAL_TOKENS,
+            }
+        return options | dict(self.options)
+
+    def key(self, fingerprint: str) -> str:
+        """Name of the result: equal only for the same run of the same model and suite."""
+        parts = {"run": asdict(self), "model": fingerprint, "suite": SUITE}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+FULL = Run(name="full", policy="full")
+HYBRID = Run(name="hybrid", policy="hybrid", quota_share=0.1)
+METHODS = (
+    HYBRID,
+    Run(name="window", policy="window", quota_share=0.1),
+    Run(name="random", policy="random", quota_share=0.1),
+    Run(name="snapkv", policy="snapkv", quota_share=0.1),
+    Run(name="ada-snapkv", policy="ada-snapkv", quota_share=0.1),
+    Run(name="pyramidkv", policy="pyramidkv", quota_share=0.1),
+    Run(
+        name="sparsemm",
+        policy="sparsemm",
+        quota_share=0.1,
+        options={"head_scores_file": HEAD_SCORES.as_posix()},
+    ),
+    Run(name="keydiff", policy="keydiff", quota_share=0.1),
+    Run(name="infinipot-v", policy="infinipot-v", quota_share=0.1),
+    Run(name="streammem", policy="streammem", quota_share=0.1),
+    Run(name="lookm", policy="lookm", quota_share=0.1),
+    Run(name="lookm-average", policy="lookm-average", quota_share=0.1),
+    Run(name="lookm-pivot", policy="lookm-pivot", quota_share=0.1),
+    Run(name="lookm-weighted", policy="lookm-weighted", quota_share=0.1),
+    Run(name="uniform frames", policy="window", quota_share=0.1, input="uniform"),
+    Run(name="low resolution", policy="window", quota_share=0.1, input="low-res"),
+)
+
+
+def at(run: Run, shares: tuple[float, ...], **changes: Any) -> list[Run]:
+    """A run at other quotas."""
+    return [replace(run, quota_share=share, **changes) for share in shares]
+
+
+def ablation(name: str, **options: Any) -> Run:
+    """`hybrid` at a tenth with other options."""
+    return replace(HYBRID, name=name, options=options)
+
+
+def by_length() -> list[Run]:
+    """Four policies at three lengths, on the tasks of retrieval, for the maps of depth."""
+    tasks = ("needle", "distractors", "page", "first", "last", "next")
+    compared = [FULL, *(run for run in METHODS if run.name in ("hybrid", "window", "snapkv"))]
+    return [
+        replace(run, length_tokens=length, tasks=tasks, count=20 if length < LONG_TOKENS else 10)
+        for length in (1024, 2048, 4096)
+        for run in compared
+    ]
+
+
+QUICK_TASKS = ("needle", "distractors", "first", "order", "next", "note", "second", "detail")
+QUICK = {"length_tokens": 1024, "tasks": QUICK_TASKS, "count": 20}
+
+PLANS: dict[str, list[Run]] = {
+    "main": [FULL, *(run for method in METHODS for run in at(method, (0.05, 0.1, 0.2)))],
+    "lengths": by_length(),
+    "budgets": [FULL, *at(HYBRID, (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8))],
+    "ablations": [
+        FULL,
+        HYBRID,
+        ablation("no look-ahead", lookahead=False),
+        ablation("look-ahead of the template", lookahead_source="template"),
+        ablation("all heads static", force_class="static"),
+        ablation("all heads dynamic", force_class="dynamic"),
+        ablation("retrieve all pages", retrieval_ratio=1.0),
+        ablation("merge values", merge="value"),
+    ],
+    "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
+}

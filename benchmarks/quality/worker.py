@@ -1,0 +1,106 @@
+"""One run in this process: start an engine, ask, free it; the process is used for many runs."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.quality.instructions import INSTRUCTIONS
+from benchmarks.quality.models import knows_notation
+from benchmarks.quality.plan import PAGE_TOKENS
+from benchmarks.quality.results import RunResult, summarise
+from benchmarks.quality.suite import make_examples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from benchmarks.quality.lab import Outcome, Setup
+    from benchmarks.quality.plan import Run
+    from benchmarks.quality.suite import Example
+
+ENGINE = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "use_tqdm_on_load": False}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+}
+
+
+def prepare(core: int, offline: bool) -> None:
+    """First call in a worker process, before anything imports vLLM. Mutates the environment.
+
+    Args:
+        core: the CPU core that this worker keeps to.
+        offline: the model is a folder, nothing is to be fetched.
+    """
+    import faulthandler; faulthandler.dump_traceback_later(40, file=open("/tmp/h/runner/trace%d"%core,"w"))
+    os.environ |= ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> RunResult:
+    """Ask all examples of a run.
+
+    Args:
+        run: what to ask of which policy.
+        model: folder or name that vLLM can load.
+        engine: further arguments of `LLM`.
+        commit: what is measured.
+
+    Raises:
+        QuotaExceededError: a request held more blocks than its quota.
+    """
+    from benchmarks.quality.lab import Setup
+
+    setup = Setup(
+        model=model,
+        budget=run.budget(),
+        page_tokens=PAGE_TOKENS,
+        instructions=None if knows_notation(model) else INSTRUCTIONS,
+        engine=ENGINE | dict(engine),
+    )
+    # task by task: the pixels of all prompts at once would not fit the memory
+    groups = [make_examples(task, run.length_tokens, run.count) for task in run.tasks]
+    outcomes, seconds = ask_oracle(setup, groups) if run.oracle else ask(run, setup, groups)
+    return summarise(run, outcomes, seconds, commit)
+
+
+def ask(run: Run, setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
+    """(outcomes, seconds of asking) of one engine, which is freed behind it."""
+    from benchmarks.quality.lab import Lab
+    from benchmarks.quality.small_input import SmallInputLab
+
+    lab = Lab(setup) if run.input == "as is" else SmallInputLab(setup, run.input)
+    try:
+        started = time.perf_counter()
+        outcomes = [outcome for group in groups for outcome in lab.ask(group)]
+        return outcomes, time.perf_counter() - started
+    finally:
+        lab.llm.llm_engine.engine_core.shutdown()
+        del lab
+        free_memory()
+
+
+def ask_oracle(setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
+    """As `ask`, with what is kept chosen by the attention of the right answers."""
+    from benchmarks.quality.oracle import ask_with_oracle
+
+    started = time.perf_counter()
+    outcomes = [outcome for group in groups for outcome in ask_with_oracle(setup, group)]
+    free_memory()
+    return outcomes, time.perf_counter() - started
+
+
+def free_memory() -> None:
+    """Gives back the memory and the process group of an engine that nothing refers to."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()

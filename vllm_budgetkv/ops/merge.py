@@ -1,0 +1,93 @@
+"""`merge`: tokens that a head is about to drop go into the kept ones that are most like them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.ops import backend, extension
+from vllm_budgetkv.ops.reference.merge import merge as merge_reference
+from vllm_budgetkv.ops.require import require
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.layout import PagePool
+
+MERGE_MODES = ("average", "pivot", "weighted", "value")
+VALUE_THRESHOLD = 0.8
+
+
+def merge(
+    keep: torch.Tensor,
+    pool: PagePool,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+    is_vision: torch.Tensor,
+    mode: str,
+    seen_tokens: int,
+    threshold: float = VALUE_THRESHOLD,
+) -> None:
+    """Merge the tokens that `compact` will drop into those that it will keep, head by head.
+
+    Every dropped token e has one pivot p: the kept token of its head whose stored, rotated key has
+    the highest cosine c_e with its own; equal cosines go to the lower index, and a key of norm 0
+    has cosine 0 with every other. E is the set of the dropped tokens of a pivot. In the modes of
+    LOOK-M (https://arxiv.org/abs/2406.18139), x is the key and, with the same pivots, the value:
+
+    - average: x_p <- mean({x_p} + {x_e for e in E})
+    - pivot: x_p <- mean({x_p} + {(x_e + x_p) / 2 for e in E})
+    - weighted: x_p <- mean({x_p} + {c_e x_e for e in E}), where E leaves out tokens whose position
+      has a cosine below the mean: its mean over the heads that drop the position is compared with
+      the mean over all dropped tokens of all heads. These means are taken in float64.
+
+    The fourth leaves keys alone, because a mean of keys that M-RoPE has turned differently matches
+    no query, and weighs as kvpress does:
+
+    - value: v_p <- (v_p + sum(w_e v_e)) / (1 + sum(w_e)) with w_e = c_e |v_e| / (|v_e| + |v_p|).
+      p is chosen among the kept tokens of e's modality, and e is left out if c_e < `threshold`.
+
+    All means are of the values before the call, in float32, rounded once to the cache dtype. Kept
+    tokens are never sources, and tokens of a head that keeps none (or, by value, none of that
+    modality) are lost. Positions, scores and digests are not touched: the digest of a page whose
+    keys changed is stale until `digest` runs. No token remembers how many it has taken in: at the
+    next call it counts as one again.
+
+    Plain torch serves GPUs too: the cost is a matrix product, dropped times kept tokens of a head.
+
+    Args:
+        keep: bool [H, n], which tokens survive; n is at least the largest of `lens`, and what
+            lies beyond `lens` is ignored.
+        pool: keys (but for `value`) and values of pivots are mutated.
+        table: int32 [H, W], pages of each head.
+        lens: int32 [H], tokens of each head.
+        is_vision: bool [H, n], read by `value` only.
+        mode: one of `MERGE_MODES`.
+        seen_tokens: tokens of the request so far; all positions are below it.
+        threshold: least cosine of `value`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or the mode is unknown.
+    """
+    num_heads, num_tokens = table.shape[0], keep.shape[-1]
+    require("table", table, torch.int32, (None, None))
+    require("keep", keep, torch.bool, (num_heads, None))
+    require("lens", lens, torch.int32, (num_heads,))
+    require("is_vision", is_vision, torch.bool, (num_heads, num_tokens))
+    if mode not in MERGE_MODES:
+        raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MERGE_MODES)}")
+    if seen_tokens < 0:
+        raise ValueError(f"seen_tokens is {seen_tokens}; pass how many tokens the request has seen")
+    capacity_tokens = table.shape[1] * pool.layout.page_tokens
+    if num_tokens > capacity_tokens:
+        raise ValueError(
+            f"keep has {num_tokens} tokens per head; a table of {table.shape[1]} pages of "
+            f"{pool.layout.page_tokens} tokens holds {capacity_tokens}"
+        )
+    match backend.of(keep):
+        case "reference" | "triton":
+            merge_reference(keep, pool, table, lens, is_vision, mode, seen_tokens, threshold)
+        case "cpp":
+            extension.load()
+            fields = (pool.keys, pool.values, pool.positions)
+            tables = (table, lens, is_vision)
+            torch.ops.budgetkv.merge(keep, *fields, *tables, mode, threshold, seen_tokens)
