@@ -15,7 +15,7 @@ FLAGS = {
     "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead", "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
-    "--kv-force-class", "--kv-merge", "--kv-report-file", "--kv-check-ledger",
+    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-report-file", "--kv-check-ledger",
     "--no-kv-check-ledger",
 }  # fmt: skip
 
@@ -148,3 +148,31 @@ def test_round_trip() -> None:
     assert budget_args(policy="hybrid", page_quota=9) == {
         "additional_config": {"budgetkv": {"policy": "hybrid", "page_quota": 9}}
     }
+
+
+def test_tuning_reaches_the_policy() -> None:
+    config = BudgetConfig(policy="hybrid", page_quota=64, tuning={"text_share": 0.25})
+    assert config.policy_options().text_share == 0.25
+
+
+@pytest.mark.parametrize(
+    ("tuning", "message"),
+    [
+        ({"text_shar": 0.25}, "unknown knob 'text_shar'"),
+        ({"window_tokens": 8}, "set --kv-window-tokens instead"),
+        ({"text_share": 2.0}, "text_share is 2.0"),
+    ],
+)
+def test_tuning_is_checked_at_the_start(tuning: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BudgetConfig(policy="hybrid", page_quota=64, tuning=tuning)
+
+
+def test_tuning_is_a_json_object_on_the_command_line() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(["--kv-tuning", '{"text_share": 0.25}'])
+    fold_flags(args)
+    assert args.additional_config == {"budgetkv": {"tuning": {"text_share": 0.25}}}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--kv-tuning", "[1]"])

@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import Field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.config import SECTION, BudgetConfig, flag_of
 
-_TYPES = {"int": int, "int | None": int, "float": float, "float | None": float}
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "int | None": int,
+    "float": float,
+    "float | None": float,
+    "Mapping[str, Any] | None": _json_object,
+}
 
 
 def _destination(option: Field[Any]) -> str:

@@ -109,6 +109,12 @@ class BudgetConfig:
         "Policy 'sparsemm' only.",
         metavar="PATH",
     )
+    tuning: Mapping[str, Any] | None = _option(
+        None,
+        "JSON object with knobs of the policy that have no flag of their own, such as "
+        "'{\"text_share\": 0.3}' (for ablations; see policy/options.py).",
+        metavar="JSON",
+    )
     report_file: str | None = _option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )
@@ -182,9 +188,21 @@ class BudgetConfig:
         return self.template_tokens if "template" in sources else self.lookahead_tokens
 
     def policy_options(self) -> PolicyOptions:
-        """The knobs of the policy; those that have no flag keep their default."""
-        shared = {f.name for f in fields(PolicyOptions)} & {f.name for f in fields(self)}
-        return PolicyOptions(**{name: getattr(self, name) for name in sorted(shared)})
+        """The knobs of the policy: flags, then `tuning`; the others keep their default.
+
+        Raises:
+            ValueError: a knob is unknown, has a flag of its own or is out of range.
+        """
+        knobs = {f.name for f in fields(PolicyOptions)}
+        shared = knobs & {f.name for f in fields(self)}
+        tuning = dict(self.tuning or {})
+        for name in sorted(tuning):
+            if name in shared:
+                raise ValueError(f"--kv-tuning sets {name}: set {flag_of(name)} instead")
+            if name not in knobs:
+                known = ", ".join(sorted(knobs - shared))
+                raise ValueError(f"--kv-tuning sets the unknown knob {name!r}; known: {known}")
+        return PolicyOptions(**{name: getattr(self, name) for name in sorted(shared)} | tuning)
 
     def quota_blocks(self, page_tokens: int, max_model_len: int) -> int:
         """The quota in blocks; for a policy that keeps everything, what the longest request needs.

@@ -121,7 +121,6 @@ def video_conversation(
     *,
     kinds: Sequence[str] = ("needle",),
     blank: float = 0.0,
-    question_first: bool = False,
     periodic: bool = False,
     whole: bool = False,
 ) -> Conversation:
@@ -134,7 +133,6 @@ def video_conversation(
         rng: of everything.
         kinds: what may be asked: "needle" and keys of `RECURRING`.
         blank: share of the background frames that show nothing.
-        question_first: put the first question before the video too.
         periodic: background letters come in a fixed cycle.
         whole: the letters that are asked about fill their frames.
     """
@@ -144,10 +142,18 @@ def video_conversation(
         asked = np.array([pair[:1] in plan.once + plan.often for pair in plan.pairs])
         scene[asked] = draw_frames(plan.pairs, grid, rng, whole=True)[asked]
     turns = [plan.turn(kinds[rng.integers(len(kinds))], rng) for _ in range(num_turns)]
-    if question_first:
-        question, answer = turns[0]
-        return Conversation(f"{question}{VIDEO}", [scene], [("", answer), *turns[1:]])
     return Conversation(VIDEO, [scene], turns)
+
+
+def ahead_conversation(num_videos: int, frames_each: int, grid: Grid, rng: Rng) -> Conversation:
+    """One video a turn, each behind its question; a letter may have been in an earlier video."""
+    talk = Conversation()
+    for _ in range(num_videos):
+        plan = _Plan.make(frames_each, rng, kinds=("needle",), blank=0.3, periodic=False)
+        question, answer = plan.turn("needle", rng)
+        talk.turns.append((f"{question}{VIDEO}", answer))
+        talk.scenes.append(draw_frames(plan.pairs, grid, rng))
+    return talk
 
 
 @dataclass

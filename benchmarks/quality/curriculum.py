@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from benchmarks.quality import conversations
-from benchmarks.quality.conversations import RECURRING, Conversation, Grid
+from benchmarks.quality.conversations import RECURRING, VIDEO, Conversation, Grid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 SMALL, WIDE, SQUARE, LARGE = Grid(2, 2), Grid(2, 4), Grid(4, 4), Grid(4, 8)
 GRIDS: tuple[Grid, ...] = (SMALL, WIDE, SQUARE, LARGE)
-KINDS = ("needle", "needle", *RECURRING)
+KINDS = ("needle", "needle", "first", *RECURRING)
+AGAIN = ("first", "last", "count", "change", "order")
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Stage:
     turns: int = 8
 
 
-ALL = {"video": 0.5, "read": 0.1, "pages": 0.12, "notes": 0.13, "ahead": 0.15}
+ALL = {"video": 0.25, "again": 0.3, "read": 0.03, "pages": 0.15, "notes": 0.15, "ahead": 0.12}
+EQUAL = (0.4, 0.15, 0.35, 0.1)
 STAGES = (
     Stage("letters", 900, {"read": 1.0}, 4, turns=2),
     Stage("few frames", 700, {"read": 0.3, "needles": 0.7}, 16),
-    Stage("more frames", 1300, {**ALL, "needles": 0.2}, 64, (0.85, 0.05, 0.1, 0.0)),
-    Stage("clips", 1500, ALL, 256, (0.6, 0.15, 0.15, 0.1)),
-    Stage("videos", 1100, ALL, 1024, (0.55, 0.15, 0.2, 0.1), turns=12),
-    Stage("long videos", 500, ALL, 4096, (0.55, 0.1, 0.25, 0.1), turns=16),
+    Stage("more frames", 1100, {**ALL, "needles": 0.1}, 64, (0.85, 0.05, 0.1, 0.0)),
+    Stage("clips", 1200, ALL, 256, EQUAL),
+    Stage("videos", 900, ALL, 1024, EQUAL, turns=12),
+    Stage("long videos", 500, ALL, 4096, EQUAL, turns=16),
 )
 LAST_STEP = sum(stage.steps for stage in STAGES)
 MOST_ROWS = 128
@@ -83,6 +85,8 @@ def sample(step: int, batch_tokens: int, rng: Rng) -> list[Conversation]:
         num_frames = min(num_frames, 16)
     elif family in ("pages", "notes"):
         num_frames = min(num_frames, 60)
+    elif family == "ahead":
+        turns = min(turns, num_frames)
     length = 16 + num_frames * grid.tokens + turns * TURN_TOKENS
     length += 6 * num_frames if family in ("pages", "notes") else 0
     rows = int(np.clip(batch_tokens // length, 2, MOST_ROWS))
@@ -91,6 +95,9 @@ def sample(step: int, batch_tokens: int, rng: Rng) -> list[Conversation]:
 
 def draw(family: str, num_frames: int, turns: int, grid: Grid, rng: Rng) -> Conversation:
     """One conversation of a family of `Stage.shares`."""
+    if family == "ahead":
+        each = max(1, num_frames // int(rng.integers(1, turns + 1)))
+        return conversations.ahead_conversation(max(1, num_frames // each), each, grid, rng)
     if family == "read":
         return conversations.read_conversation(num_frames, turns, grid, rng)
     if family == "pages":
@@ -98,14 +105,14 @@ def draw(family: str, num_frames: int, turns: int, grid: Grid, rng: Rng) -> Conv
     if family == "notes":
         each = max(1, num_frames // int(rng.integers(2, 9)))
         return conversations.notes_conversation(max(1, num_frames // each), each, turns, grid, rng)
+    kinds = {"needles": ("needle",), "again": AGAIN}.get(family, KINDS)
     return conversations.video_conversation(
         num_frames,
         turns,
         grid,
         rng,
-        kinds=("needle",) if family == "needles" else KINDS,
+        kinds=kinds,
         blank=float(rng.choice([0.0, 0.3, 0.8])),
-        question_first=family == "ahead",
         periodic=bool(rng.random() < 0.2),
         whole=bool(rng.random() < 0.25),
     )
@@ -113,7 +120,7 @@ def draw(family: str, num_frames: int, turns: int, grid: Grid, rng: Rng) -> Conv
 
 def kind_of(question: str) -> str:
     """Kind of a question by its words, for the log."""
-    if not question:
+    if VIDEO in question:
         return "ahead"
     for word in ("page", "note", "read"):
         if question.startswith(word):

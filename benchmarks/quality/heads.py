@@ -258,7 +258,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quota", type=float, default=0.25, help="share of --length, 0 to 1")
     parser.add_argument("--chunk-tokens", type=int, default=256, help="tokens of a chunk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality_heads.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    if unknown := sorted(set(options.tasks) - {*TASKS, *TEXT_TASKS}):
+        known = ", ".join([*TASKS, *TEXT_TASKS])
+        parser.error(f"unknown {', '.join(unknown)}; choose from {known}")
+    return options
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """What a model that was not trained on the tasks is told before it is asked."""
 
 INSTRUCTIONS = """\
-You see videos whose frames show landscape. Some frames have a small red sign with a capital letter \
-and a digit beside it, such as K7. Between videos there may be text. Questions are written in a \
-short notation, where K stands for any letter:
+You see videos whose frames show landscape. Some frames have a small red sign with a capital \
+letter and a digit beside it, such as K7. Between videos there may be text. Questions are written \
+in a short notation, where K stands for any letter:
 K? - the digit on the sign with K (one digit)
 K first? - K is shown with several digits: the digit of the earliest sign (one digit)
 K last? - the digit of the latest sign with K (one digit)

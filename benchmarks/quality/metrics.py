@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from benchmarks.quality.inside import (
 )
 from benchmarks.quality.lab import Lab, Setup
 from benchmarks.quality.suite import TASKS, make_examples
+from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
@@ -127,9 +128,9 @@ def page_recall(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How many of the pages that exact attention would fetch are kept, in part and as a whole.
 
-    The prompt is cut into pages of `page_tokens`, as the full cache would hold it. The best pages
-    are those with the most attention, the best tokens those that would fill as many pages. Of a
-    best page only its best tokens count, and a page without one does not count.
+    The prompt is cut into pages of `page_tokens`, as the full cache would hold it. The best tokens
+    are those with the most attention, as many as fill `num_pages`; the best pages are those whose
+    best tokens have the most. So each of the best pages holds one of the best tokens or more.
 
     Args:
         weights: [H, G, m, n]; averaged over queries and query heads.
@@ -151,12 +152,13 @@ def page_recall(
         padded = torch.nn.functional.pad(x.to(mass.dtype), padding)
         return padded.view(len(x), count, page_tokens).sum(dim=-1)
 
-    pages = by_page(mass).topk(min(num_pages, count), dim=-1).indices
+    # a weight that underflows must not lose against a page without a best token
+    floor = torch.finfo(mass.dtype).tiny
+    pages = by_page(mass.clamp(min=floor) * is_best).topk(min(num_pages, count), dim=-1).indices
     wanted = by_page(is_best).gather(1, pages)
     found = by_page(is_best & kept).gather(1, pages)
-    counted = (wanted > 0).sum(dim=1)
-    touched = (found > 0).sum(dim=1) / counted
-    whole = ((found == wanted) & (wanted > 0)).sum(dim=1) / counted
+    touched = (found > 0).to(mass.dtype).mean(dim=1)
+    whole = (found == wanted).to(mass.dtype).mean(dim=1)
     return touched, whole
 
 
@@ -233,7 +235,10 @@ def means_by_head(found: Sequence[HeadQuality]) -> list[dict[str, float]]:
 
 
 def full_prefills(setup: Setup, examples: Sequence[Example]) -> tuple[list[Prefill], list[float]]:
-    """Keys, values and last queries of all prompts on the full cache; the scale of each layer."""
+    """Keys, values and last queries of all prompts on the full cache; the scale of each layer.
+
+    All are held in memory: 2 * L * H * n * D numbers per prompt.
+    """
     lab = Lab(setup)
     with (
         closing(lab),
@@ -279,7 +284,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "chunk_tokens": options.chunk_tokens,
             "decode_interval_tokens": 2 * full.page_tokens,
         }
-        kept, right = kept_of(Setup(**vars(full) | {"budget": budget}), examples)
+        kept, right = kept_of(replace(full, budget=budget), examples)
         for task in options.tasks:
             chosen = [i for i, example in enumerate(examples) if example.task == task]
             found = [
@@ -327,7 +332,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quota", type=float, default=0.1, help="share of --length, 0 to 1")
     parser.add_argument("--chunk-tokens", type=int, default=128, help="tokens of a chunk")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality_metrics.json"))
-    return parser.parse_args()
+    options = parser.parse_args()
+    for given, known in ((options.policies, POLICIES), (options.tasks, TASKS)):
+        if unknown := sorted(set(given) - set(known)):
+            parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
+    return options
 
 
 def main() -> None:

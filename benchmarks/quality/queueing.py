@@ -116,7 +116,9 @@ def run_all(
                     found[run.title] = result
                 else:
                     errors[run.title] = result
-                    bar.write(f"FAILED {run.title}:\n" + "".join(traceback.format_exception(result)))
+                    bar.write(
+                        f"FAILED {run.title}:\n" + "".join(traceback.format_exception(result))
+                    )
                 bar.update(run.num_examples)
 
         with ThreadPoolExecutor(len(workers)) as threads:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from benchmarks.quality.results import RunResult, Share
 
 SOLVED = 0.9
+INCOMPLETE = "The full cache failed, so nothing can be said about a policy."
 
 
 def solved_tasks(results: Sequence[RunResult], length_tokens: int) -> list[str]:
@@ -31,6 +32,12 @@ def full_cache(results: Sequence[RunResult], length_tokens: int) -> RunResult:
         if result.quota_share is None and result.length_tokens == length_tokens:
             return result
     raise ValueError(f"no result of the full cache at {length_tokens:,} tokens")
+
+
+def is_complete(results: Sequence[RunResult]) -> bool:
+    """Whether there is a full cache for every length."""
+    full = {result.length_tokens for result in results if result.quota_share is None}
+    return bool(results) and full == {result.length_tokens for result in results}
 
 
 def compressed(results: Sequence[RunResult]) -> list[RunResult]:
@@ -183,6 +190,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "quality_depth": ("lengths", depth_table),
     "quality_budgets": ("budgets", quota_table),
     "quality_ablations": ("ablations", variation_table),
+    "quality_quick": ("quick", quota_table),
 }
 
 
@@ -193,7 +201,7 @@ def tables(folder: Path) -> dict[str, str]:
         file = folder / f"quality_{plan}.json"
         if file.is_file():
             about, results = load_plan(file)
-            found[mark] = table(results, about)
+            found[mark] = table(results, about) if is_complete(results) else INCOMPLETE
     return found
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.quality.suite import DEPTHS, TASKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
     from benchmarks.quality.lab import Outcome
@@ -43,8 +43,8 @@ class RunResult:
         peak_blocks: most blocks held, mean over the requests.
         prompt_tokens: mean over the requests, as the engine saw them.
         answers: for each task one character an example, in order: "1" right, "0" wrong.
-        static_share: for each task, per layer and KV head the share of requests in which the head
-            was static; empty where the policy compressed nothing.
+        static_share: per layer and KV head the share of the compressed requests in which the head
+            was static; empty where nothing was compressed.
         seconds: of asking, without the start of the engine.
         commit: what was measured.
     """
@@ -60,7 +60,7 @@ class RunResult:
     peak_blocks: float = 0.0
     prompt_tokens: float = 0.0
     answers: dict[str, str] = field(default_factory=dict)
-    static_share: dict[str, list[list[float]]] = field(default_factory=dict)
+    static_share: list[list[float]] = field(default_factory=list)
     seconds: float = 0.0
     commit: str = ""
 
@@ -124,7 +124,7 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         answers={
             task: "".join("01"[found.right] for found in group) for task, group in by_task.items()
         },
-        static_share=dict(_static_shares(by_task)),
+        static_share=_static_share(records),
         seconds=round(seconds, 1),
         commit=commit,
     )
@@ -134,13 +134,9 @@ def _mean(values: list[int]) -> float:
     return round(float(np.mean(values)), 1)
 
 
-def _static_shares(
-    by_task: dict[str, list[Outcome]],
-) -> Iterator[tuple[str, list[list[float]]]]:
-    for task, group in by_task.items():
-        maps = [o.record["static_heads"] for o in group if o.record["compressions"]]
-        if maps:
-            yield task, np.mean(np.array(maps, dtype=float), axis=0).round(2).tolist()
+def _static_share(records: Sequence[dict[str, Any]]) -> list[list[float]]:
+    maps = [record["static_heads"] for record in records if record["compressions"]]
+    return np.mean(np.array(maps, dtype=float), axis=0).round(3).tolist() if maps else []
 
 
 def save_plan(file: Path, about: dict[str, Any], results: Sequence[RunResult]) -> None:

@@ -1,6 +1,6 @@
 """`make quality`: accuracy of every policy at every quota, on the real engine.
 
-    python -m benchmarks.quality.run [--plan main lengths budgets ablations] [--model PATH]
+    python -m benchmarks.quality.run [--plan main lengths budgets ablations quick] [--model PATH]
                                      [--count N] [--jobs 2] [--out DIR] [--fresh]
 
 Each plan becomes `quality_<plan>.json`, its plots and the tables of `docs/experiments.md`. Runs
@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.quality import models, plots, reader, report, worker
 from benchmarks.quality.plan import PAGE_TOKENS, PLANS
@@ -37,7 +37,6 @@ REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENT = REPOSITORY / "docs" / "experiments.md"
 FINISHED = REPOSITORY / "build" / "quality" / "runs"
-DEFAULT_PLANS = tuple(name for name in PLANS if name != "quick")
 
 
 def main() -> int:
@@ -47,6 +46,9 @@ def main() -> int:
     except FileNotFoundError as error:
         print(error, file=sys.stderr)
         return 1
+    os.environ |= worker.ENVIRONMENT
+    if Path(options.model).is_dir():
+        os.environ["HF_HUB_OFFLINE"] = "1"
     options.out.mkdir(parents=True, exist_ok=True)
     failed = sum(run_plan(name, options) for name in options.plan)
     plots.draw(options.out)
@@ -61,13 +63,13 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Accuracy against quota, on the real engine.")
     parser.add_argument(
-        "--plan", nargs="+", choices=list(PLANS), default=list(DEFAULT_PLANS), metavar="NAME"
+        "--plan", nargs="+", choices=list(PLANS), default=list(PLANS), metavar="NAME"
     )
     parser.add_argument(
         "--model", default=str(reader.FOLDER), help="folder or name that vLLM can load"
     )
     parser.add_argument("--count", type=int, help="examples of each task, instead of the plan's")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a core each")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--fresh", action="store_true", help="measure finished runs again")
     parser.add_argument(
@@ -81,11 +83,9 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
     runs = [replace(run, count=options.count or run.count) for run in PLANS[name]]
     fingerprint = models.fingerprint(options.model)
     commit = current_commit()
-    measure = partial(
-        worker.measure, model=options.model, engine=options.engine, commit=commit
-    )
+    measure = partial(worker.measure, model=options.model, engine=options.engine, commit=commit)
     about = {
-        "command": "python -m benchmarks.quality.run " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m benchmarks.quality.run", *sys.argv[1:]]),
         "commit": commit,
         "machine": machine(),
         "model": model_name(options.model),
@@ -95,8 +95,8 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
     }
     with ExitStack() as stack:
         workers = []
-        for core in cores(options.jobs):
-            workers.append(Worker(partial(start_process, core, Path(options.model).is_dir())))
+        for _ in range(options.jobs):
+            workers.append(Worker(start_process))
             stack.callback(workers[-1].close)
         cache = Cache(FINISHED, fingerprint, fresh=options.fresh)
         results, errors = run_all(runs, cache, measure, workers, name)
@@ -104,20 +104,9 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
     return len(errors)
 
 
-def start_process(core: int, offline: bool) -> Executor:
+def start_process() -> Executor:
     """A fresh process: vLLM reads its environment once and wants none that has forked."""
-    return ProcessPoolExecutor(
-        1,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=worker.prepare,
-        initargs=(core, offline),
-    )
-
-
-def cores(jobs: int) -> list[int]:
-    """A core for each of `jobs`; the same twice if there are more jobs than cores."""
-    available = sorted(os.sched_getaffinity(0))
-    return [available[index % len(available)] for index in range(jobs)]
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def model_name(model: str) -> str:

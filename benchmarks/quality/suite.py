@@ -151,14 +151,14 @@ def appearances(
         (letter, its digits in order, scene)
     """
     letters = conversations.shuffled_letters(rng)
-    num_frames = tokens // SMALL.tokens
+    num_frames = tokens // SQUARE.tokens
     pairs = background(num_frames, letters[1:], rng)
     first = min(place_of(depth, num_frames), num_frames - count)
     later = first + 1 + np.sort(rng.permutation(num_frames - first - 1)[: count - 1])
     digits = [str(digit) for digit in rng.permutation(10)[:count]]
     for place, digit in zip([first, *later.tolist()], digits, strict=True):
         pairs[place] = letters[0] + digit
-    return letters[0], digits, draw_frames(pairs, SMALL, rng)
+    return letters[0], digits, draw_frames(pairs, SQUARE, rng)
 
 
 def first_shown(tokens: int, depth: float, rng: Rng) -> Conversation:
@@ -187,24 +187,24 @@ def count(tokens: int, depth: float, rng: Rng) -> Conversation:
 def order(tokens: int, depth: float, rng: Rng) -> Conversation:
     """Which of two letters is shown earlier; the earlier one is at `depth`."""
     letters = conversations.shuffled_letters(rng)
-    pairs = background(tokens // SMALL.tokens, letters[2:], rng)
+    pairs = background(tokens // SQUARE.tokens, letters[2:], rng)
     place = min(place_of(depth, len(pairs)), len(pairs) - 2)
     later = int(rng.integers(place + 1, len(pairs)))
     pairs[place], pairs[later] = pair_of(letters[0], rng), pair_of(letters[1], rng)
     one, other = rng.permutation(letters[:2])
     turn = (f"{one}/{other} first?", letters[0])
-    return Conversation(VIDEO, [draw_frames(pairs, SMALL, rng)], [turn])
+    return Conversation(VIDEO, [draw_frames(pairs, SQUARE, rng)], [turn])
 
 
 def following(tokens: int, depth: float, rng: Rng) -> Conversation:
     """The pair in the frame behind a letter."""
     letters = conversations.shuffled_letters(rng)
-    pairs = background(tokens // SMALL.tokens, letters[1:], rng)
+    pairs = background(tokens // SQUARE.tokens, letters[1:], rng)
     place = min(place_of(depth, len(pairs)), len(pairs) - 2)
     pairs[place] = pair_of(letters[0], rng)
     pairs[place + 1] = conversations.random_pair(letters[1:], rng)
     turn = (f"{letters[0]} next?", pairs[place + 1])
-    return Conversation(VIDEO, [draw_frames(pairs, SMALL, rng)], [turn])
+    return Conversation(VIDEO, [draw_frames(pairs, SQUARE, rng)], [turn])
 
 
 def note(tokens: int, depth: float, rng: Rng) -> Conversation:
@@ -221,7 +221,7 @@ def ahead(tokens: int, depth: float, rng: Rng) -> Conversation:
     """The question stands before the video."""
     talk = needle(tokens, depth, rng)
     ((question, answer),) = talk.turns
-    return replace(talk, content=question + talk.content, turns=[("", answer)])
+    return replace(talk, content="", turns=[(question + talk.content, answer)])
 
 
 def second_turn(tokens: int, depth: float, rng: Rng) -> Conversation:

@@ -106,6 +106,7 @@ class Trainer:
     def train_step(self, rate: float, tokens: int) -> float:
         """One update; returns its loss."""
         rng = curriculum.rng_of(self.seed, self.step)
+        torch.manual_seed(int(rng.integers(2**62)))  # the noise on the pixels
         talks = curriculum.sample(self.step, tokens, rng)
         batch = self.collate(talks)
         for group in self.optimiser.param_groups:

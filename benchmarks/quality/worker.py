@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from benchmarks.quality.suite import Example
 
 ENGINE = {"max_num_seqs": 16, "max_num_batched_tokens": 2048, "use_tqdm_on_load": False}
+# of the process that starts the workers: OpenMP reads its own when torch is imported, before
+# anything of ours runs; one thread each, or two engines wait for each other's turns
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -30,19 +31,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
-
-
-def prepare(core: int, offline: bool) -> None:
-    """First call in a worker process, before anything imports vLLM. Mutates the environment.
-
-    Args:
-        core: the CPU core that this worker keeps to.
-        offline: the model is a folder, nothing is to be fetched.
-    """
-    import faulthandler; faulthandler.dump_traceback_later(40, file=open("/tmp/h/runner/trace%d"%core,"w"))
-    os.environ |= ENVIRONMENT | {"VLLM_CPU_OMP_THREADS_BIND": str(core)}
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> RunResult:
@@ -68,24 +56,24 @@ def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> Run
     )
     # task by task: the pixels of all prompts at once would not fit the memory
     groups = [make_examples(task, run.length_tokens, run.count) for task in run.tasks]
-    outcomes, seconds = ask_oracle(setup, groups) if run.oracle else ask(run, setup, groups)
+    try:
+        outcomes, seconds = ask_oracle(setup, groups) if run.oracle else ask(run, setup, groups)
+    finally:
+        free_memory()
     return summarise(run, outcomes, seconds, commit)
 
 
 def ask(run: Run, setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
-    """(outcomes, seconds of asking) of one engine, which is freed behind it."""
+    """(outcomes, seconds of asking) of one engine."""
+    from benchmarks.quality.inside import closing
     from benchmarks.quality.lab import Lab
     from benchmarks.quality.small_input import SmallInputLab
 
     lab = Lab(setup) if run.input == "as is" else SmallInputLab(setup, run.input)
-    try:
+    with closing(lab):
         started = time.perf_counter()
         outcomes = [outcome for group in groups for outcome in lab.ask(group)]
         return outcomes, time.perf_counter() - started
-    finally:
-        lab.llm.llm_engine.engine_core.shutdown()
-        del lab
-        free_memory()
 
 
 def ask_oracle(setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
@@ -93,8 +81,8 @@ def ask_oracle(setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome]
     from benchmarks.quality.oracle import ask_with_oracle
 
     started = time.perf_counter()
-    outcomes = [outcome for group in groups for outcome in ask_with_oracle(setup, group)]
-    free_memory()
+    examples = [example for group in groups for example in group]
+    outcomes = ask_with_oracle(setup, examples)
     return outcomes, time.perf_counter() - started
 
 
