@@ -1,12 +1,13 @@
 # make env   the environment, with the real engine       make check  what CI runs: lint, types, tests
 # make demo  one long video under a page quota           make bench  speed and memory against stock vLLM
+# make quality  accuracy against quota, an hour          make train  the model that it asks, hours
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help env check lint fmt types test demo bench build clean
+.PHONY: help env check lint fmt types test demo bench quality train build clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,6 +38,12 @@ demo: env
 
 bench: env
 	$(BIN)/python -m benchmarks.bench
+
+quality: env
+	$(BIN)/python -m benchmarks.quality.run
+
+train: env
+	$(BIN)/python -m benchmarks.quality.train
 
 # a wheel of this machine's Python and platform, in dist/; it runs on any CPU of the platform
 build: env

@@ -22,12 +22,15 @@ ROOT = Path(__file__).parent.parent
 COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")
 TESTS = (
     "tests/test_quota.py",
+    "tests/ops/test_merge.py",
+    "tests/policy/test_lookm.py",
     "tests/scheduler",
     "tests/worker/test_bank.py",
     "tests/worker/test_vision.py",
     "tests/worker/test_exact.py",
     "tests/worker/test_needle.py",
     "tests/worker/test_scenarios.py",
+    "tests/worker/test_merge.py",
 )
 
 
@@ -248,6 +251,42 @@ MUTATIONS = (
         "worker/step.py",
         "if plan.num_tokens != 1), len(plans))",
         "if plan.num_tokens < 1), len(plans))",
+    ),
+    Mutation(
+        "merge: the pivot is the least like token",
+        "ops/reference/merge.py",
+        "cosines = unit @ unit.T",
+        "cosines = -(unit @ unit.T)",
+    ),
+    Mutation(
+        "merge: dropped tokens are pivots",
+        "ops/reference/merge.py",
+        "_find_pivots(keys, keep & held, modality)",
+        "_find_pivots(keys, held, modality)",
+    ),
+    Mutation(
+        "compressor: nothing is merged",
+        "worker/compressor.py",
+        "if kept.merge is not None:",
+        "if kept.merge == '':",
+    ),
+    Mutation(
+        "compressor: what stays is merged into what goes",
+        "worker/compressor.py",
+        "ops.merge(keep, tables.pool",
+        "ops.merge(~keep, tables.pool",
+    ),
+    Mutation(
+        "lookm: vision before text",
+        "policy/lookm.py",
+        "& ~observation.is_vision",
+        "& observation.is_vision",
+    ),
+    Mutation(
+        "units: merging is forgotten",
+        "policy/units.py",
+        "scores=scores, tiers=tiers, budgets=budgets)",
+        "scores=scores, tiers=tiers, budgets=budgets, merge=None)",
     ),
     Mutation(
         "vision: time stamps count as frames",

@@ -198,8 +198,10 @@ def test_functions_fit_a_screen(module: str) -> None:
 
 
 def _code_lines(function: ast.FunctionDef) -> int:
-    """Lines of a function without its docstring."""
-    lines = (function.end_lineno or 0) - function.lineno + 1
+    """Lines of a function without its docstring; of a Triton kernel without its parameters too."""
+    is_kernel = any(ast.unparse(decorator) == "triton.jit" for decorator in function.decorator_list)
+    first_line = function.body[0].lineno if is_kernel else function.lineno
+    lines = (function.end_lineno or 0) - first_line + 1
     if ast.get_docstring(function) is not None:
         docstring = function.body[0]
         lines -= (docstring.end_lineno or 0) - docstring.lineno + 1

@@ -49,8 +49,8 @@ STAGES = (
     Stage("few frames", 700, {"read": 0.3, "needles": 0.7}, 16),
     Stage("more frames", 1100, {**ALL, "needles": 0.1}, 64, (0.85, 0.05, 0.1, 0.0)),
     Stage("clips", 1200, ALL, 256, EQUAL),
-    Stage("videos", 900, ALL, 1024, EQUAL, turns=12),
-    Stage("long videos", 500, ALL, 4096, EQUAL, turns=16),
+    Stage("videos", 600, ALL, 1024, EQUAL, turns=12),
+    Stage("long videos", 400, ALL, 4096, EQUAL, turns=16),
 )
 LAST_STEP = sum(stage.steps for stage in STAGES)
 MOST_ROWS = 128

@@ -104,8 +104,6 @@ class Lab:
         greedy = SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
         prompts = [self._prompt(example) for example in examples]
         outputs = self.llm.generate(prompts, greedy, use_tqdm=False)
-        # requests leave the worker in the step behind their last one
-        self.llm.llm_engine.step()
         # the worker reports what ended in the last step when the next one starts
         self.llm.llm_engine.step()
         records = self._records()

@@ -32,6 +32,7 @@ class Run:
         policy: a key of `POLICIES`.
         quota_share: quota as a share of the prompt, 0 to 1; None for the full cache.
         options: further options of the plugin, see `BudgetConfig`.
+        page_tokens: tokens of a block.
         length_tokens: about how long the prompts are.
         tasks: keys of `TASKS`.
         count: examples of each task.
@@ -46,6 +47,7 @@ class Run:
     policy: str
     quota_share: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    page_tokens: int = PAGE_TOKENS
     length_tokens: int = 2048
     tasks: tuple[str, ...] = ALL_TASKS
     count: int = 15
@@ -74,7 +76,7 @@ class Run:
         """Tokens per head of the quota, whole pages; None for the full cache."""
         if self.quota_share is None:
             return None
-        return int(self.quota_share * self.length_tokens) // PAGE_TOKENS * PAGE_TOKENS
+        return int(self.quota_share * self.length_tokens) // self.page_tokens * self.page_tokens
 
     @property
     def chunk_tokens(self) -> int:
@@ -101,6 +103,8 @@ class Run:
         parts = {"run": asdict(self), "model": fingerprint, "suite": SUITE}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
+
+ABLATION_TASKS = ("needle", "distractors", "second", "ahead", "detail", "whole")
 
 FULL = Run(name="full", policy="full")
 HYBRID = Run(name="hybrid", policy="hybrid", quota_share=0.1)
@@ -136,7 +140,11 @@ def at(run: Run, shares: tuple[float, ...], **changes: Any) -> list[Run]:
 
 def ablation(name: str, **options: Any) -> Run:
     """`hybrid` at a tenth with other options."""
-    return replace(HYBRID, name=name, options=options)
+    return replace(HYBRID, name=name, options=options, tasks=ABLATION_TASKS)
+
+
+def unit_of(tokens: int) -> dict[str, int]:
+    return {"dynamic_unit_tokens": tokens}
 
 
 def by_length() -> list[Run]:
@@ -158,14 +166,36 @@ PLANS: dict[str, list[Run]] = {
     "lengths": by_length(),
     "budgets": [FULL, *at(HYBRID, (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8))],
     "ablations": [
-        FULL,
-        HYBRID,
+        *(replace(run, tasks=ABLATION_TASKS) for run in (FULL, HYBRID)),
+        # the probe
         ablation("no look-ahead", lookahead=False),
         ablation("look-ahead of the template", lookahead_source="template"),
+        replace(ablation("the true question (oracle)"), oracle=True),
+        *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (4, 8, 16, 64)),
+        ablation("look-ahead of 16 tokens", lookahead_tokens=16),
+        # classes and budgets
         ablation("all heads static", force_class="static"),
         ablation("all heads dynamic", force_class="dynamic"),
-        ablation("retrieve all pages", retrieval_ratio=1.0),
+        *(ablation(f"threshold {x}", static_threshold=x) for x in (0.7, 0.99)),
+        ablation("top-k of 16 at least", tuning={"top_k_min": 16}),
+        ablation("no type level", tuning={"dynamic_weight": 1.0}),
+        ablation("no head level", tuning={"floor_ratio": 1.0}),
+        ablation("no head and type level", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
+        # what stays
+        *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
+        *(ablation(f"pool of {n}", tuning={"pool_width_tokens": n}) for n in (1, 3, 15)),
+        *(ablation(f"window of {n}", window_tokens=n) for n in (0, 8, 16)),
+        ablation("cut frames not protected", tuning={"frame_share": 0.0}),
         ablation("merge values", merge="value"),
+        *(
+            ablation(f"dynamic heads in units of {n}", force_class="dynamic", tuning=unit_of(n))
+            for n in (4, 8)
+        ),
+        # retrieval at decode
+        *(ablation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
+        # the engine
+        *(ablation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
+        *(replace(ablation(f"pages of {n}"), page_tokens=n) for n in (4, 16)),
     ],
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.instructions import INSTRUCTIONS
 from benchmarks.quality.models import knows_notation
-from benchmarks.quality.plan import PAGE_TOKENS
 from benchmarks.quality.results import RunResult, summarise
 from benchmarks.quality.suite import make_examples
 
@@ -50,7 +49,7 @@ def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> Run
     setup = Setup(
         model=model,
         budget=run.budget(),
-        page_tokens=PAGE_TOKENS,
+        page_tokens=run.page_tokens,
         instructions=None if knows_notation(model) else INSTRUCTIONS,
         engine=ENGINE | dict(engine),
     )

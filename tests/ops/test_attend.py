@@ -13,7 +13,6 @@ import torch
 
 from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
 from vllm_budgetkv.layout import PageLayout
-from vllm_budgetkv.ops import extension
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 
@@ -185,15 +184,3 @@ def test_environment_chooses_the_instruction_set(name: str) -> None:
         assert done.returncode == 0, done.stderr
     else:
         assert "sse9 is unknown" in done.stderr
-
-
-def test_reference_is_chosen_explicitly(monkeypatch: pytest.MonkeyPatch) -> None:
-    extension.use_reference.cache_clear()
-    monkeypatch.setenv(extension.BACKEND_VARIABLE, "reference")
-    assert extension.use_reference()
-    extension.use_reference.cache_clear()
-    monkeypatch.setenv(extension.BACKEND_VARIABLE, "fast")
-    with pytest.raises(ValueError, match="VLLM_BUDGETKV_OPS=fast"):
-        extension.use_reference()
-    monkeypatch.undo()
-    assert not extension.use_reference()

@@ -1,6 +1,7 @@
 """Device code on head-pages: one function per op, which knows pages and no policy.
 
-Each has a plain torch reference (`reference/`, the spec) and a C++ kernel for the CPU (`csrc/`).
+Each has a plain torch reference (`reference/`, the spec), a C++ kernel for the CPU (`csrc/`) and a
+Triton kernel for GPUs (`triton/`); `backend.py` chooses.
 `docs/kv_layout.md` is the map and the legend of shapes.
 """
 
@@ -10,8 +11,19 @@ from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.digest import digest
+from vllm_budgetkv.ops.merge import merge
 from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
 
-__all__ = ["Scores", "append", "attend", "compact", "digest", "retrieve", "score", "select"]
+__all__ = [
+    "Scores",
+    "append",
+    "attend",
+    "compact",
+    "digest",
+    "merge",
+    "retrieve",
+    "score",
+    "select",
+]

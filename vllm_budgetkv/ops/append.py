@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.require import require
 
@@ -66,9 +66,14 @@ def append(
     require("first_position", first_position, torch.int32, (num_rows,))
     require("shared", shared, torch.bool, (num_rows,))
     tables = (table, lens, free_pages, num_free, slots, query_start, first_position, shared)
-    if extension.use_reference():
-        append_reference(key, value, pool, *tables)
-        return
-    extension.load()
-    fields = (pool.keys, pool.values, pool.positions, pool.scores)
-    torch.ops.budgetkv.append(key, value, *fields, *tables)
+    match backend.of(key):
+        case "reference":
+            append_reference(key, value, pool, *tables)
+        case "triton":
+            from vllm_budgetkv.ops.triton.append import append as append_triton
+
+            append_triton(key, value, pool, *tables)
+        case "cpp":
+            extension.load()
+            fields = (pool.keys, pool.values, pool.positions, pool.scores)
+            torch.ops.budgetkv.append(key, value, *fields, *tables)

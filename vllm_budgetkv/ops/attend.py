@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 from vllm_budgetkv.ops.require import require
 
@@ -61,9 +61,14 @@ def attend(
             f"{query.shape[1]} query heads do not divide among {num_heads} KV heads; "
             "pass a multiple"
         )
-    if extension.use_reference():
-        attend_reference(query, pool, table, lens, slots, query_start, out, scale)
-        return
-    extension.load()
     rows = (table, lens, slots, query_start)
-    torch.ops.budgetkv.attend(query, pool.keys, pool.values, *rows, out, scale)
+    match backend.of(query):
+        case "reference":
+            attend_reference(query, pool, *rows, out, scale)
+        case "triton":
+            from vllm_budgetkv.ops.triton.attend import attend as attend_triton
+
+            attend_triton(query, pool, *rows, out, scale)
+        case "cpp":
+            extension.load()
+            torch.ops.budgetkv.attend(query, pool.keys, pool.values, *rows, out, scale)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.require import require
 
@@ -30,7 +30,8 @@ def compact(
     backwards); `lens` becomes the number of survivors; the pages at and beyond
     ceil(survivors / N) are pushed on the free stack, heads ascending and pages ascending, and
     their table entries become -1. Digests are not touched: those of pages whose tokens changed
-    are stale until `digest` runs.
+    are stale until `digest` runs. H may run over the heads of several layers of the request, layer
+    by layer: that equals one call per layer.
 
     Args:
         keep: bool [H, n], which tokens survive; n is at least the largest of `lens`, and what
@@ -61,9 +62,15 @@ def compact(
             f"keep has {num_tokens} tokens per head; a table of {table.shape[1]} pages of "
             f"{pool.layout.page_tokens} tokens holds {capacity_tokens}"
         )
-    if extension.use_reference():
-        compact_reference(keep, scores, pool, table, lens, free_pages, num_free, poison)
-        return
-    extension.load()
-    fields = (pool.keys, pool.values, pool.positions, pool.scores, pool.digests)
-    torch.ops.budgetkv.compact(keep, scores, *fields, table, lens, free_pages, num_free, poison)
+    tables = (table, lens, free_pages, num_free)
+    match backend.of(keep):
+        case "reference":
+            compact_reference(keep, scores, pool, *tables, poison)
+        case "triton":
+            from vllm_budgetkv.ops.triton.compact import compact as compact_triton
+
+            compact_triton(keep, scores, pool, *tables, poison)
+        case "cpp":
+            extension.load()
+            fields = (pool.keys, pool.values, pool.positions, pool.scores, pool.digests)
+            torch.ops.budgetkv.compact(keep, scores, *fields, *tables, poison)

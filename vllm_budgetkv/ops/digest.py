@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.require import require
 
@@ -33,8 +33,13 @@ def digest(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
     """
     require("table", table, torch.int32, (None, None))
     require("lens", lens, torch.int32, (table.shape[0],))
-    if extension.use_reference():
-        digest_reference(pool, table, lens)
-        return
-    extension.load()
-    torch.ops.budgetkv.digest(pool.keys, pool.digests, table, lens)
+    match backend.of(table):
+        case "reference":
+            digest_reference(pool, table, lens)
+        case "triton":
+            from vllm_budgetkv.ops.triton.digest import digest as digest_triton
+
+            digest_triton(pool, table, lens)
+        case "cpp":
+            extension.load()
+            torch.ops.budgetkv.digest(pool.keys, pool.digests, table, lens)

@@ -1,14 +1,13 @@
-"""Loads the compiled CPU kernels, `torch.ops.budgetkv.*`, and says whether to use them."""
+"""Loads the compiled CPU kernels, `torch.ops.budgetkv.*`."""
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 
-BACKEND_VARIABLE = "VLLM_BUDGETKV_OPS"
+from vllm_budgetkv.ops.backend import BACKEND_VARIABLE
 
 
 @cache
@@ -26,18 +25,3 @@ def load() -> None:
             f"or set {BACKEND_VARIABLE}=reference for the slow plain torch ops"
         )
     torch.ops.load_library(spec.origin)
-
-
-@cache
-def use_reference() -> bool:
-    """Whether the plain torch references replace the kernels. Decided once per process.
-
-    Raises:
-        ValueError: the environment variable has an unknown value.
-    """
-    backend = os.environ.get(BACKEND_VARIABLE, "kernels")
-    if backend not in ("kernels", "reference"):
-        raise ValueError(
-            f"{BACKEND_VARIABLE}={backend} is not a backend: set it to kernels or reference"
-        )
-    return backend == "reference"

@@ -52,7 +52,7 @@ def merge(
     keys changed is stale until `digest` runs. No token remembers how many it has taken in: at the
     next call it counts as one again.
 
-    Plain torch serves GPUs too: the cost is a matrix product, dropped times kept tokens of a head.
+    The cost is a matrix product, dropped times kept tokens of a head.
 
     Args:
         keep: bool [H, n], which tokens survive; n is at least the largest of `lens`, and what
@@ -84,8 +84,12 @@ def merge(
             f"{pool.layout.page_tokens} tokens holds {capacity_tokens}"
         )
     match backend.of(keep):
-        case "reference" | "triton":
+        case "reference":
             merge_reference(keep, pool, table, lens, is_vision, mode, seen_tokens, threshold)
+        case "triton":
+            from vllm_budgetkv.ops.triton.merge import merge as merge_triton
+
+            merge_triton(keep, pool, table, lens, is_vision, mode, seen_tokens, threshold)
         case "cpp":
             extension.load()
             fields = (pool.keys, pool.values, pool.positions)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.require import require
 
@@ -74,11 +74,15 @@ def retrieve(
             "keep_ratio must be in (0, 1], sink_pages at least 0, window_pages at least 1"
         )
     numbers = (keep_ratio, sink_pages, window_pages)
-    outputs = (out_table, out_lens)
-    if extension.use_reference():
-        retrieve_reference(query, pool, table, lens, slots, dynamic, *numbers, *outputs)
-        return
-    extension.load()
-    tables = (table, lens, slots, dynamic)
-    page_tokens = pool.layout.page_tokens
-    torch.ops.budgetkv.retrieve(query, pool.digests, *tables, page_tokens, *numbers, *outputs)
+    tables, outputs = (table, lens, slots, dynamic), (out_table, out_lens)
+    match backend.of(query):
+        case "reference":
+            retrieve_reference(query, pool, *tables, *numbers, *outputs)
+        case "triton":
+            from vllm_budgetkv.ops.triton.retrieve import retrieve as retrieve_triton
+
+            retrieve_triton(query, pool, *tables, *numbers, *outputs)
+        case "cpp":
+            extension.load()
+            sizes = (pool.layout.page_tokens, *numbers)
+            torch.ops.budgetkv.retrieve(query, pool.digests, *tables, *sizes, *outputs)

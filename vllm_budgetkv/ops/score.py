@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.require import require
 
@@ -84,8 +84,14 @@ def score(
             f"{pool.layout.page_tokens} tokens holds from 0 to {capacity_tokens}"
         )
     numbers = (scale, top_k, num_sinks, max_tokens)
-    if extension.use_reference():
-        return Scores(*score_reference(probe, pool, table, lens, *numbers))
-    extension.load()
-    fields = (pool.keys, pool.values, pool.positions)
-    return Scores(*torch.ops.budgetkv.score(probe, *fields, table, lens, *numbers))
+    match backend.of(probe):
+        case "reference":
+            return Scores(*score_reference(probe, pool, table, lens, *numbers))
+        case "triton":
+            from vllm_budgetkv.ops.triton.score import score as score_triton
+
+            return Scores(*score_triton(probe, pool, table, lens, *numbers))
+        case "cpp":
+            extension.load()
+            fields = (pool.keys, pool.values, pool.positions)
+            return Scores(*torch.ops.budgetkv.score(probe, *fields, table, lens, *numbers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_budgetkv.ops import extension
+from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.select import select as select_reference
 from vllm_budgetkv.ops.require import require
 
@@ -19,6 +19,7 @@ def select(
 
     The order is lexicographic. A tier is never added to a score: LOOK-M's additive bias in half
     precision makes the scores of its image tokens tie (https://arxiv.org/abs/2406.18139).
+    Every head is on its own, so H may run over the heads of several layers.
 
     Args:
         scores: float32 [H, n], higher stays; NaN counts as minus infinity.
@@ -40,7 +41,13 @@ def select(
         raise ValueError(
             f"scores have {scores.shape[1]} tokens per head; at most {MAX_SELECT_TOKENS} fit"
         )
-    if extension.use_reference():
-        return select_reference(scores, tiers, lens, budgets)
-    extension.load()
-    return torch.ops.budgetkv.select(scores, tiers, lens, budgets)
+    match backend.of(scores):
+        case "reference":
+            return select_reference(scores, tiers, lens, budgets)
+        case "triton":
+            from vllm_budgetkv.ops.triton.select import select as select_triton
+
+            return select_triton(scores, tiers, lens, budgets)
+        case "cpp":
+            extension.load()
+            return torch.ops.budgetkv.select(scores, tiers, lens, budgets)

@@ -1,0 +1,154 @@
+"""Every Triton kernel compiles for GPUs that are not there, and fits their shared memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.ops.factories import make_cache
+from vllm_budgetkv.layout import PageLayout
+
+pytest.importorskip("triton")
+
+from triton.compiler.errors import CompilationError
+
+from tests.ops import ahead_of_time
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+NUM_HEADS = 4
+WIDTH_PAGES = 256
+# shared memory that one program may take
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+# of a thread; products of full float32 run outside of the tensor cores and take all registers
+ALLOWED_SPILL_BYTES = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 512}
+CASES = [
+    (80, torch.bfloat16, 128, 4),
+    (80, torch.float32, 64, 1),
+    (90, torch.bfloat16, 128, 7),
+    (90, torch.float16, 80, 16),
+    (100, torch.bfloat16, 128, 4),
+    (100, torch.bfloat16, 256, 8),
+]
+
+
+def int32(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def launch_append(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.append import append
+
+    cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout)
+    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
+    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
+    rows = (int32(0, 1), int32(0, 20, 50), int32(0, 0), torch.tensor([True, False]))
+    append(key, key, cache.pool, *tables, *rows)
+
+
+def launch_attend(layout: PageLayout, group: int) -> None:
+    """Prefill with a decode row, and decode alone."""
+    from vllm_budgetkv.ops.triton.attend import attend
+
+    cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    for num_tokens in (20, 2):
+        rows = (int32(0, 1), int32(0, 1, num_tokens))
+        queries = query[:num_tokens]
+        attend(queries, cache.pool, cache.table, cache.lens, *rows, queries, 0.1)
+
+
+def launch_score(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.score import score
+
+    cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    probe = torch.zeros(32, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    for max_tokens in (4096, WIDTH_PAGES * layout.page_tokens):
+        score(probe, cache.pool, cache.table[0], cache.lens[0], 0.1, 64, 4, max_tokens)
+
+
+def launch_retrieve(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.retrieve import retrieve
+
+    cache = make_cache([[70] * NUM_HEADS] * 2, layout, table_pages=WIDTH_PAGES)
+    query = torch.zeros(2, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    tables = (cache.table, cache.lens, int32(0, 1), torch.ones(2, NUM_HEADS, dtype=torch.bool))
+    out = (cache.table.clone(), cache.lens.clone())
+    retrieve(query, cache.pool, *tables, 0.4, 1, 2, *out)
+
+
+def launch_select(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.select import select
+
+    scores, counts = torch.zeros(NUM_HEADS, 3000), int32(*[70] * NUM_HEADS)
+    select(scores, scores.to(torch.uint8), counts, counts)
+
+
+def launch_compact(layout: PageLayout, group: int) -> None:
+    """With the scores of a policy, and poisoning."""
+    from vllm_budgetkv.ops.triton.compact import compact
+
+    cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    keep = torch.zeros(NUM_HEADS, 80, dtype=torch.bool)
+    tables = (cache.table[0], cache.lens[0], cache.free_pages[0], cache.num_free)
+    compact(keep, keep.float(), cache.pool, *tables, poison=False)
+    compact(keep, None, cache.pool, *tables, poison=True)
+
+
+def launch_digest(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.digest import digest
+
+    cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    digest(cache.pool, cache.table[0], cache.lens[0])
+
+
+def launch_merge(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.merge import merge
+
+    cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    keep = torch.zeros(NUM_HEADS, 80, dtype=torch.bool)
+    for mode in ("value", "weighted"):
+        merge(keep, cache.pool, cache.table[0], cache.lens[0], keep, mode, 80, 0.8)
+
+
+# how many launches each of these makes
+LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
+    launch_append: 1,
+    launch_attend: 4,
+    launch_score: 4,
+    launch_retrieve: 2,
+    launch_select: 1,
+    launch_compact: 4,
+    launch_digest: 1,
+    launch_merge: 4,
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda launcher: launcher.__name__)
+@pytest.mark.parametrize(("capability", "dtype", "head_size", "group"), CASES)
+def test_compiles(
+    capability: int,
+    dtype: torch.dtype,
+    head_size: int,
+    group: int,
+    launcher: Callable[[PageLayout, int], None],
+) -> None:
+    with ahead_of_time.record() as launches:
+        launcher(PageLayout(32, head_size, dtype), group)
+    assert len(launches) == LAUNCHERS[launcher]
+    for launch in launches:
+        name = launch.kernel.__name__
+        usage = ahead_of_time.compile_for(launch, capability)
+        assert usage.shared_bytes <= SHARED_BYTES[capability], (name, usage)
+        assert usage.stack_bytes <= ALLOWED_SPILL_BYTES[dtype], (name, usage)
+
+
+def test_a_kernel_that_does_not_compile_is_found() -> None:
+    with ahead_of_time.record() as launches:
+        launch_append(PageLayout(32, 64, torch.float16), 1)
+    launches[0].arguments["BLOCK_SIZE"] = 80
+    with pytest.raises(CompilationError):
+        ahead_of_time.compile_for(launches[0], 90)

@@ -1,0 +1,83 @@
+"""`attend` in Triton against the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.factories import make_cache, strided_randn
+from tests.ops.test_attend import DTYPES, check_kernel, row_tensors
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops.attend import attend
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256])
+def test_head_sizes(head_size: int, dtype: torch.dtype) -> None:
+    cache = make_cache([[70, 133], [19, 5]], PageLayout(16, head_size, dtype))
+    check_kernel(cache, group=4, slots=[0, 1], tokens=[34, 1])
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 8, 16])
+def test_groups(group: int) -> None:
+    cache = make_cache([[70, 33], [601, 1], [0, 88]], PageLayout(8, 64, torch.bfloat16))
+    check_kernel(cache, group, slots=[1, 0, 2], tokens=[1, 13, 1])
+
+
+@pytest.mark.parametrize(("chunk", "page_tokens"), [(1, 64), (65, 8), (129, 32)])
+def test_chunks(chunk: int, page_tokens: int) -> None:
+    """Ragged heads: one just holds the chunk, one is empty, others hold more."""
+    cache = make_cache([[chunk, 0, chunk + 1, chunk + 300]], PageLayout(page_tokens, 32, DTYPES[0]))
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk])
+
+
+@pytest.mark.parametrize("tokens", [[1, 20, 1, 0, 5], [1, 1, 1, 0, 1], [1, 2, 1, 0, 0]], ids=str)
+def test_mixed_batch(tokens: list[int]) -> None:
+    """Prefill, decode and padding at once; decode alone; a chunk hidden behind padding."""
+    lens = [[2050, 3], [40, 1100], [90, 64], [512, 513], [0, 0]]
+    cache = make_cache(lens, PageLayout(32, 64, torch.bfloat16))
+    check_kernel(cache, group=4, slots=[3, 2, 0, 4, 1], tokens=tokens)
+
+
+def test_long_runs() -> None:
+    """A table so wide that a run is longer than the shortest one."""
+    cache = make_cache([[900, 513]], PageLayout(16, 32, torch.bfloat16), table_pages=1024)
+    check_kernel(cache, group=2, slots=[0], tokens=[1])
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_large_scores(chunk: int) -> None:
+    cache = make_cache([[700, 90]], PageLayout(16, 64, torch.float32))
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk], query_scale=200.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_nothing_behind_the_last_token_is_read(chunk: int) -> None:
+    """Also not page 0, where masked addresses lead; it is free here, so it is poisoned."""
+    layout = PageLayout(16, 32, torch.float32)
+    caches = (make_cache([[70, 5]], layout, seed=seed) for seed in range(100))
+    cache = next(cache for cache in caches if not (cache.table == 0).any())
+    check_kernel(cache, group=2, slots=[0], tokens=[chunk])
+
+
+def test_query_that_sees_nothing_gets_zeros() -> None:
+    cache = make_cache([[2, 0], [0, 3]], PageLayout(8, 32, torch.float32), table_pages=64)
+    query = strided_randn((6, 4, 32), torch.float32, seed=1)
+    out = torch.full(query.shape, torch.nan)
+    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0, 1], [5, 1]), out, 1.0)
+    assert (out[:3, :2] == 0).all()
+    assert (out[3:5, :2] != 0).all()
+    assert (out[:5, 2:] == 0).all()
+    assert (out[5, :2] == 0).all()
+    assert (out[5, 2:] != 0).all()
+
+
+@pytest.mark.parametrize("chunk", [1, 9])
+def test_result_is_independent_of_the_batch(chunk: int) -> None:
+    cache = make_cache([[1300, 300], [200, 90]], PageLayout(16, 64, torch.float32))
+    query = strided_randn((chunk + 5, 4, 64), torch.float32, seed=1)
+    alone, together = torch.empty_like(query), torch.empty_like(query)
+    tables = (cache.pool, cache.table, cache.lens)
+    attend(query, *tables, *row_tensors([0, 1], [chunk, 5]), together, 0.125)
+    attend(query[:chunk], *tables, *row_tensors([0], [chunk]), alone[:chunk], 0.125)
+    assert torch.equal(alone[:chunk], together[:chunk])

@@ -1,0 +1,73 @@
+"""Tensors and strides that kernels take together. Strides are in elements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_budgetkv.layout import PagePool
+
+
+class Pages(NamedTuple):
+    """The fields of the head-pages; inside a page they are dense.
+
+    `stride` leads from page to page in keys, values and digests, `word_stride` in the other two.
+    The names are singular because Triton's own tuples have an attribute `values`.
+    """
+
+    key: Any
+    value: Any
+    digest: Any
+    position: Any
+    score: Any
+    stride: Any
+    word_stride: Any
+
+    @classmethod
+    def of(cls, pool: PagePool) -> Pages:
+        fields = (pool.keys, pool.values, pool.digests, pool.positions, pool.scores)
+        return cls(*fields, pool.keys.stride(0), pool.positions.stride(0))
+
+
+class Tables(NamedTuple):
+    """Page table [S, H, W] and lengths [S, H], whose last strides are 1."""
+
+    table: Any
+    lens: Any
+    slot_stride: Any
+    head_stride: Any
+    lens_slot_stride: Any
+
+    @classmethod
+    def of(cls, table: torch.Tensor, lens: torch.Tensor) -> Tables:
+        require_dense(table=table, lens=lens)
+        return cls(table, lens, table.stride(0), table.stride(1), lens.stride(0))
+
+
+class Tokens(NamedTuple):
+    """Vectors of tokens and heads, [T, H, D], whose last stride is 1."""
+
+    data: Any
+    stride: Any
+    head_stride: Any
+
+    @classmethod
+    def of(cls, tokens: torch.Tensor) -> Tokens:
+        require_dense(tokens=tokens)
+        return cls(tokens, tokens.stride(0), tokens.stride(1))
+
+
+def require_dense(**tensors: torch.Tensor) -> None:
+    """Refuse a tensor whose last dimension is strided.
+
+    Raises:
+        ValueError: with its name and strides.
+    """
+    for name, tensor in tensors.items():
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{name} {list(tensor.shape)} has strides {tensor.stride()}; "
+                "its last dimension must be contiguous"
+            )

@@ -1,0 +1,79 @@
+"""`attend` in Triton: which of the kernels run, decided by shapes alone."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import triton
+
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
+from vllm_budgetkv.ops.triton.attend_decode import (
+    MIN_BLOCK_QUERIES,
+    Runs,
+    decode_kernel,
+    decode_options,
+    join_kernel,
+    run_tokens,
+)
+from vllm_budgetkv.ops.triton.attend_prefill import prefill_kernel, prefill_options
+from vllm_budgetkv.ops.triton.precision import dot_type
+from vllm_budgetkv.ops.triton.rows import count_blocks
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_budgetkv.layout import PagePool
+
+
+def attend(
+    query: torch.Tensor,
+    pool: PagePool,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+    slots: torch.Tensor,
+    query_start: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> None:
+    """See `vllm_budgetkv.ops.attend.attend`.
+
+    Two launches at most. With more tokens than rows, rows of one token go to the decode kernel and
+    the others to the prefill kernel, which also joins the runs of the former. Else there is decode
+    alone, and its join. So the result for a request does not depend on the batch, unless the batch
+    has rows without tokens.
+    """
+    num_tokens, num_query_heads, _ = query.shape
+    num_rows, num_heads, layout = slots.shape[0], table.shape[1], pool.layout
+    if num_rows == 0 or num_tokens == 0:
+        return
+    require_dense(slots=slots, query_start=query_start)
+    group, is_decode = num_query_heads // num_heads, num_tokens <= num_rows
+    tables, to, rows = Tables.of(table, lens), Tokens.of(out), (slots, query_start)
+    run = run_tokens(table.shape[2], layout)
+    num_runs = max(1, triton.cdiv(table.shape[2] * layout.page_tokens, run))
+    runs = Runs.empty(num_rows, num_query_heads, num_runs, query)
+    cut = {"RUN_TOKENS": run, "NUM_RUNS": num_runs, "GROUP": group}
+    size = {"HEAD_SIZE": layout.head_size, "BLOCK_SIZE": triton.next_power_of_2(layout.head_size)}
+    common = {"PAGE_TOKENS": layout.page_tokens, "DOT": dot_type(layout.dtype), **cut, **size}
+    sources = (Tokens.of(query), to, Pages.of(pool), tables, *rows)
+    scale_log2 = scale / math.log(2)
+    decode_kernel[(num_rows, num_heads, num_runs)](
+        *sources,
+        runs,
+        scale_log2,
+        BLOCK_QUERIES=max(MIN_BLOCK_QUERIES, triton.next_power_of_2(group)),
+        EVERY_ROW=is_decode,
+        **common,
+        **decode_options(layout),
+    )
+    block_runs = triton.next_power_of_2(num_runs)
+    if not is_decode:
+        options = prefill_options(layout)
+        blocks = count_blocks(num_tokens, num_rows, options["BLOCK_QUERIES"] // group)
+        prefill_kernel[(blocks, num_heads)](
+            *sources, num_rows, runs, scale_log2, BLOCK_RUNS=block_runs, **common, **options
+        )
+    elif num_runs > 1:
+        joined = (to, tables, *rows, runs)
+        join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block_runs, **cut, **size)
