@@ -126,7 +126,7 @@ def page(tokens: int, depth: float, rng: Rng) -> Conversation:
     """The pair on the page of a given number, each page a picture below its number."""
     heading_tokens = 6
     grid = next((g for g in (SMALL, SQUARE) if tokens // (g.tokens + heading_tokens) <= 60), LARGE)
-    num_pages = tokens // (grid.tokens + heading_tokens)
+    num_pages = min(90, tokens // (grid.tokens + heading_tokens))  # two digits
     talk = conversations.pages_conversation(num_pages, 0, grid, rng)
     place = place_of(depth, num_pages)
     number = talk.content.split("page")[place + 1][:2]
