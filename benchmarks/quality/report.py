@@ -205,10 +205,11 @@ def tables(folder: Path) -> dict[str, str]:
     return found
 
 
-def write(folder: Path, document: Path) -> None:
+def write(folder: Path, document: Path, marks: Sequence[str] = tuple(TABLES)) -> None:
     """Replace the tables between the markers of a document. Mutates the file."""
     for mark, block in tables(folder).items():
-        bench_table.replace(document, mark, block)
+        if mark in marks:
+            bench_table.replace(document, mark, block)
 
 
 def summary(folder: Path) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENT = REPOSITORY / "docs" / "experiments.md"
+README = REPOSITORY / "README.md"
 FINISHED = REPOSITORY / "build" / "quality" / "runs"
 
 
@@ -54,6 +55,7 @@ def main() -> int:
     plots.draw(options.out)
     if options.out == RESULTS:
         report.write(options.out, DOCUMENT)
+        report.write(options.out, README, marks=("quality_quota",))
     print(report.summary(options.out))
     if failed:
         print(f"{failed} runs failed; see above", file=sys.stderr)

@@ -1,0 +1,116 @@
+"""Random caches of any size, built on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_budgetkv.layout import PageLayout, PagePool
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One layer's tables over a pool; shapes and dtypes as in docs/kv_layout.md."""
+
+    pool: PagePool
+    table: torch.Tensor
+    lens: torch.Tensor
+    free_pages: torch.Tensor
+    num_free: torch.Tensor
+
+    @property
+    def head_tokens(self) -> int:
+        """Tokens, summed over slots and heads."""
+        return int(self.lens.sum())
+
+    @property
+    def head_pages(self) -> int:
+        """Pages, summed over slots and heads."""
+        page_tokens = self.pool.layout.page_tokens
+        return int(((self.lens + page_tokens - 1) // page_tokens).sum())
+
+    def clone(self) -> Cache:
+        """A copy that shares no memory."""
+        tables = (self.table, self.lens, self.free_pages, self.num_free)
+        pool = PagePool(self.pool.raw.clone(), self.pool.layout)
+        return Cache(pool, *(each.clone() for each in tables))
+
+    def restore_tables(self, saved: Cache) -> None:
+        """Take back what ops did to the tables; the pool is left alone."""
+        for name in ("table", "lens", "free_pages", "num_free"):
+            getattr(self, name).copy_(getattr(saved, name))
+
+
+def build_cache(
+    lens: torch.Tensor, layout: PageLayout, device: torch.device, growth_tokens: int = 0
+) -> Cache:
+    """Heads of random tokens in shuffled pages; what holds no token is NaN.
+
+    Args:
+        lens: int32 [S, H], tokens of each head.
+        layout: of the pool.
+        device: of everything.
+        growth_tokens: by which every head may grow, with pages of the slot's free stack.
+    """
+    lens = lens.to(device)
+    num_slots, num_heads = lens.shape
+    page_tokens = layout.page_tokens
+    held_pages = (lens + page_tokens - 1) // page_tokens
+    spare = num_heads * -(-growth_tokens // page_tokens) + num_heads
+    width = int(held_pages.max()) + -(-growth_tokens // page_tokens) + 1
+    num_held = int(held_pages.sum())
+    num_pages = num_held + num_slots * spare
+
+    pages = torch.randperm(num_pages, device=device).int()
+    index = torch.arange(width, device=device)
+    is_held = index < held_pages[..., None]
+    table = torch.full((num_slots, num_heads, width), -1, dtype=torch.int32, device=device)
+    table[is_held] = pages[:num_held]
+    # as high as a request's pages, so that a compaction can push all of them
+    stack = torch.full((num_slots, spare + num_heads * width), -1, device=device).int()
+    stack[:, :spare] = pages[num_held:].view(num_slots, spare)
+    num_free = torch.full((num_slots,), spare, dtype=torch.int32, device=device)
+    pool = PagePool(
+        torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8, device=device), layout
+    )
+    _fill(pool, table, lens)
+    return Cache(pool, table, lens, stack, num_free)
+
+
+def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
+    """Random keys and values, digests of no meaning; NaN in every slot that holds no token."""
+    page_tokens, device = pool.layout.page_tokens, table.device
+    pool.keys.normal_()
+    pool.values.normal_()
+    pool.digests.normal_().abs_()
+    is_held = table >= 0
+    slots = torch.arange(page_tokens, device=device)
+    first = torch.arange(table.shape[2], device=device) * page_tokens
+    token = first[:, None] + slots
+    valid = torch.zeros(pool.num_pages, page_tokens, dtype=torch.bool, device=device)
+    held = table[is_held].long()
+    valid[held] = (token < lens[..., None, None])[is_held]
+    pool.positions.fill_(torch.iinfo(torch.int32).max)
+    pool.positions[held] = token.int().expand(*table.shape, page_tokens)[is_held]
+    pool.scores.fill_(0.5)
+    for field, mask in (
+        (pool.keys, ~valid[..., None]),
+        (pool.values, ~valid[..., None]),
+        (pool.scores, ~valid),
+    ):
+        field.masked_fill_(mask, torch.nan)
+
+
+def equal_lens(rows: int, heads: int, tokens: int) -> torch.Tensor:
+    """int32 [rows, heads]."""
+    return torch.full((rows, heads), tokens, dtype=torch.int32)
+
+
+def ragged_lens(rows: int, heads: int, mean_tokens: int) -> torch.Tensor:
+    """int32 [rows, heads] from a quarter to seven quarters of the mean; the total is exact."""
+    shares = torch.linspace(0.25, 1.75, max(2, heads))[:heads].repeat(rows, 1)
+    order = torch.rand(rows, heads).argsort(dim=1)
+    lens = (shares.gather(1, order) * mean_tokens).int()
+    lens[:, 0] += mean_tokens * heads - lens.sum(dim=1, dtype=torch.int32)
+    return lens.clamp(min=1)

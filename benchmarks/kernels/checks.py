@@ -1,0 +1,260 @@
+"""Whether every kernel computes what its reference does; one that does not gets no time.
+
+The error budget is that of the op tests: at most twice the error of plain torch in the cache dtype,
+both measured against float64, plus a rounding step. What moves bits must move them exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from benchmarks.kernels.caches import Cache, build_cache, ragged_lens
+from vllm_budgetkv import ops
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops.reference.append import append as append_reference
+from vllm_budgetkv.ops.reference.attend import attend as attend_reference
+from vllm_budgetkv.ops.reference.compact import compact as compact_reference
+from vllm_budgetkv.ops.reference.digest import digest as digest_reference
+from vllm_budgetkv.ops.reference.merge import merge as merge_reference
+from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
+from vllm_budgetkv.ops.reference.score import score as score_reference
+from vllm_budgetkv.ops.reference.select import select as select_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from benchmarks.kernels.shapes import ModelShape
+
+
+class Verdict(NamedTuple):
+    """One comparison: the largest error and the largest that is allowed."""
+
+    op: str
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of the caches that are checked."""
+
+    name: str
+    heads: int
+    group: int
+    head_size: int
+    page_tokens: int
+    mean_tokens: int
+    chunk_tokens: int
+    probe_rows: int
+
+
+SMALL = Sizes("small", 3, 2, 32, 8, 21, 5, 3)
+
+
+def representative(model: ModelShape, page_tokens: int) -> Sizes:
+    """A compressed cache of a model, a tenth of 30,000 tokens, and a chunk behind it."""
+    sizes = (model.kv_heads, model.group, model.head_size, page_tokens)
+    return Sizes(model.name, *sizes, mean_tokens=3000, chunk_tokens=256, probe_rows=32)
+
+
+def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """Compare every op with its reference on random caches."""
+    torch.manual_seed(0)
+    layout = PageLayout(sizes.page_tokens, sizes.head_size, dtype)
+    lens = ragged_lens(2, sizes.heads, sizes.mean_tokens)
+
+    def fresh() -> Cache:
+        return build_cache(lens, layout, device, growth_tokens=sizes.chunk_tokens + 1)
+
+    yield from _check_append(fresh(), sizes)
+    yield from _check_attend(fresh(), sizes)
+    yield from _check_score(fresh(), sizes)
+    yield from _check_select(fresh())
+    yield from _check_compact(fresh())
+    yield from _check_digest(fresh())
+    yield from _check_retrieve(fresh(), sizes)
+    yield from _check_merge(fresh())
+
+
+def within_budget(
+    op: str, what: str, actual: torch.Tensor, low_precision: torch.Tensor, exact: torch.Tensor
+) -> Verdict:
+    """A verdict on numbers that are rounded; an infinite error if they are not all finite."""
+    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
+    allowed = 2 * ((low_precision.double() - exact.double()).abs().max().item() + rounding)
+    error = (actual.double() - exact.double()).abs().max().item()
+    return Verdict(op, what, error, allowed)
+
+
+def same_bits(op: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Verdict:
+    """A verdict on what must not differ in one bit; the error counts the elements that do."""
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = sizes[actual.element_size()]
+    differing = actual.contiguous().view(bits) != expected.contiguous().view(bits)
+    return Verdict(op, what, float(differing.sum()), 0.0)
+
+
+def _same_caches(op: str, actual: Cache, expected: Cache) -> Iterator[Verdict]:
+    """Pool and tables; above `num_free` the stack means nothing."""
+    for name in ("table", "lens", "num_free"):
+        yield same_bits(op, name, getattr(actual, name), getattr(expected, name))
+    height = torch.arange(actual.free_pages.shape[1], device=actual.table.device)
+    stacks = (
+        each.free_pages.masked_fill(height >= each.num_free[:, None], -1)
+        for each in (actual, expected)
+    )
+    yield same_bits(op, "free stack", *stacks)
+    yield same_bits(op, "pages", actual.pool.raw, expected.pool.raw)
+
+
+def int32(*values: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
+
+
+def _check_append(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
+    """A chunk and a decode token, both from the free stack."""
+    device, layout = cache.table.device, cache.pool.layout
+    tokens = sizes.chunk_tokens + 1
+    key = torch.randn(tokens, sizes.heads, sizes.head_size, device=device).to(layout.dtype)
+    shared = torch.tensor([True, True], device=device)
+    starts = int32(0, sizes.chunk_tokens, tokens, device=device)
+    rows = (int32(1, 0, device=device), starts, int32(40, 90, device=device), shared)
+    expected = cache.clone()
+    for op, target in ((ops.append, cache), (append_reference, expected)):
+        tables = (target.table, target.lens, target.free_pages, target.num_free)
+        op(key, -key, target.pool, *tables, *rows)
+    yield from _same_caches("append", cache, expected)
+
+
+def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
+    """Decode; and a chunk, held already, with a decode row behind it."""
+    device, layout = cache.table.device, cache.pool.layout
+    scale = sizes.head_size**-0.5
+    shortest = int(cache.lens.min())
+    for what, tokens in (("decode", 1), ("chunk", max(2, min(sizes.chunk_tokens, shortest)))):
+        shape = (tokens + 1, sizes.heads * sizes.group, sizes.head_size)
+        query = torch.randn(shape, device=device).to(layout.dtype)
+        rows = (int32(1, 0, device=device), int32(0, tokens, tokens + 1, device=device))
+        outs = [torch.full_like(query, torch.nan) for _ in range(2)]
+        exact = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
+        arguments = (query, cache.pool, cache.table, cache.lens, *rows)
+        ops.attend(*arguments, outs[0], scale)
+        attend_reference(*arguments, outs[1], scale)
+        attend_reference(*arguments, exact, scale, torch.float64)
+        yield within_budget("attend", what, *outs, exact)
+
+
+def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
+    """Against the reference, which is float32 like the kernel and sums in another order."""
+    device, layout = cache.table.device, cache.pool.layout
+    shape = (sizes.probe_rows, sizes.heads * sizes.group, sizes.head_size)
+    probe = torch.randn(shape, device=device).to(layout.dtype)
+    numbers = (sizes.head_size**-0.5, max(4, sizes.mean_tokens // 10), 4, int(cache.lens[0].max()))
+    arguments = (probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
+    actual, expected = ops.score(*arguments), ops.Scores(*score_reference(*arguments))
+    yield same_bits("score", "positions", actual.positions, expected.positions)
+    for name in ("mass", "topk_mass", "value_norms"):
+        got, wanted = getattr(actual, name), getattr(expected, name)
+        allowed = 1e-6 + 2e-4 * wanted.abs().max().item()
+        yield Verdict("score", name, (got - wanted).abs().max().item(), allowed)
+
+
+def _check_select(cache: Cache) -> Iterator[Verdict]:
+    """Exactly, with ties among the scores."""
+    lens, device = cache.lens[0], cache.table.device
+    scores = torch.rand(len(lens), int(lens.max()), device=device).mul(50).round()
+    tiers = torch.randint(0, 3, scores.shape, device=device).to(torch.uint8)
+    arguments = (scores, tiers, lens, (lens * 0.6).int())
+    yield same_bits("select", "keep", ops.select(*arguments), select_reference(*arguments))
+
+
+def _check_compact(cache: Cache) -> Iterator[Verdict]:
+    """Byte for byte."""
+    lens, device = cache.lens[0], cache.table.device
+    scores = torch.rand(len(lens), int(lens.max()), device=device)
+    expected = cache.clone()
+    for op, target in ((ops.compact, cache), (compact_reference, expected)):
+        tables = (target.table[0], target.lens[0], target.free_pages[0], target.num_free[:1])
+        op(scores > 0.5, scores, target.pool, *tables, False)
+    yield from _same_caches("compact", cache, expected)
+
+
+def _check_digest(cache: Cache) -> Iterator[Verdict]:
+    """Against the reference, which sums in another order: one rounding step more."""
+    expected = cache.clone()
+    ops.digest(cache.pool, cache.table[0], cache.lens[0])
+    digest_reference(expected.pool, expected.table[0], expected.lens[0])
+    wanted = expected.pool.digests.double()
+    error = (cache.pool.digests.double() - wanted).abs().max().item()
+    allowed = 2 * torch.finfo(cache.pool.layout.dtype).eps * wanted.abs().max().item()
+    yield Verdict("digest", "centre and radius", error, allowed)
+
+
+def _check_retrieve(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
+    """The same numbers of pages, and as good ones: at a tie of roundings either page will do."""
+    device, layout = cache.table.device, cache.pool.layout
+    rows, numbers = int32(1, 0, device=device), (0.4, 1, 2)
+    shape = (2, sizes.heads * sizes.group, sizes.head_size)
+    query = torch.randn(shape, device=device).to(layout.dtype)
+    dynamic = torch.ones(2, sizes.heads, dtype=torch.bool, device=device)
+    found = []
+    for op in (ops.retrieve, retrieve_reference):
+        out = (torch.full_like(cache.table, 2**30), torch.full_like(cache.lens, -7))
+        op(query, cache.pool, cache.table, cache.lens, rows, dynamic, *numbers, *out)
+        found.append(out)
+    (table, lens), (wanted_table, wanted_lens) = found
+    yield same_bits("retrieve", "lens", lens, wanted_lens)
+    differing = float((table != wanted_table).sum())
+    # a page that is swapped at a tie moves the ones listed behind it
+    yield Verdict("retrieve", "pages", differing, 0.01 * float((wanted_table >= 0).sum()))
+
+
+def _check_merge(cache: Cache) -> Iterator[Verdict]:
+    """`value`, without a threshold, so that all that is dropped moves."""
+    lens, device = cache.lens[0], cache.table.device
+    shape = (len(lens), int(lens.max()))
+    keep = torch.rand(shape, device=device) < 0.5
+    is_vision = torch.rand(shape, device=device) < 0.7
+    before, expected = cache.clone(), cache.clone()
+    for op, target in ((ops.merge, cache), (merge_reference, expected)):
+        tables = (target.table[0], target.lens[0], is_vision, "value", shape[1], -1.0)
+        op(keep, target.pool, *tables)
+    yield same_bits("merge", "keys", cache.pool.keys, before.pool.keys)
+    held = ~expected.pool.values.isnan()
+    wanted = expected.pool.values[held].double()
+    error = (cache.pool.values[held].double() - wanted).abs()
+    step = 2 * torch.finfo(cache.pool.layout.dtype).eps * wanted.abs().max().item()
+    # two kept keys that are equally like a dropped one may take it in differently
+    yield Verdict("merge", "values", float((~(error <= step)).sum()), 0.001 * len(error))
+
+
+def wrong_ops(verdicts: list[Verdict]) -> set[str]:
+    """Ops of which a comparison failed."""
+    return {verdict.op for verdict in verdicts if not verdict.holds}
+
+
+def run_checks(
+    all_sizes: list[Sizes], device: torch.device, say: Callable[[str], None]
+) -> list[Verdict]:
+    """Check every size in bfloat16, and the small one in float32 too; says each failure."""
+    verdicts: list[Verdict] = []
+    for sizes in all_sizes:
+        dtypes = (torch.bfloat16, torch.float32) if sizes is SMALL else (torch.bfloat16,)
+        for dtype in dtypes:
+            for verdict in check(sizes, dtype, device):
+                verdicts.append(verdict)
+                if not verdict.holds:
+                    say(
+                        f"WRONG: {verdict.op}, {verdict.what}, {sizes.name}, {dtype}: "
+                        f"error {verdict.error:.3e}, allowed {verdict.allowed:.3e}"
+                    )
+    return verdicts

@@ -1,0 +1,102 @@
+"""Bytes and operations that an op cannot do without, counted from its sizes.
+
+Every input is read once and every output written once; scratch and second readings are left out,
+so that a share of the card's bandwidth says how far a kernel is from the least. The formulas are
+those of "GPU kernels: bytes and operations" in docs/performance.md, which has the legend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.kernels.shapes import ModelShape
+
+ELEMENT_BYTES = 2  # bfloat16
+WORD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one call: `bytes` through device memory, `flops` of matrix products and their like."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.bytes * times, self.flops * times)
+
+    def floor_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+        """The least time at these rates."""
+        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+
+
+def vector_bytes(model: ModelShape) -> int:
+    """A key or a value of one token and KV head."""
+    return model.head_size * ELEMENT_BYTES
+
+
+def append(model: ModelShape, new_tokens: int) -> Work:
+    """Reads K and V and writes them with a position and a score."""
+    per_head = 4 * vector_bytes(model) + 2 * WORD_BYTES
+    return Work(new_tokens * model.kv_heads * per_head)
+
+
+def attend(model: ModelShape, rows: int, head_tokens: float, page_tokens: int) -> Work:
+    """Decode over `head_tokens` tokens, summed over rows and KV heads."""
+    keys = head_tokens * (2 * vector_bytes(model) + WORD_BYTES / page_tokens)
+    queries = 2 * rows * model.heads * vector_bytes(model)
+    return Work(keys + queries, 4 * model.group * model.head_size * head_tokens)
+
+
+def attend_chunk(model: ModelShape, new_tokens: int, head_tokens: float, page_tokens: int) -> Work:
+    """Prefill of `new_tokens`, which `head_tokens`, summed over KV heads, hold already."""
+    once = attend(model, new_tokens, head_tokens, page_tokens)
+    # token i of t sees all but the last t - i - 1
+    seen = new_tokens * (head_tokens - model.kv_heads * (new_tokens - 1) / 2)
+    return Work(once.bytes, 4 * model.group * model.head_size * seen)
+
+
+def score(model: ModelShape, head_tokens: float, probe_rows: int) -> Work:
+    """K for the logits, V for its norms; writes mass, norms and positions."""
+    per_token = 2 * vector_bytes(model) + 4 * WORD_BYTES
+    flops = 2 * probe_rows * model.group * model.head_size * head_tokens
+    return Work(head_tokens * per_token, flops)
+
+
+def logits_bytes(model: ModelShape, head_tokens: float, probe_rows: int) -> float:
+    """The scratch of `score`, float32, which is written once and read once per launch after."""
+    return WORD_BYTES * probe_rows * model.group * head_tokens
+
+
+def select(head_tokens: float) -> Work:
+    """Score and tier in, one byte out."""
+    return Work(head_tokens * (WORD_BYTES + 1 + 1))
+
+
+def compact(model: ModelShape, head_tokens: float, moved_tokens: float) -> Work:
+    """Every token's mark, and the survivors that change their place, read and written."""
+    per_token = 2 * (2 * vector_bytes(model) + 2 * WORD_BYTES)
+    return Work(head_tokens + moved_tokens * per_token)
+
+
+def digest(model: ModelShape, head_tokens: float, page_tokens: int) -> Work:
+    """Keys in, two vectors per page out."""
+    return Work(head_tokens * vector_bytes(model) * (1 + 2 / page_tokens))
+
+
+def retrieve(model: ModelShape, head_pages: float) -> Work:
+    """Two vectors and a table entry of every page in, a table entry out."""
+    per_page = 2 * vector_bytes(model) + 2 * WORD_BYTES
+    return Work(head_pages * per_page, 4 * model.group * model.head_size * head_pages)
+
+
+def merge(model: ModelShape, kept_tokens: float, dropped_tokens: float, heads: int) -> Work:
+    """Keys and values in, values out; a product of dropped and kept keys of every head."""
+    head_tokens = kept_tokens + dropped_tokens
+    moved = (2 * head_tokens + kept_tokens) * vector_bytes(model)
+    return Work(moved, 2 * model.head_size * kept_tokens * dropped_tokens / heads)
