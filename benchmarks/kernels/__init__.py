@@ -1,1 +1,1 @@
-"""Parts of `benchmarks.bench_kernels`: shapes, counted work, caches, checks, peers, cases, report."""
+"""Parts of `benchmarks.bench_kernels`: counted work, caches, checks, peers, cases, report."""

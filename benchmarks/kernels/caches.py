@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,26 +32,36 @@ class Cache:
 
     def clone(self) -> Cache:
         """A copy that shares no memory."""
-        tables = (self.table, self.lens, self.free_pages, self.num_free)
-        pool = PagePool(self.pool.raw.clone(), self.pool.layout)
-        return Cache(pool, *(each.clone() for each in tables))
+        copy = self.snapshot()
+        return replace(copy, pool=PagePool(self.pool.raw.clone(), self.pool.layout))
 
-    def restore_tables(self, saved: Cache) -> None:
+    def snapshot(self) -> Cache:
+        """A copy of the tables over the same pool."""
+        tables = (self.table, self.lens, self.free_pages, self.num_free)
+        return Cache(self.pool, *(each.clone() for each in tables))
+
+    def restore(self, saved: Cache) -> None:
         """Take back what ops did to the tables; the pool is left alone."""
         for name in ("table", "lens", "free_pages", "num_free"):
             getattr(self, name).copy_(getattr(saved, name))
 
 
 def build_cache(
-    lens: torch.Tensor, layout: PageLayout, device: torch.device, growth_tokens: int = 0
+    lens: torch.Tensor,
+    layout: PageLayout,
+    device: torch.device,
+    *,
+    growth_tokens: int = 0,
+    poison: bool = False,
 ) -> Cache:
-    """Heads of random tokens in shuffled pages; what holds no token is NaN.
+    """Heads of random tokens in shuffled pages.
 
     Args:
         lens: int32 [S, H], tokens of each head.
         layout: of the pool.
         device: of everything.
         growth_tokens: by which every head may grow, with pages of the slot's free stack.
+        poison: fill the slots that hold no token with NaN; not every peer survives it.
     """
     lens = lens.to(device)
     num_slots, num_heads = lens.shape
@@ -74,12 +84,12 @@ def build_cache(
     pool = PagePool(
         torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8, device=device), layout
     )
-    _fill(pool, table, lens)
+    _fill(pool, table, lens, poison)
     return Cache(pool, table, lens, stack, num_free)
 
 
-def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
-    """Random keys and values, digests of no meaning; NaN in every slot that holds no token."""
+def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor, poison: bool) -> None:
+    """Random keys and values, digests of no meaning, positions without gaps."""
     page_tokens, device = pool.layout.page_tokens, table.device
     pool.keys.normal_()
     pool.values.normal_()
@@ -88,18 +98,16 @@ def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
     slots = torch.arange(page_tokens, device=device)
     first = torch.arange(table.shape[2], device=device) * page_tokens
     token = first[:, None] + slots
-    valid = torch.zeros(pool.num_pages, page_tokens, dtype=torch.bool, device=device)
     held = table[is_held].long()
-    valid[held] = (token < lens[..., None, None])[is_held]
     pool.positions.fill_(torch.iinfo(torch.int32).max)
     pool.positions[held] = token.int().expand(*table.shape, page_tokens)[is_held]
     pool.scores.fill_(0.5)
-    for field, mask in (
-        (pool.keys, ~valid[..., None]),
-        (pool.values, ~valid[..., None]),
-        (pool.scores, ~valid),
-    ):
-        field.masked_fill_(mask, torch.nan)
+    if poison:
+        empty = torch.ones(pool.num_pages, page_tokens, dtype=torch.bool, device=device)
+        empty[held] = (token >= lens[..., None, None])[is_held]
+        for field in (pool.keys, pool.values):
+            field.masked_fill_(empty[..., None], torch.nan)
+        pool.scores.masked_fill_(empty, torch.nan)
 
 
 def equal_lens(rows: int, heads: int, tokens: int) -> torch.Tensor:

@@ -73,7 +73,8 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
     lens = ragged_lens(2, sizes.heads, sizes.mean_tokens)
 
     def fresh() -> Cache:
-        return build_cache(lens, layout, device, growth_tokens=sizes.chunk_tokens + 1)
+        growth_tokens = sizes.chunk_tokens + 1
+        return build_cache(lens, layout, device, growth_tokens=growth_tokens, poison=True)
 
     yield from _check_append(fresh(), sizes)
     yield from _check_attend(fresh(), sizes)
@@ -144,13 +145,13 @@ def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         shape = (tokens + 1, sizes.heads * sizes.group, sizes.head_size)
         query = torch.randn(shape, device=device).to(layout.dtype)
         rows = (int32(1, 0, device=device), int32(0, tokens, tokens + 1, device=device))
-        outs = [torch.full_like(query, torch.nan) for _ in range(2)]
+        actual, rounded = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
         exact = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         arguments = (query, cache.pool, cache.table, cache.lens, *rows)
-        ops.attend(*arguments, outs[0], scale)
-        attend_reference(*arguments, outs[1], scale)
+        ops.attend(*arguments, actual, scale)
+        attend_reference(*arguments, rounded, scale)
         attend_reference(*arguments, exact, scale, torch.float64)
-        yield within_budget("attend", what, *outs, exact)
+        yield within_budget("attend", what, actual, rounded, exact)
 
 
 def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
@@ -164,7 +165,7 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     yield same_bits("score", "positions", actual.positions, expected.positions)
     for name in ("mass", "topk_mass", "value_norms"):
         got, wanted = getattr(actual, name), getattr(expected, name)
-        allowed = 1e-6 + 2e-4 * wanted.abs().max().item()
+        allowed = 1e-6 + 5e-5 * wanted.abs().max().item()
         yield Verdict("score", name, (got - wanted).abs().max().item(), allowed)
 
 

@@ -19,7 +19,8 @@ FLUSH_TIMES_CACHE = 4
 COPY_BYTES = 2 << 30
 MATMUL_SIZE = 8192
 # a stream takes about a thousand launches before it makes the host wait
-HOST_CALLS = 100
+MAX_QUEUED_LAUNCHES = 500
+HOST_SAMPLES = 5
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,10 @@ class Clock:
 
     def __init__(self, target_seconds: float) -> None:
         self._target_seconds = target_seconds
-        cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+        self._flush_sum = torch.empty((), device="cuda")
+        cache_bytes = torch.cuda.get_device_properties(self._flush_sum.device).L2_cache_size
         # read, not written: lines that are written back later would cost the call bandwidth
         self._flushed = torch.zeros(FLUSH_TIMES_CACHE * cache_bytes // 4, device="cuda")
-        self._flush_sum = torch.empty((), device="cuda")
 
     def flush(self) -> None:
         """Push everything else out of the L2 cache."""
@@ -126,18 +127,21 @@ def _graph_of(run: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
         return None
 
 
-def host_seconds(run: Callable[[], object], reset: Callable[[], None] | None = None) -> float:
-    """Median seconds that the host spends in one call, while the device keeps up."""
+def host_seconds(
+    run: Callable[[], object], launches: int, reset: Callable[[], None] | None = None
+) -> float:
+    """Median seconds that the host spends in one call of so many launches, waiting for nothing."""
+    calls = max(1, MAX_QUEUED_LAUNCHES // launches)
     for _ in range(WARM_UPS):
         run()
     samples = []
-    for _ in range(5):
+    for _ in range(HOST_SAMPLES):
         if reset is not None:
             reset()
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(HOST_CALLS):
+        for _ in range(calls):
             run()
-        samples.append((time.perf_counter() - start) / HOST_CALLS)
+        samples.append((time.perf_counter() - start) / calls)
         torch.cuda.synchronize()
     return statistics.median(samples)

@@ -1,0 +1,256 @@
+"""The kernel bench without a GPU: its checks, its cases on tiny shapes, and its peers' layouts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from benchmarks import bench_kernels
+from benchmarks.kernels import attention, compression, launches, peers, work
+from benchmarks.kernels.caches import build_cache, equal_lens, ragged_lens
+from benchmarks.kernels.checks import Verdict
+from benchmarks.kernels.peers import Batch
+from benchmarks.kernels.report import Report
+from benchmarks.kernels.rows import Bench
+from benchmarks.kernels.shapes import QWEN25_VL_7B, ModelShape
+from benchmarks.kernels.timing import Ceilings, Timing
+from vllm_budgetkv import ops
+from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops.reference.attend import attend as attend_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+CPU = torch.device("cpu")
+TINY = ModelShape("tiny", 2, 32, 64, 4, 2, head_size=32)
+SIZES = {
+    attention: {
+        "QWEN25_VL_7B": TINY,
+        "LONG_TOKENS": 60,
+        "QUICK_DECODES": ((20, 2),),
+        "RAGGED_DECODES": ((2, 20),),
+        "RETRIEVALS": ((2, 60),),
+        "BUDGET_ROWS": 2,
+        "CHUNK_TOKENS": 6,
+        "MODELS": (TINY,),
+    },
+    compression: {
+        "QWEN25_VL_7B": TINY,
+        "CHUNK_TOKENS": 6,
+        "BUDGET_TOKENS": 30,
+        "HELD_TOKENS": 36,
+        "DECODE_ROWS": 3,
+        "PROBE_TOKENS": 3,
+    },
+    launches: {
+        "QWEN25_VL_7B": TINY,
+        "STEP_ROWS": 2,
+        "STEP_TOKENS": 20,
+        "PROOF_LAYERS": 1,
+        "PROOF_ROWS": 2,
+        "PROOF_TOKENS": 15,
+        "PROOF_STEPS": 3,
+        "HOST_ROWS": 2,
+        "HOST_TOKENS": 9,
+    },
+}
+
+
+class OneCall:
+    """A clock that runs what it times once."""
+
+    def ceilings(self) -> Ceilings:
+        return Ceilings(1e9, 1e12, 1e-6)
+
+    def measure(self, run: Callable[[], object], reset: Callable[[], None] | None = None) -> Timing:
+        if reset is not None:
+            reset()
+        run()
+        return Timing(1e-3, captured=True)
+
+
+def one_call(
+    run: Callable[[], object], launches: int, reset: Callable[[], None] | None = None
+) -> float:
+    return OneCall().measure(run, reset).seconds
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    for module, sizes in SIZES.items():
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(launches, "capture", lambda run: SimpleNamespace(replay=run))
+    monkeypatch.setattr(launches, "host_seconds", one_call)
+    return Bench(OneCall(), OneCall().ceilings(), 8, quick=True, device=CPU)
+
+
+def run_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Exit status, the lines printed before the last one, and the last one's content."""
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", "--check"])
+    with pytest.raises(SystemExit) as stop:
+        bench_kernels.main()
+    *lines, last = capsys.readouterr().out.splitlines()
+    return stop.value.code, lines, json.loads(last)
+
+
+def test_check_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, summary = run_check(monkeypatch, capsys)
+    assert status == 0
+    assert summary["wrong"] == []
+    assert summary["checks"] > 40
+
+
+def test_a_wrong_kernel_is_found(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that leaves out the last token of every head, and one that answers NaN."""
+    attend, select = ops.attend, ops.select
+
+    def attend_nan(*arguments: Any) -> None:
+        attend(*arguments)
+        arguments[6][0, 0] = torch.nan
+
+    def select_fewer(
+        scores: torch.Tensor, tiers: torch.Tensor, lens: torch.Tensor, budgets: torch.Tensor
+    ) -> torch.Tensor:
+        return select(scores, tiers, lens, budgets - 1)
+
+    monkeypatch.setattr(ops, "attend", attend_nan)
+    monkeypatch.setattr(ops, "select", select_fewer)
+    status, lines, summary = run_check(monkeypatch, capsys)
+    assert status == 1
+    assert {verdict["op"] for verdict in summary["wrong"]} == {"attend", "select"}
+    assert any(line.startswith("WRONG: attend, decode, small") for line in lines)
+
+
+@pytest.mark.parametrize("name", bench_kernels.SECTIONS)
+def test_sections_run(tiny: Bench, name: str) -> None:
+    section, _ = bench_kernels.SECTIONS[name]
+    rows = list(section(tiny))
+    assert rows
+    for row in rows:
+        assert row.work is None or row.work.bytes > 0
+        assert row.as_json(tiny.ceilings)["seconds"] == 1e-3
+
+
+def test_no_time_for_a_wrong_kernel(
+    tiny: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """`select` is wrong, so what needs it has no time; the rest is in the file."""
+    monkeypatch.setattr(bench_kernels, "Clock", lambda seconds: OneCall())
+    report = Report(verdicts=[Verdict("select", "keep", 1.0, 0.0)])
+    asked = {"only": ["compress", "retrieval"], "quick": True, "check": False, "page_tokens": 8}
+    options = Namespace(**asked, seconds_per_case=0.0, limit_seconds=600, out=tmp_path)
+    bench_kernels.measure(options, report, CPU)
+    assert {row.section for row in report.rows} == {"retrieval"}
+    assert report.left_out == ["compress: select wrong"]
+    assert "TFLOP/s" in capsys.readouterr().out
+    (file,) = tmp_path.iterdir()
+    written = json.loads(file.read_text())
+    assert [row["section"] for row in written["rows"]] == ["retrieval", "retrieval"]
+    assert written["rows"][0]["share_of_copy"] > 0
+    assert written["wrong"][0]["op"] == "select"
+
+
+def test_graph_proof_compares(tiny: Bench) -> None:
+    assert all(verdict.holds for verdict in launches.prove_capture(tiny))
+
+
+def test_graph_proof_can_fail(tiny: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launches, "capture", lambda run: SimpleNamespace(replay=lambda: None))
+    assert not all(verdict.holds for verdict in launches.prove_capture(tiny))
+
+
+def test_bars(tiny: Bench) -> None:
+    report = Report(ceilings=tiny.ceilings)
+    assert {bar.state for bar in report.bars()} == {"not measured"}
+    report.rows += list(compression.compress_step(tiny))
+    (bar,) = [bar for bar in report.bars() if bar.value is not None]
+    assert bar.state == "FAIL"
+    assert "compress" in bar.name
+
+
+def naive_varlen(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, **numbers: Any
+) -> torch.Tensor:
+    """What a paged FlashAttention call computes, from its own arguments alone."""
+    out = torch.empty_like(query)
+    starts, group = numbers["cu_seqlens_q"].tolist(), query.shape[1] // keys.shape[2]
+    for index, count in enumerate(numbers["seqused_k"].tolist()):
+        held = [field[numbers["block_table"][index].long()] for field in (keys, values)]
+        key, value = (field.flatten(0, 1)[:count].float() for field in held)
+        asked = query[starts[index] : starts[index + 1]].float()
+        mask = torch.ones(len(asked), count, dtype=torch.bool).tril(count - len(asked))
+        for head in range(query.shape[1]):
+            scores = asked[:, head] @ key[:, head // group].T * numbers["softmax_scale"]
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(1)
+            mixed = weights @ value[:, head // group]
+            out[starts[index] : starts[index + 1], head] = mixed.to(out.dtype)
+    return out
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("flash_attn_interface")
+    module.is_fa_version_supported = lambda version: False  # type: ignore[attr-defined]
+    module.flash_attn_varlen_func = naive_varlen  # type: ignore[attr-defined]
+    name = "vllm.vllm_flash_attn.flash_attn_interface"
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", ModuleType("vllm.vllm_flash_attn"))
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name", ["sdpa", "flash (vllm)", "flash by head (vllm)"])
+def test_peers_do_the_same_work(fake_vllm: None, name: str, tokens: int) -> None:
+    peer = (peers.WHOLE_REQUEST | peers.HEADWISE)[name]
+    shape = ragged_lens if "by head" in name else equal_lens
+    cache = build_cache(shape(3, 2, 21), PageLayout(8, 32, torch.float32), CPU)
+    query = torch.randn(3 * tokens, 6, 32)
+    starts = torch.arange(4, dtype=torch.int32) * tokens
+    expected = torch.empty_like(query)
+    tables = (cache.table, cache.lens, torch.arange(3, dtype=torch.int32), starts)
+    attend_reference(query, cache.pool, *tables, expected, 32**-0.5)
+    torch.testing.assert_close(peer(Batch(query, cache, tokens))(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_ragged_heads_are_refused_by_whole_request_peers() -> None:
+    cache = build_cache(ragged_lens(2, 2, 20), PageLayout(8, 32, torch.float32), CPU)
+    with pytest.raises(ValueError, match="differ in length"):
+        peers.sdpa(Batch(torch.randn(2, 4, 32), cache, 1))
+
+
+def test_work_of_a_7b() -> None:
+    """The figures of docs/performance.md."""
+    model, heads, page = QWEN25_VL_7B, QWEN25_VL_7B.kv_heads, 32
+    held, kept = 4024 * heads, 3000 * heads
+    counted = {
+        "append": (work.append(model, 1024), 4.23, 0),
+        "decode": (work.attend(model, 1, kept, page), 6.16, 43),
+        "chunk": (work.attend_chunk(model, 1024, held, page), 22.9, 51_564),
+        "score": (work.score(model, held, 32), 8.50, 923),
+        "select": (work.select(held), 0.10, 0),
+        "compact": (work.compact(model, held, kept), 12.5, 0),
+        "digest": (work.digest(model, kept, page), 3.26, 0),
+        "retrieve": (work.retrieve(model, heads * 94), 0.20, 1.3),
+        "merge": (work.merge(model, kept, held - kept, heads), 11.3, 3146),
+    }
+    for op, (found, megabytes, megaflops) in counted.items():
+        assert found.bytes / 1e6 == pytest.approx(megabytes, rel=0.04), op
+        assert found.flops / 1e6 == pytest.approx(megaflops, rel=0.04), op
+    step = (counted["score"][0] + counted["select"][0] + counted["compact"][0]) * model.layers
+    assert step.bytes / 1e6 == pytest.approx(591, rel=0.001)
+    assert step.floor_seconds(4.8e12, 989e12) == pytest.approx(0.12e-3, rel=0.03)
+    assert model.layer_weights * model.layers == pytest.approx(6.5e9, rel=0.01)
+    assert model.forward_flops(1024, 3000 + 512) == pytest.approx(14.8e12, rel=0.001)
