@@ -187,7 +187,7 @@ PLANS: dict[str, list[Run]] = {
         ablation("no head and type level", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
         # what stays
         *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
-        *(ablation(f"pool of {n}", tuning={"pool_width_tokens": n}) for n in (1, 3, 15)),
+        *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),
         *(ablation(f"window of {n}", window_tokens=n) for n in (0, 8, 16)),
         ablation("cut frames not protected", tuning={"frame_share": 0.0}),
         ablation("merge values", merge="value"),
@@ -199,7 +199,7 @@ PLANS: dict[str, list[Run]] = {
         *(ablation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
         # the engine
         *(ablation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
-        *(replace(ablation(f"pages of {n}"), page_tokens=n) for n in (4, 16)),
+        *(replace(ablation(f"pages of {n}"), page_tokens=n) for n in (16, 32)),
     ],
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

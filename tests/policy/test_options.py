@@ -30,6 +30,7 @@ from vllm_budgetkv.policy import PolicyOptions, make_policy
         ("retrieval_ratio", 0.0),
         ("pool_width_tokens", 6),
         ("pool_width_tokens", -1),
+        ("hybrid_pool_tokens", 6),
         ("force_class", "sparse"),
         ("merge", "average"),
         ("text_share", float("nan")),

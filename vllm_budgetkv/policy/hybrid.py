@@ -51,7 +51,7 @@ class HybridPolicy(Policy):
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
         options = self._options
-        scores = importance(observation, options.pool_width_tokens)
+        scores = importance(observation, options.hybrid_pool_tokens)
         is_static = classify(observation, options)
         tiers = Pins.of(observation, options).tiers(observation.positions)
         if observation.fits:

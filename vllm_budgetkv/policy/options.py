@@ -43,7 +43,10 @@ class PolicyOptions:
     text_share: float = 0.5
     """Share of a static head's budget, less its pinned tokens, that text may take before vision."""
     pool_width_tokens: int = 7
-    """Width of the max-pool over the attention, odd; 1 switches it off."""
+    """Width of the baselines' max-pool over the attention, odd; 1 switches it off."""
+    hybrid_pool_tokens: int = 1
+    """The same for `hybrid`. Off: each spurious peak would take its neighbours along. At a quota of
+    5 % a whole frame was found in 33 % of the examples with 7, in 60 % with 3, in 93 % without."""
     top_k_min: int = 64
     """Least k of the top-k mass, tokens."""
     top_k_ratio: float = 0.1
@@ -82,8 +85,9 @@ class PolicyOptions:
             self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         for name in ("top_k_ratio", "retrieval_ratio"):
             self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        odd = self.pool_width_tokens >= 1 and self.pool_width_tokens % 2 == 1
-        self._require("pool_width_tokens", odd, "odd and 1 or more")
+        for name in ("pool_width_tokens", "hybrid_pool_tokens"):
+            odd = getattr(self, name) >= 1 and getattr(self, name) % 2 == 1
+            self._require(name, odd, "odd and 1 or more")
         self._require("merge", self.merge in ("none", "value"), "'none' or 'value'")
         known = self.force_class in (None, "static", "dynamic")
         self._require("force_class", known, "None, 'static' or 'dynamic'")
