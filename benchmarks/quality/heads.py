@@ -24,6 +24,7 @@ import torch
 from benchmarks.quality import heads_plot, reader
 from benchmarks.quality.inside import cache_of, closing, in_order, prepare_environment
 from benchmarks.quality.lab import Lab, Setup
+from benchmarks.quality.provenance import settings_of
 from benchmarks.quality.suite import TASKS, make_examples
 from benchmarks.quality.text_tasks import TEXT_TASKS, make_text_examples
 from vllm_budgetkv.policy.classify import classify
@@ -224,7 +225,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             with traced(lab) as found:
                 lab.ask(make(task, options.length, options.count))
             traces[task] = [pieces.trace() for pieces in in_order(found)]
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    settings = settings_of(options)
     return {"settings": settings} | summarise(traces)
 
 

@@ -28,6 +28,7 @@ from benchmarks.quality.inside import (
     prepare_environment,
 )
 from benchmarks.quality.lab import Lab, Setup
+from benchmarks.quality.provenance import settings_of
 from benchmarks.quality.suite import TASKS, make_examples
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.quota import ceil_div
@@ -298,7 +299,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 "accuracy": statistics.fmean(map(right.__getitem__, chosen)),
             }
             results.append(result | means(found) | {"heads": means_by_head(found)})
-    settings = {name: str(v) if isinstance(v, Path) else v for name, v in vars(options).items()}
+    settings = settings_of(options)
     return {"settings": settings | {"page_quota": pages}, "results": results}
 
 

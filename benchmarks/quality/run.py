@@ -14,8 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -26,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality import models, plots, reader, report, worker
 from benchmarks.quality.plan import PAGE_TOKENS, PLANS
+from benchmarks.quality.provenance import REPOSITORY, current_commit, machine, model_name
 from benchmarks.quality.queueing import Cache, Worker, run_all
 from benchmarks.quality.results import save_plan
 from benchmarks.quality.suite import SUITE
@@ -33,7 +32,6 @@ from benchmarks.quality.suite import SUITE
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-REPOSITORY = Path(__file__).parents[2]
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENT = REPOSITORY / "docs" / "experiments.md"
 README = REPOSITORY / "README.md"
@@ -109,29 +107,6 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
 def start_process() -> Executor:
     """A fresh process: vLLM reads its environment once and wants none that has forked."""
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-
-
-def model_name(model: str) -> str:
-    path = Path(model)
-    return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else model
-
-
-def current_commit() -> str:
-    """Short hash of the commit, with a plus if the working tree differs from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    cpu = cpuinfo.split("model name")[1].splitlines()[0].strip(" :\t")
-    return f"{cpu}, {os.cpu_count()} cores, {platform.system()}"
 
 
 if __name__ == "__main__":
