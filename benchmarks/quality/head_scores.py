@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from benchmarks.quality.suite import Example
 
 LENGTH_TOKENS = 700
+GENERATION_TOKENS = 5
+"""Tokens of "<|im_end|>\\n<|im_start|>assistant\\n" in the lab's model."""
 TASKS = ("needle", "detail", "whole")
 
 
@@ -90,12 +92,8 @@ def evidence_positions(example: Example, prefill: Prefill) -> torch.Tensor:
     shows = is_sign & (cells % scenes.NUM_SIGNS // scenes.NUM_DIGITS == letter)
     # behind the video: its end marker, the question and the generation prompt
     question_tokens = 1 + len(example.talk.turns[-1][0])
-    first = prefill.positions[-1] + 1 - TEMPLATE_TOKENS - question_tokens - len(cells)
+    first = prefill.positions[-1] + 1 - GENERATION_TOKENS - question_tokens - len(cells)
     return first + torch.nonzero(shows)[:, 0]
-
-
-TEMPLATE_TOKENS = 5
-"""Tokens of "<|im_end|>\\n<|im_start|>assistant\\n" in the lab's model."""
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class Task:
     has_depth: bool = True
 
 
-SMALL, SQUARE = Grid(2, 2), Grid(4, 4)
+SMALL, SQUARE, LARGE = Grid(2, 2), Grid(4, 4), Grid(4, 8)
 
 
 def make_examples(name: str, length_tokens: int, count: int) -> list[Example]:
@@ -97,15 +97,15 @@ def pair_of(letter: str, rng: Rng) -> str:
 
 
 def needle(
-    tokens: int, depth: float, rng: Rng, grid: Grid = SMALL, **drawing: bool
+    tokens: int, depth: float, rng: Rng, grid: Grid = SMALL, *, fills_frame: bool = False
 ) -> Conversation:
-    """One pair shown once among others."""
+    """One pair shown once among others, in one cell or in all cells of its frame."""
     letters = conversations.shuffled_letters(rng)
     pairs = background(tokens // grid.tokens, letters[1:], rng)
     place = place_of(depth, len(pairs))
     pairs[place] = pair_of(letters[0], rng)
     scene = draw_frames(pairs, grid, rng)
-    if drawing.get("whole"):
+    if fills_frame:
         scene[place] = draw_frames([pairs[place]], grid, rng, whole=True)[0]
     return Conversation(VIDEO, [scene], [(f"{letters[0]}?", pairs[place][1])])
 
@@ -132,14 +132,7 @@ def page(tokens: int, depth: float, rng: Rng) -> Conversation:
     number = talk.content.split("page")[place + 1][:2]
     pair = pair_of(conversations.shuffled_letters(rng)[0], rng)
     talk.scenes[place] = draw_frames([pair], grid, rng)
-    return replace_turns(talk, [(f"page{number}?", pair)])
-
-
-LARGE = Grid(4, 8)
-
-
-def replace_turns(talk: Conversation, turns: list[tuple[str, str]]) -> Conversation:
-    return replace(talk, turns=turns)
+    return replace(talk, turns=[(f"page{number}?", pair)])
 
 
 def appearances(
@@ -214,7 +207,7 @@ def note(tokens: int, depth: float, rng: Rng) -> Conversation:
     talk = conversations.notes_conversation(num_videos, frames_each, 0, SMALL, rng)
     place = place_of(depth, num_videos)
     text = talk.content.split("note:")[place + 1][:2]
-    return replace_turns(talk, [(f"note:{text[0]}?", text[1])])
+    return replace(talk, turns=[(f"note:{text[0]}?", text[1])])
 
 
 def ahead(tokens: int, depth: float, rng: Rng) -> Conversation:
@@ -241,7 +234,7 @@ def detail(tokens: int, depth: float, rng: Rng) -> Conversation:
 
 
 def whole(tokens: int, depth: float, rng: Rng) -> Conversation:
-    return needle(tokens, depth, rng, SQUARE, whole=True)
+    return needle(tokens, depth, rng, SQUARE, fills_frame=True)
 
 
 TASKS: dict[str, Task] = {
