@@ -164,13 +164,13 @@ MUTATIONS = (
     Mutation(
         "cache: the bank takes vision tokens",
         "worker/cache.py",
-        "return request.spans.last_text_positions(start, stop, options.probe_tokens)",
+        "return spans.last_text_positions(start, stop, options.probe_tokens)",
         "return list(range(start, stop))[-options.probe_tokens :]",
     ),
     Mutation(
         "cache: text before the video replaces the look-ahead",
         "worker/cache.py",
-        "start = max(start, request.spans.end_of_vision)",
+        "start = max(start, spans.end_of_vision)",
         "pass",
     ),
     Mutation(
