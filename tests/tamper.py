@@ -290,7 +290,7 @@ MUTATIONS = (
     ),
     Mutation(
         "vision: time stamps count as frames",
-        "worker/vision.py",
+        "vision.py",
         "if place.is_embed is None:",
         "if True:",
     ),

@@ -51,6 +51,12 @@ class BudgetConfig:
         "Most prompt tokens of one request in one step; each chunk is compressed.",
         metavar="TOKENS",
     )
+    chunk_ends: str = _option(
+        "anywhere",
+        "Where a chunk may end: 'anywhere', or between the 'frames' of a video when a frame fits "
+        "into a chunk, which makes chunks shorter (for ablations).",
+        choices=("anywhere", "frames"),
+    )
     decode_interval_tokens: int = _option(
         64, "Tokens that decode appends between two compactions.", metavar="TOKENS"
     )
@@ -131,6 +137,10 @@ class BudgetConfig:
         for name in _COUNT_FIELDS:
             _check_count(name, getattr(self, name))
         self._check_lookahead()
+        if self.chunk_ends not in ("anywhere", "frames"):
+            raise ValueError(
+                f"--kv-chunk-ends must be 'anywhere' or 'frames'; got {self.chunk_ends!r}"
+            )
         if self.merge != "none" and self.policy != "hybrid":
             raise ValueError(
                 f"--kv-merge {self.merge} is of --kv-policy hybrid; got --kv-policy {self.policy}"

@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+# an op imports its Triton kernel when it is first called
+TRITON_KERNELS = "vllm_budgetkv.ops.triton."
+
 
 def content_of(part: dict[str, Any]) -> dict[str, Any]:
     """One part of a chat message from its plain description."""
@@ -39,12 +42,15 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self.scheduler = engine.engine_core.engine_core.scheduler
         self.held: dict[str, int] = {}
+        self.computed: dict[str, list[int]] = {}
         self.running_at_once = 0
 
     def look(self) -> None:
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         for request_id, blocks in manager.req_to_blocks.items():
             self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
+        for request in self.scheduler.running:
+            self.computed.setdefault(request.request_id, []).append(request.num_computed_tokens)
         self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
 
 
@@ -90,6 +96,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "answers": answers,
         "held": observer.held,
+        "computed": observer.computed,
         "steps": step,
         "running_at_once": observer.running_at_once,
     }
@@ -132,6 +139,7 @@ def describe(llm: Any) -> dict[str, Any]:
             {x.attn_backend.get_name() for x in layers if hasattr(x, "attn_backend")}
         ),
         "runner": runner_module(core.model_executor),
+        "kernels": [name for name in sorted(sys.modules) if name.startswith(TRITON_KERNELS)],
         "num_blocks": core.scheduler.kv_cache_config.num_blocks,
         "leftovers": len(core.scheduler.requests),
     }

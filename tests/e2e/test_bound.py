@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -149,3 +150,14 @@ def test_all_dynamic_with_every_page_read_equals_no_retrieval_at_all(
     ]
     assert tokens_of(answers[0]) == tokens_of(answers[1])
     assert not any(SUFFIX in request_id for answer in answers for request_id in answer["held"])
+
+
+def test_chunks_end_between_frames(tmp_path: Path, vision_model: Path) -> None:
+    request = {"name": "r", "content": [{"video": 32}, {"text": "Which?"}], "max_tokens": 4}
+    options = budget("hybrid", chunk_ends="frames", lookahead=False)
+    answer = run(tmp_path, vision_model, [request], budget=options, **ENGINE)
+    check_bound(answer)
+    (computed,) = answer["computed"].values()
+    # 16 pairs of frames, each of 16 tokens, in chunks of at most 24
+    steps = [stop - start for start, stop in pairwise(computed)]
+    assert steps[1:15] == [16] * 14

@@ -13,7 +13,7 @@ from vllm.multimodal.inputs import (
 )
 
 from vllm_budgetkv.spans import PromptSpans, VisionItem
-from vllm_budgetkv.worker.vision import FrameGrid, frame_grid, frame_records, vision_items
+from vllm_budgetkv.vision import FrameGrid, frame_grid, frame_records, vision_items
 
 
 def feature(

@@ -1,4 +1,4 @@
-"""The scheduler: notes long requests for the manager and runs look-aheads, no more."""
+"""The scheduler: notes long requests for the manager, runs look-aheads, cuts chunks at frames."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_budgetkv.activation import config_of, resolve_quota
 from vllm_budgetkv.scheduler.lookahead import lookahead_id, make_lookahead, parent_of
 from vllm_budgetkv.scheduler.manager import QuotaManager
+from vllm_budgetkv.spans import PromptSpans
+from vllm_budgetkv.vision import vision_items
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -34,6 +36,8 @@ class BudgetScheduler(AsyncScheduler):
         assert isinstance(self._manager, QuotaManager)
         self._held: dict[str, Request] = {}
         self._scheduling = False
+        # vLLM's own reason to cut chunks, recurrent state, is refused at start
+        self.need_mamba_block_aligned_split = self._config.chunk_ends == "frames"
         self._log_banner()
 
     def _log_banner(self) -> None:
@@ -75,6 +79,23 @@ class BudgetScheduler(AsyncScheduler):
         lookaheads = [self.requests[lookahead_id(parent_id)] for parent_id in self._held]
         ahead_running = sum(r.status == RequestStatus.RUNNING for r in lookaheads)
         return num_running - ahead_running, num_waiting + ahead_running
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Tokens of the next chunk: up to the last whole frame if it holds one, else as many."""
+        start = request.num_computed_tokens
+        start += num_new_local_computed_tokens + num_external_computed_tokens
+        stop = start + num_new_tokens
+        if self._quota.fits(request.num_tokens) or stop >= request.num_prompt_tokens:
+            return num_new_tokens
+        spans = PromptSpans(request.num_prompt_tokens, vision_items(request.mm_features))
+        between_frames = spans.trailing_frame_start(stop)
+        return between_frames - start if between_frames > start else num_new_tokens
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.spans import PromptSpans
+from vllm_budgetkv.vision import frame_records, vision_items
 from vllm_budgetkv.worker.report import RequestRecord
 from vllm_budgetkv.worker.requests import RequestState
-from vllm_budgetkv.worker.vision import frame_records, vision_items
 
 if TYPE_CHECKING:
     from collections.abc import Callable
