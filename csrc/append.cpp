@@ -1,4 +1,4 @@
-// append: first takes the pages in order, then copies tokens in parallel.
+// append: first takes the pages in order, then copies tokens in parallel. reserve: the pages alone.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -32,9 +32,9 @@ struct Tables {
 };
 
 // Pops the pages that the head will need and enters them in its table.
-void take_pages(Tables& tables, int slot, int head, int first_page, int end_page) {
+void take_pages(const char* op, Tables& tables, int slot, int head, int first_page, int end_page) {
   const int wanted = end_page - first_page;
-  TORCH_CHECK(wanted <= tables.num_free[slot], "append: slot ", slot, " head ", head, " wants ",
+  TORCH_CHECK(wanted <= tables.num_free[slot], op, ": slot ", slot, " head ", head, " wants ",
               wanted, " pages, but ", tables.num_free[slot],
               " are free: compress the request before it grows, or raise its quota");
   for (int page = first_page; page < end_page; ++page) {
@@ -50,7 +50,7 @@ HeadWrite plan_head(Tables& tables, int slot, int head, int num_tokens, bool sha
   TORCH_CHECK_INDEX(end_page <= tables.table.size(2), "append: slot ", slot, " head ", head,
                     " needs ", end_page, " pages for ", end, " tokens, but its table is ",
                     tables.table.size(2), " wide");
-  if (shared) take_pages(tables, slot, head, first_new, end_page);
+  if (shared) take_pages("append", tables, slot, head, first_new, end_page);
   for (int page = held / tables.page_tokens; page < end_page; ++page) {
     const int32_t id = tables.table[slot][head][page];
     TORCH_CHECK_INDEX(id >= 0 && id < tables.num_pages, "append: entry ", page, " of slot ", slot,
@@ -137,6 +137,34 @@ void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& ke
   });
 }
 
+void reserve(const at::Tensor& table, const at::Tensor& lens, const at::Tensor& free_pages,
+             const at::Tensor& num_free, const at::Tensor& slots, const at::Tensor& shared,
+             int64_t page_tokens) {
+  check_last_stride("table", table);
+  Tables tables{table.accessor<int32_t, 3>(),
+                lens.accessor<int32_t, 2>(),
+                free_pages.accessor<int32_t, 2>(),
+                num_free.accessor<int32_t, 1>(),
+                static_cast<int>(page_tokens),
+                0};
+  const auto slot_of = slots.accessor<int32_t, 1>();
+  const auto shared_of = shared.accessor<bool, 1>();
+  for (int64_t row = 0; row < slots.size(0); ++row) {
+    if (!shared_of[row]) continue;
+    const int slot = slot_of[row];
+    TORCH_CHECK_INDEX(slot >= 0 && slot < table.size(0), "reserve: row ", row, " is in slot ", slot,
+                      ", but there are ", table.size(0), " slots");
+    for (int head = 0; head < table.size(1); ++head) {
+      const int held = tables.lens[slot][head];
+      if (held % tables.page_tokens != 0) continue;
+      const int page = held / tables.page_tokens;
+      TORCH_CHECK_INDEX(page < table.size(2), "reserve: slot ", slot, " head ", head, " holds ",
+                        held, " tokens, but its table is ", table.size(2), " pages wide");
+      take_pages("reserve", tables, slot, head, page, page + 1);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace budgetkv
 
@@ -146,6 +174,12 @@ TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
       "Tensor(d!) scores, Tensor(e!) table, Tensor(f!) lens, Tensor free_pages, "
       "Tensor(g!) num_free, Tensor slots, Tensor query_start, Tensor first_position, "
       "Tensor shared) -> ()");
+  m.def(
+      "reserve(Tensor(a!) table, Tensor lens, Tensor free_pages, Tensor(b!) num_free, "
+      "Tensor slots, Tensor shared, int page_tokens) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(budgetkv, CPU, m) { m.impl("append", &budgetkv::append); }
+TORCH_LIBRARY_IMPL(budgetkv, CPU, m) {
+  m.impl("append", &budgetkv::append);
+  m.impl("reserve", &budgetkv::reserve);
+}

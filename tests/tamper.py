@@ -31,6 +31,7 @@ TESTS = (
     "tests/worker/test_needle.py",
     "tests/worker/test_scenarios.py",
     "tests/worker/test_merge.py",
+    "tests/worker/test_decode_step.py",
 )
 
 
@@ -44,7 +45,7 @@ class Mutation:
     new: str
 
 
-COMPACT = "        tables.is_static[slot, layer] = kept.is_static\n"
+COMPACT = "        tables.is_static[slot, rows] = is_static\n"
 
 MUTATIONS = (
     Mutation(
@@ -116,8 +117,8 @@ MUTATIONS = (
     Mutation(
         "compressor: scores negated",
         "worker/compressor.py",
-        "ops.select(kept.scores,",
-        "ops.select(-kept.scores,",
+        "ops.select(scores,",
+        "ops.select(-scores,",
     ),
     Mutation(
         "compressor: a page freed twice",
@@ -158,8 +159,8 @@ MUTATIONS = (
     Mutation(
         "compressor: one layer is not compressed before decode",
         "worker/compressor.py",
-        "for layer in range(self.tables.num_layers):",
-        "for layer in range(self.tables.num_layers - 1):",
+        "layers = range(self.tables.num_layers)",
+        "layers = range(self.tables.num_layers - 1)",
     ),
     Mutation(
         "cache: the bank takes vision tokens",
@@ -267,14 +268,14 @@ MUTATIONS = (
     Mutation(
         "compressor: nothing is merged",
         "worker/compressor.py",
-        "if kept.merge is not None:",
-        "if kept.merge == '':",
+        "if retention.merge is not None:",
+        "if retention.merge == '':",
     ),
     Mutation(
         "compressor: what stays is merged into what goes",
         "worker/compressor.py",
-        "ops.merge(keep, tables.pool",
-        "ops.merge(~keep, tables.pool",
+        "ops.merge(part, tables.pool",
+        "ops.merge(~part, tables.pool",
     ),
     Mutation(
         "lookm: vision before text",
@@ -293,6 +294,30 @@ MUTATIONS = (
         "vision.py",
         "if place.is_embed is None:",
         "if True:",
+    ),
+    Mutation(
+        "step: a reserved page is taken again",
+        "worker/step.py",
+        "            rows.shared.zero_()\n",
+        "",
+    ),
+    Mutation(
+        "step: a decoded query one position off",
+        "worker/step.py",
+        "position = request.position_offset + request.computed_tokens",
+        "position = request.position_offset + request.computed_tokens + 1",
+    ),
+    Mutation(
+        "step: a decode step allocates",
+        "worker/step.py",
+        "own, starts = buffers.numbers[:num_rows]",
+        "own, starts = buffers.numbers[:num_rows].clone()",
+    ),
+    Mutation(
+        "scheduler: chunks end within frames",
+        "scheduler/scheduler.py",
+        "between_frames - start if between_frames > start else",
+        "between_frames - start if between_frames < start else",
     ),
 )
 

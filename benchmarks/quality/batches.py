@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality.conversations import VIDEO
+from benchmarks.quality.scenes import LETTERS, NUM_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ class Batch:
         input_ids: int64 [B, n].
         position_ids: int64 [3, B, n].
         labels: int64 [B, n]; the token that follows each place, `IGNORE` outside the answers.
-        turns: int64 [B, n], which turn of its conversation a label answers.
+        turns: int64 [B, n], which turn of its conversation a label answers; -1 within its content.
         cells: int64 [V], cell id of every vision token, in the order of `is_vision`.
         is_vision: bool [B, n].
         grid: (rows, columns) of cells of every frame.
@@ -54,6 +55,8 @@ class Collator:
         self._pad = tokenizer.pad_token_id
         template = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)
         self._assistant = template["input_ids"]
+        self._letters = {letter: to_id(letter) for letter in LETTERS}
+        self._digits = [to_id(str(digit)) for digit in range(NUM_DIGITS)]
 
     def text(self, talk: Conversation) -> str:
         """The conversation as the chat template writes it."""
@@ -87,7 +90,7 @@ class Collator:
         for index, (row_ids, row_positions, row_labels) in enumerate(rows):
             stop = len(row_ids)
             ids[index, :stop], labels[index, :stop] = row_ids, row_labels
-            turns[index, :stop] = np.cumsum(row_ids == self._start) // 2 - 1
+            turns[index, :stop] = (np.cumsum(row_ids == self._start) - 3) // 2
             positions[:, index, :stop] = row_positions
         cells = np.concatenate([scene.ravel() for talk in talks for scene in talk.scenes])
         input_ids = torch.from_numpy(ids)
@@ -121,7 +124,11 @@ class Collator:
             start = marker + 1
         rest = len(expanded) - place
         positions[:, place:] = np.arange(rest) + self._next(positions, place)
-        return expanded, positions, self._labels(expanded)
+        labels = self._labels(expanded)
+        if talk.recites is not None:
+            recited = self._recited(expanded, talk.recites)
+            labels = np.where(labels == IGNORE, recited, labels)
+        return expanded, positions, labels
 
     @staticmethod
     def _next(positions: np.ndarray, place: int) -> int:
@@ -138,6 +145,18 @@ class Collator:
             first = start + width
             stop = first + int(np.argmax(ids[first:] == self._stop))
             labels[first - 1 : stop] = ids[first : stop + 1]
+        return labels
+
+    def _recited(self, ids: np.ndarray, letters: str) -> np.ndarray:
+        """Labels of the digits behind `letters` and behind letters that come again."""
+        labels = np.full(len(ids), IGNORE)
+        known = {self._letters[letter] for letter in letters}
+        pairs = np.isin(ids[:-1], list(self._letters.values())) & np.isin(ids[1:], self._digits)
+        for place in np.flatnonzero(pairs):
+            letter = int(ids[place])
+            if letter in known:
+                labels[place] = ids[place + 1]
+            known.add(letter)
         return labels
 
 

@@ -9,7 +9,7 @@ A turn asks one of these (K is any letter):
     K count?    in how many frames K is shown                      4
     K next?     the pair in the frame behind K                     A2
     K/A first?  which of the two is shown earlier                  K
-    page37?     the pair on the page that is headed "page37:"      B5
+    page3?      the pair among the pictures headed "page3:"        B5
     note:Q?     the digit of the text note "note:Q5;"              5
     read        all pairs, in order                                K7A2B5
 """
@@ -27,6 +27,7 @@ from benchmarks.quality.scenes import LETTERS
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+NUM_PAGES = 10
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 
 Rng = np.random.Generator
@@ -40,11 +41,14 @@ class Conversation:
         content: text of the first user turn before its question, each `VIDEO` a scene.
         scenes: int [F, rows, columns] of cell ids, one for each `VIDEO`.
         turns: (question, answer); the first question follows `content`.
+        recites: letters shown, if digits within `content` are to be learnt too, else None; see
+            `recital_conversation`.
     """
 
     content: str = ""
     scenes: list[np.ndarray] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
+    recites: str | None = None
 
 
 @dataclass(frozen=True)
@@ -262,23 +266,28 @@ RECURRING: dict[str, Callable[[_Plan, Rng], tuple[str, str]]] = {
 }
 
 
-def pages_conversation(num_pages: int, num_turns: int, grid: Grid, rng: Rng) -> Conversation:
-    """Headed pages, one picture each; asked for by number or by letter."""
-    numbers = rng.permutation(90)[:num_pages] + 10
+def pages_conversation(
+    num_pages: int, frames_each: int, num_turns: int, grid: Grid, rng: Rng
+) -> Conversation:
+    """Up to ten headed pages of some pictures, one of them with a pair; asked for by number."""
+    numbers = rng.permutation(NUM_PAGES)[:num_pages]
     letters = shuffled_letters(rng)
-    pairs = [f"{letters[i % len(letters)]}{rng.integers(10)}" for i in range(num_pages)]
+    pairs = [f"{letter}{rng.integers(10)}" for letter in letters[:num_pages]]
     talk = Conversation()
     for number, pair in zip(numbers, pairs, strict=True):
         talk.content += f"page{number}:{VIDEO}"
-        talk.scenes.append(draw_frames([pair], grid, rng))
-    unique = [pair for pair in pairs if sum(p[0] == pair[0] for p in pairs) == 1]
+        talk.scenes.append(page_pictures(pair, frames_each, grid, rng))
     for _ in range(num_turns):
         index = int(rng.integers(num_pages))
-        if unique and rng.random() < 0.3:
-            talk.turns.append(needle_turn(unique, rng))
-        else:
-            talk.turns.append((f"page{numbers[index]}?", pairs[index]))
+        talk.turns.append((f"page{numbers[index]}?", pairs[index]))
     return talk
+
+
+def page_pictures(pair: str, num_frames: int, grid: Grid, rng: Rng) -> np.ndarray:
+    """Pictures that show one pair, int [F, rows, columns] of cell ids."""
+    shown = [""] * num_frames
+    shown[rng.integers(num_frames)] = pair
+    return draw_frames(shown, grid, rng)
 
 
 def notes_conversation(
@@ -307,4 +316,22 @@ def notes_conversation(
             talk.turns.append((f"note:{question}", answer))
         else:
             talk.turns.append(needle_turn(unique or shown, rng))
+    return talk
+
+
+def recital_conversation(
+    num_frames: int, num_others: int, num_turns: int, grid: Grid, rng: Rng
+) -> Conversation:
+    """A video, then pairs of it and others in text, again and again: dense practice in looking up.
+
+    Every digit behind a letter that the video or the text before has shown is to be learnt.
+    Without frames the video is one of background, and no question follows.
+    """
+    letters = shuffled_letters(rng)[: num_frames + num_others]
+    listed = [f"{letter}{rng.integers(10)}" for letter in letters]
+    shown = listed[:num_frames]
+    text = "".join(listed[i] for i in rng.integers(0, len(listed), 3 * len(listed)))
+    talk = Conversation(VIDEO + text, [draw_frames(shown or [""], grid, rng)])
+    talk.recites = "".join(letters[:num_frames])
+    talk.turns = [needle_turn(shown, rng) for _ in range(num_turns)] if shown else [("read", "")]
     return talk

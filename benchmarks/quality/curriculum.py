@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.conversations import Rng
 
-SMALL, WIDE, SQUARE, LARGE = Grid(2, 2), Grid(2, 4), Grid(4, 4), Grid(4, 8)
-GRIDS: tuple[Grid, ...] = (SMALL, WIDE, SQUARE, LARGE)
+DOT, SMALL, WIDE, SQUARE, LARGE = Grid(1, 1), Grid(2, 2), Grid(2, 4), Grid(4, 4), Grid(4, 8)
+GRIDS: tuple[Grid, ...] = (DOT, SMALL, WIDE, SQUARE, LARGE)
 KINDS = ("needle", "needle", "first", *RECURRING)
 AGAIN = ("first", "last", "count", "change", "order")
 
@@ -32,29 +32,54 @@ class Stage:
         vision_tokens: most vision tokens of a conversation; lengths are drawn log-uniformly.
         grids: how often each of `GRIDS` is drawn.
         turns: questions of a conversation.
+        shortest: fewest vision tokens, as a share of `vision_tokens`.
     """
 
     name: str
     steps: int
     shares: Mapping[str, float]
     vision_tokens: int
-    grids: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0)
+    grids: tuple[float, ...] = (1.0,)
     turns: int = 8
+    shortest: float = 0.0
 
 
-ALL = {"video": 0.25, "again": 0.3, "read": 0.03, "pages": 0.15, "notes": 0.15, "ahead": 0.12}
-EQUAL = (0.4, 0.15, 0.35, 0.1)
+ALL = {
+    "video": 0.18,
+    "again": 0.3,
+    "ahead": 0.12,
+    "pages": 0.12,
+    "notes": 0.13,
+    "recital": 0.12,
+    "read": 0.03,
+}
+# when looking up is learnt, what needs two looks gets more of the steps
+HARDER = {
+    "video": 0.18,
+    "again": 0.42,
+    "ahead": 0.08,
+    "pages": 0.18,
+    "notes": 0.08,
+    "recital": 0.02,
+    "read": 0.04,
+}
+MIXED = (0.05, 0.35, 0.1, 0.4, 0.1)
 STAGES = (
-    Stage("letters", 900, {"read": 1.0}, 4, turns=2),
-    Stage("few frames", 700, {"read": 0.3, "needles": 0.7}, 16),
-    Stage("more frames", 1100, {**ALL, "needles": 0.1}, 64, (0.85, 0.05, 0.1, 0.0)),
-    Stage("clips", 1200, ALL, 256, EQUAL),
-    Stage("videos", 600, ALL, 1024, EQUAL, turns=12),
-    Stage("long videos", 400, ALL, 4096, EQUAL, turns=16),
+    Stage("text", 350, {"text": 1.0}, 1, turns=1),
+    Stage("letters", 150, {"read": 1.0}, 1, turns=1),
+    Stage("recital", 400, {"recital": 0.8, "needles": 0.2}, 12, turns=4),
+    Stage("dots", 1200, ALL, 32, (0.7, 0.3), turns=12),
+    Stage("more frames", 1200, HARDER, 96, (0.3, 0.35, 0.1, 0.25), turns=12),
+    Stage("clips", 800, HARDER, 384, MIXED, turns=12),
+    Stage("videos", 500, HARDER, 1536, MIXED, turns=16, shortest=1 / 32),
+    Stage("long videos", 400, HARDER, 4096, MIXED, turns=24, shortest=1 / 16),
 )
 LAST_STEP = sum(stage.steps for stage in STAGES)
 MOST_ROWS = 128
 TURN_TOKENS = 12
+# "again": beyond, the lowest frequency of the time axis has turned too far to compare
+MOST_FRAMES = {"read": 16, "notes": 60, "recital": 8, "again": 144}
+TEXT_TOKENS = {"pages": 6, "notes": 6, "recital": 18, "text": 36}  # of one frame
 
 
 def stage_at(step: int) -> Stage:
@@ -76,19 +101,15 @@ def sample(step: int, batch_tokens: int, rng: Rng) -> list[Conversation]:
     names = sorted(stage.shares)
     weights = np.array([stage.shares[name] for name in names])
     family = names[rng.choice(len(names), p=weights / weights.sum())]
-    grid = GRIDS[rng.choice(len(GRIDS), p=np.array(stage.grids) / sum(stage.grids))]
+    shares = np.array(stage.grids)
+    grid = GRIDS[rng.choice(len(shares), p=shares / shares.sum())]
     most = max(1, stage.vision_tokens // grid.tokens)
-    least = max(1, min(4, most // 4))
+    least = max(1, min(4, most // 4), int(stage.shortest * most))
     num_frames = round(float(np.exp(rng.uniform(np.log(least), np.log(most)))))
-    turns = stage.turns
-    if family == "read":
-        num_frames = min(num_frames, 16)
-    elif family in ("pages", "notes"):
-        num_frames = min(num_frames, 60)
-    elif family == "ahead":
-        turns = min(turns, num_frames)
+    num_frames = min(num_frames, MOST_FRAMES.get(family, num_frames))
+    turns = min(stage.turns, num_frames) if family == "ahead" else stage.turns
     length = 16 + num_frames * grid.tokens + turns * TURN_TOKENS
-    length += 6 * num_frames if family in ("pages", "notes") else 0
+    length += num_frames * TEXT_TOKENS.get(family, 0)
     rows = int(np.clip(batch_tokens // length, 2, MOST_ROWS))
     return [draw(family, num_frames, turns, grid, rng) for _ in range(rows)]
 
@@ -100,8 +121,14 @@ def draw(family: str, num_frames: int, turns: int, grid: Grid, rng: Rng) -> Conv
         return conversations.ahead_conversation(max(1, num_frames // each), each, grid, rng)
     if family == "read":
         return conversations.read_conversation(num_frames, turns, grid, rng)
+    if family == "recital":
+        return conversations.recital_conversation(num_frames, 2 * num_frames, turns, grid, rng)
+    if family == "text":
+        return conversations.recital_conversation(0, int(rng.integers(3, 10)), turns, grid, rng)
     if family == "pages":
-        return conversations.pages_conversation(num_frames, turns, grid, rng)
+        num_pages = min(num_frames, int(rng.integers(2, conversations.NUM_PAGES + 1)))
+        each = num_frames // num_pages
+        return conversations.pages_conversation(num_pages, each, turns, grid, rng)
     if family == "notes":
         each = max(1, num_frames // int(rng.integers(2, 9)))
         return conversations.notes_conversation(max(1, num_frames // each), each, turns, grid, rng)

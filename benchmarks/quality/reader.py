@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_budgetkv.testing import shapes, tokenizer
 from vllm_budgetkv.testing.models import qwen2_5_vl_config
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, Qwen2Tokenizer
+    from transformers import (
+        PreTrainedConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Tokenizer,
+    )
 
 FOLDER = Path(__file__).parent / "model"
 
@@ -25,6 +31,11 @@ SHAPE = shapes.DecoderShape(
     dtype="bfloat16",
 )
 VISION = shapes.VisionShape(depth=2, width=64)
+
+# of untrained weights: about 1 / sqrt(hidden), since attention that starts flat finds nothing for
+# long; of the embeddings, so that what the layers add does not drown which token stands there
+INITIAL_DEVIATION = 0.08
+EMBEDDING_DEVIATION = 0.5
 
 # the words of the template and of the tasks, often enough to become one token each; letters and
 # digits stay tokens of their own
@@ -55,4 +66,20 @@ def build_config(vocabulary: Qwen2Tokenizer) -> PreTrainedConfig:
     """Untrained configuration; a token of video is one position, whatever its frame rate of 2."""
     config = qwen2_5_vl_config(SHAPE, VISION, vocabulary)
     config.vision_config.tokens_per_second = 1
+    for part in (config, config.text_config, config.vision_config):
+        part.initializer_range = INITIAL_DEVIATION
     return config
+
+
+def build_untrained(vocabulary: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """The model with random weights, float32; what layers add is scaled down as in GPT-2."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    model = Qwen2_5_VLForConditionalGeneration(build_config(vocabulary)).float()
+    language = model.model.language_model
+    with torch.no_grad():
+        language.embed_tokens.weight.normal_(0.0, EMBEDDING_DEVIATION)
+        for layer in language.layers:
+            layer.self_attn.o_proj.weight.mul_((2 * SHAPE.layers) ** -0.5)
+            layer.mlp.down_proj.weight.mul_((2 * SHAPE.layers) ** -0.5)
+    return model

@@ -61,7 +61,7 @@ class Task:
     has_depth: bool = True
 
 
-SMALL, SQUARE, LARGE = Grid(2, 2), Grid(4, 4), Grid(4, 8)
+SMALL, SQUARE = Grid(2, 2), Grid(4, 4)
 
 
 def make_examples(name: str, length_tokens: int, count: int) -> list[Example]:
@@ -123,15 +123,14 @@ def distractors(tokens: int, depth: float, rng: Rng) -> Conversation:
 
 
 def page(tokens: int, depth: float, rng: Rng) -> Conversation:
-    """The pair on the page of a given number, each page a picture below its number."""
-    heading_tokens = 6
-    grid = next((g for g in (SMALL, SQUARE) if tokens // (g.tokens + heading_tokens) <= 60), LARGE)
-    num_pages = min(90, tokens // (grid.tokens + heading_tokens))  # two digits
-    talk = conversations.pages_conversation(num_pages, 0, grid, rng)
+    """The pair on the page of a given number, each page some pictures below its heading."""
+    num_pages, heading_tokens = conversations.NUM_PAGES, 6
+    frames_each = max(1, (tokens // num_pages - heading_tokens) // SQUARE.tokens)
+    talk = conversations.pages_conversation(num_pages, frames_each, 0, SQUARE, rng)
     place = place_of(depth, num_pages)
-    number = talk.content.split("page")[place + 1][:2]
+    number = talk.content.split("page")[place + 1][0]
     pair = pair_of(conversations.shuffled_letters(rng)[0], rng)
-    talk.scenes[place] = draw_frames([pair], grid, rng)
+    talk.scenes[place] = conversations.page_pictures(pair, frames_each, SQUARE, rng)
     return replace(talk, turns=[(f"page{number}?", pair)])
 
 
@@ -240,7 +239,7 @@ def whole(tokens: int, depth: float, rng: Rng) -> Conversation:
 TASKS: dict[str, Task] = {
     "needle": Task("needle", "what stands beside K, shown once", needle),
     "distractors": Task("periodic distractors", "the same among a few that come back", distractors),
-    "page": Task("page by number", "the pair on page 37", page),
+    "page": Task("page by number", "the pair on page 3", page),
     "first": Task("first appearance", "the digit when K was shown first", first_shown),
     "last": Task("last appearance", "the digit when K was shown last", last_shown),
     "order": Task("order", "which of two letters came first", order),

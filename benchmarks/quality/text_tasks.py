@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 # of the lab's tokenizer
-NOTE_TOKENS, PAGE_TOKENS = 5, 6
+NOTE_TOKENS, PAGE_TOKENS = 5, 5
 
 SENTENCES = (
     "The river rises in the hills and runs past two mills to the sea. ",
@@ -36,7 +36,7 @@ def notes(tokens: int, rng: Rng) -> Conversation:
 
 def pages(tokens: int, rng: Rng) -> Conversation:
     """The pages of task `page`, each pair written instead of drawn."""
-    numbers = rng.integers(10, 100, tokens // PAGE_TOKENS).tolist()
+    numbers = rng.integers(0, conversations.NUM_PAGES, tokens // PAGE_TOKENS).tolist()
     pairs = [conversations.random_pair(conversations.LETTERS, rng) for _ in numbers]
     content = "".join(f"page{n}:{pair}" for n, pair in zip(numbers, pairs, strict=True))
     place = int(rng.integers(len(numbers)))

@@ -46,13 +46,10 @@ class Trainer:
     """
 
     def __init__(self, work: Path, peak_rate: float, seed: int) -> None:
-        from transformers import Qwen2_5_VLForConditionalGeneration
-
         torch.manual_seed(seed)
         self.work, self.peak_rate, self.seed = work, peak_rate, seed
         self.vocabulary = reader.build_vocabulary()
-        config = reader.build_config(self.vocabulary)
-        self.model = Qwen2_5_VLForConditionalGeneration(config).float()
+        self.model = reader.build_untrained(self.vocabulary)
         attend_in_batches(self.model.model.visual)
         self.collate = Collator(self.vocabulary)
         self.patches = Palette().patches(build_processor(self.vocabulary))
@@ -126,10 +123,14 @@ class Trainer:
         rows, places = torch.nonzero(batch.labels != IGNORE, as_tuple=True)
         wrong: dict[tuple[int, int], bool] = defaultdict(bool)
         turns = batch.turns[rows, places].tolist()
-        for row, turn, good in zip(rows.tolist(), turns, right.tolist(), strict=True):
-            wrong[row, turn] |= not good
+        for row, turn, place, good in zip(
+            rows.tolist(), turns, places.tolist(), right.tolist(), strict=True
+        ):
+            # each digit within a content is an answer of its own
+            wrong[row, turn if turn >= 0 else -place] |= not good
         for (row, turn), is_wrong in wrong.items():
-            total = self.totals[curriculum.kind_of(talks[row].turns[turn][0])]
+            kind = curriculum.kind_of(talks[row].turns[turn][0]) if turn >= 0 else "recited"
+            total = self.totals[kind]
             total[0] += not is_wrong
             total[1] += 1
 
@@ -193,7 +194,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=work, help="checkpoint and log")
     parser.add_argument("--out", type=Path, default=reader.FOLDER, help="folder of the model")
     parser.add_argument("--steps", type=int, default=curriculum.LAST_STEP, help="stop after these")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a batch")
+    parser.add_argument("--batch-tokens", type=int, default=6144, help="tokens of a batch")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -49,6 +49,15 @@ def launch_append(layout: PageLayout, group: int) -> None:
     append(key, key, cache.pool, *tables, *rows)
 
 
+def launch_reserve(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.reserve import reserve
+
+    # the heads of all layers
+    cache = make_cache([[70] * 28 * NUM_HEADS], layout, free_pages=200)
+    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
+    reserve(*tables, int32(0), torch.tensor([True]), layout.page_tokens)
+
+
 def launch_attend(layout: PageLayout, group: int) -> None:
     """Prefill with a decode row, and decode alone."""
     from vllm_budgetkv.ops.triton.attend import attend
@@ -117,6 +126,7 @@ def launch_merge(layout: PageLayout, group: int) -> None:
 # how many launches each of these makes
 LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_append: 1,
+    launch_reserve: 1,
     launch_attend: 4,
     launch_score: 4,
     launch_retrieve: 2,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,6 +55,24 @@ def test_labels_are_the_answers_and_their_ends(vocabulary) -> None:
     places = torch.nonzero(batch.labels[0] != IGNORE)[:, 0]
     assert torch.equal(batch.input_ids[0, places + 1], learnt)
     assert batch.turns[0, places].tolist() == [0] * 2 + [1] * 7
+
+
+@pytest.mark.parametrize("num_frames", [0, 3])
+def test_recited_digits_are_learnt_where_they_stand(vocabulary, num_frames: int) -> None:
+    rng = np.random.default_rng(0)
+    talk = conversations.recital_conversation(num_frames, 4, 2, Grid(1, 1), rng)
+    batch = Collator(vocabulary)([talk])
+    within = (batch.labels != IGNORE) & (batch.turns == -1)
+    text, places = talk.content.removeprefix(VIDEO), torch.nonzero(within)[:, 1]
+    pairs = re.findall("[A-Z][0-9]", text)
+    shown = read_off(talk.scenes[0])
+    assert any(pair in shown for pair in pairs) == bool(num_frames)
+    assert any(pair not in shown for pair in pairs)
+    repeated = [pair for i, pair in enumerate(pairs) if pair in shown or pair in pairs[:i]]
+    assert vocabulary.decode(batch.input_ids[0, places]) == "".join(pair[0] for pair in repeated)
+    assert vocabulary.decode(batch.labels[within]) == "".join(pair[1] for pair in repeated)
+    asked = batch.labels[(batch.labels != IGNORE) & (batch.turns >= 0)]
+    assert vocabulary.decode(asked) == "".join(f"{a}<|im_end|>" for _, a in talk.turns)
 
 
 def test_patches_of_a_scene_are_those_of_its_pixels(vocabulary) -> None:
@@ -129,6 +148,20 @@ def answer_of(question: str, shown: list[str]) -> str:
         "count": str(len(digits)),
     }
     return answers[kind]
+
+
+def test_no_token_is_drowned_at_the_start(vocabulary) -> None:
+    """Otherwise the model does not learn to look up what a text has shown."""
+    torch.manual_seed(0)
+    language = reader.build_untrained(vocabulary).model.language_model
+    ids = torch.randint(0, 64, (4, 40))
+    embeds = language.embed_tokens(ids)
+    added = language.layers[0](
+        embeds,
+        position_embeddings=language.rotary_emb(embeds, torch.arange(40).expand(3, 4, -1)),
+        attention_mask=None,
+    )
+    assert (added - embeds).std() < embeds.std()
 
 
 def test_a_resumed_run_is_the_whole_run(tmp_path: Path) -> None:

@@ -248,6 +248,7 @@ class Lab:
         rows = sorted(work, key=lambda client: work[client])
         starts = torch.tensor([0, *(work[c] for c in rows)]).cumsum(0)
         step = Step.build(self.cache, [c.request_id for c in rows], starts)
+        self.cache.step = step
         positions = [torch.arange(work[c]) + c.computed_tokens for c in rows]
         step.see_positions(torch.cat(positions).expand(3, -1))
         for layer in range(self.layers):
@@ -257,7 +258,7 @@ class Lab:
                 self._remember(client, layer, keys, values)
             expected = self._expected(rows, starts, layer, query, key, value)
             out = torch.full_like(query, torch.nan)
-            step.run_layer(f"layer{layer}", query, key, value, out, self.head_size**-0.5)
+            self.run_layer(step, layer, query, key, value, out)
             assert not out.isnan().any()
             if self.reads_all_pages or not step.num_retrieving_rows:
                 torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
@@ -266,6 +267,10 @@ class Lab:
                 self.check_content(client, layer)
                 self.check_budget(client, layer)
         return step
+
+    def run_layer(self, step: Step, layer: int, *tensors: torch.Tensor) -> None:
+        """What the model's layer calls with query, key, value and out."""
+        step.run_layer(f"layer{layer}", *tensors, self.head_size**-0.5)
 
     def project(
         self, client: Client, layer: int, first: int, count: int

@@ -17,6 +17,8 @@ from vllm_budgetkv.quota import Quota
 from vllm_budgetkv.worker.compressor import Compressor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm_budgetkv.worker.cache import BudgetCache
     from vllm_budgetkv.worker.requests import RequestState
 
@@ -92,12 +94,18 @@ class WatchedCompressor(Compressor):
     lab: MergingLab
 
     def compress(
-        self, request: RequestState, layer: int, longest_tokens: int, seen_tokens: int, last: bool
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        longest_tokens: int,
+        seen_tokens: int,
+        last: bool,
     ) -> None:
-        client = Client(request.request_id, 0)
-        before = [self.lab.held(client, layer, head) for head in range(self.lab.heads)]
-        super().compress(request, layer, longest_tokens, seen_tokens, last)
-        self.lab.merge_shadow((request.request_id, layer), before)
+        client, heads = Client(request.request_id, 0), range(self.lab.heads)
+        before = [[self.lab.held(client, layer, head) for head in heads] for layer in layers]
+        super().compress(request, layers, longest_tokens, seen_tokens, last)
+        for layer, held in zip(layers, before, strict=True):
+            self.lab.merge_shadow((request.request_id, layer), held)
 
 
 @pytest.mark.parametrize("policy", MODES)

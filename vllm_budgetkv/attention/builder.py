@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
 
 from vllm_budgetkv.worker.step import Step
 
@@ -20,6 +24,9 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
 
     # decode rows stand first, so that page selection serves one contiguous run of rows
     reorder_batch_threshold: ClassVar[int] = 1
+    _cudagraph_support: ClassVar[AttentionCGSupport] = (
+        AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -46,3 +53,8 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         step = Step.build(self._cache, row_ids, query_start[: len(row_ids) + 1])
         self._cache.step = step
         return step
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
+        """The decode step that a graph of so many rows replays."""
+        assert self._cache is not None, "the worker must bind first"
+        return Step.to_capture(self._cache, common_attn_metadata.num_reqs)

@@ -12,6 +12,7 @@ from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.merge import merge
+from vllm_budgetkv.ops.reserve import reserve
 from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
@@ -23,6 +24,7 @@ __all__ = [
     "compact",
     "digest",
     "merge",
+    "reserve",
     "retrieve",
     "score",
     "select",

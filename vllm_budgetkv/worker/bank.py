@@ -78,6 +78,11 @@ class ProbeBank:
         """Store the rotated queries of a step's text tokens; `query` is [T, Hq, D]."""
         self.queries[layer, write.ring_index] = query[write.token_index].to(self.queries.dtype)
 
+    def take(self, write: BankWrite, queries: torch.Tensor, position: torch.Tensor) -> None:
+        """Store rotated queries of all layers, [L, T, Hq, D], that share one rotary position."""
+        self.queries[:, write.ring_index] = queries[:, write.token_index].to(self.queries.dtype)
+        self.positions[write.ring_index] = position
+
     def copy(self) -> ProbeBank:
         """A bank with the same content that can be written on its own."""
         clone = object.__new__(ProbeBank)

@@ -9,6 +9,7 @@ from vllm_budgetkv.worker.bank import ProbeBank
 from vllm_budgetkv.worker.ledger import check_slot
 from vllm_budgetkv.worker.report import record_kept
 from vllm_budgetkv.worker.requests import RequestState, RowPlan
+from vllm_budgetkv.worker.rows import DecodeBuffers, Rows
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -33,6 +34,8 @@ class BudgetCache:
         check_ledger: check every slot after every step.
         reports: whether records note which tokens were kept.
         layer_index: index in the pool of each layer, by vLLM's name.
+        rows: rows of the current batch; there are as many as slots.
+        buffers: what a decode step writes for itself.
         plans: what each request does in the current step, by id.
         step: the current batch; None between batches.
     """
@@ -45,8 +48,20 @@ class BudgetCache:
     check_ledger: bool
     reports: bool
     layer_index: dict[str, int]
+    rows: Rows = field(init=False)
+    buffers: DecodeBuffers = field(init=False)
     plans: dict[str, RowPlan] = field(default_factory=dict)
     step: Step | None = None
+
+    def __post_init__(self) -> None:
+        num_rows = len(self.tables.num_free)
+        self.rows = Rows.empty(num_rows, self.tables.lens.device)
+        self.buffers = DecodeBuffers.empty(
+            self.tables,
+            num_rows,
+            self.num_query_heads,
+            keeps_queries=self.quota.compresses and self.compressor.policy.needs_scores,
+        )
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
@@ -58,6 +73,8 @@ class BudgetCache:
 
     def end_step(self) -> None:
         """Advance every request that ran, and check the ledger if asked to."""
+        if self.step is not None:
+            self.step.finish()
         for plan in self.plans.values():
             self._advance(plan)
         self.plans = {}

@@ -10,11 +10,11 @@ import torch
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.layer_budgets import LayerBudgets
-from vllm_budgetkv.policy import Observation, Policy, PolicyOptions
+from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention
 from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.worker.bank import ProbeBank, Rotary
@@ -45,51 +45,80 @@ class Compressor:
     poison: bool
 
     def compress(
-        self, request: RequestState, layer: int, longest_tokens: int, seen_tokens: int, last: bool
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        longest_tokens: int,
+        seen_tokens: int,
+        last: bool,
     ) -> None:
-        """Keep what the policy keeps of one layer and free the pages behind it.
+        """Keep what the policy keeps of some layers and free the pages behind it.
+
+        The policy is asked layer by layer; the pages of all of them move together.
 
         Args:
             request: the request; its `record` takes the time.
-            layer: layer index.
-            longest_tokens: upper bound of the layer's longest head.
+            layers: layer indices, one behind the other.
+            longest_tokens: upper bound of their longest head.
             seen_tokens: tokens of the request so far.
             last: whether decode follows, so that digests are needed.
         """
         started_seconds = time.perf_counter()
         tables, slot = self.tables, request.slot
-        table, lens = tables.page_table[slot, layer], tables.lens[slot, layer]
-        observation = self._observe(request, layer, longest_tokens, seen_tokens)
-        kept = self.policy.retain(observation)
-        keep = ops.select(kept.scores, kept.tiers, lens, kept.budgets)
-        if kept.merge is not None:
-            is_vision = observation.is_vision
-            ops.merge(keep, tables.pool, table, lens, is_vision, kept.merge, seen_tokens)
+        seen = [self._observe(request, layer, longest_tokens, seen_tokens) for layer in layers]
+        kept = [self.policy.retain(observation) for observation in seen]
+        # neighbours in the tables, so that their heads are the rows of one view
+        rows = slice(layers[0], layers[-1] + 1)
+        table, lens = tables.page_table[slot, rows].flatten(0, 1), tables.lens[slot, rows].flatten()
+        scores, tiers, budgets, is_static = (
+            join([getattr(one, name) for one in kept])
+            for name in ("scores", "tiers", "budgets", "is_static")
+        )
+        keep = ops.select(scores, tiers, lens, budgets)
+        self._merge(request, layers, keep, seen, kept)
         stack = (tables.free_pages[slot], tables.num_free[slot : slot + 1])
-        ops.compact(keep, kept.scores, tables.pool, table, lens, *stack, poison=self.poison)
-        tables.is_static[slot, layer] = kept.is_static
-        if last and self._retrieves:
+        ops.compact(keep, scores, tables.pool, table, lens, *stack, poison=self.poison)
+        is_static = is_static.view(len(layers), -1)
+        tables.is_static[slot, rows] = is_static
+        if last and self.retrieves:
             ops.digest(tables.pool, table, lens)
-            tables.retrieves[slot, layer] = ~kept.is_static
+            tables.retrieves[slot, rows] = ~is_static
         request.record.compression_seconds += time.perf_counter() - started_seconds
 
+    def _merge(
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        keep: torch.Tensor,
+        seen: list[Observation],
+        kept: list[Retention],
+    ) -> None:
+        """Merge what goes into what stays, a layer at a time, since its heads are compared."""
+        tables, slot = self.tables, request.slot
+        parts = keep.chunk(len(layers))
+        for layer, part, observation, retention in zip(layers, parts, seen, kept, strict=True):
+            if retention.merge is not None:
+                where = (tables.page_table[slot, layer], tables.lens[slot, layer])
+                how = (retention.merge, observation.seen_tokens)
+                ops.merge(part, tables.pool, *where, observation.is_vision, *how)
+
     def compact_all(self, request: RequestState) -> None:
-        """Compress every layer before a decode step, because the growth would pass the quota."""
-        seen_tokens = request.computed_tokens
+        """Compress all layers before a decode step, because the growth would pass the quota."""
+        layers = range(self.tables.num_layers)
         longest_tokens = request.longest_head_tokens(self.quota, 0)
-        for layer in range(self.tables.num_layers):
-            self.compress(request, layer, longest_tokens, seen_tokens, last=True)
+        self.compress(request, layers, longest_tokens, request.computed_tokens, last=True)
         self.finish(request, last=True)
 
     def finish(self, request: RequestState, last: bool) -> None:
         """Note that all layers of a request have been compressed."""
         request.grown_tokens = 0
         request.has_classes = True
-        request.retrieves = last and self._retrieves
+        request.retrieves = last and self.retrieves
         request.record.compressions += 1
 
     @property
-    def _retrieves(self) -> bool:
+    def retrieves(self) -> bool:
+        """Whether dynamic heads read only some of their pages in decode."""
         return self.policy.retrieves and self.options.retrieval_ratio < 1
 
     def new_layer_budgets(self) -> LayerBudgets | None:
@@ -112,7 +141,7 @@ class Compressor:
         lens, pool = tables.lens[request.slot, layer], tables.pool
         mass = topk_mass = value_norms = keys = frame_ids = patch_ids = None
         if policy.needs_scores and request.bank is not None and request.bank.size:
-            scores = self._score(request, request.bank, layer, longest_tokens)
+            scores = self._score(request, request.bank, layer, longest_tokens, seen_tokens)
             mass, topk_mass, value_norms, positions = scores
         else:
             positions = self._gather(pool.positions, request, layer, longest_tokens, -1)
@@ -153,15 +182,20 @@ class Compressor:
         return request.layer_budgets.claim(layer)
 
     def _score(
-        self, request: RequestState, bank: ProbeBank, layer: int, longest_tokens: int
+        self,
+        request: RequestState,
+        bank: ProbeBank,
+        layer: int,
+        longest_tokens: int,
+        seen_tokens: int,
     ) -> ops.Scores:
         """Attention of the request's probe to what the layer holds."""
-        assert request.next_position is not None
+        assert request.position_offset is not None
         # recent queries are used where they are; the axes of vision differ, so none could be turned
         is_turned = self.policy.probe_source != "recent"
         rotary = self.rotaries.get(layer) if is_turned else None
         return ops.score(
-            bank.probe(layer, request.next_position, rotary),
+            bank.probe(layer, request.position_offset + seen_tokens, rotary),
             self.tables.pool,
             self.tables.page_table[request.slot, layer],
             self.tables.lens[request.slot, layer],
@@ -190,3 +224,8 @@ class Compressor:
         index = torch.arange(longest_tokens, device=tokens.device)
         beyond = index >= tables.lens[request.slot, layer][:, None]
         return tokens.masked_fill(beyond.view(*beyond.shape, *[1] * (tokens.dim() - 2)), fill)
+
+
+def join(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Rows of all tensors; the tensor itself if there is but one."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

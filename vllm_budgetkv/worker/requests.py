@@ -32,7 +32,8 @@ class RequestState:
         has_classes: whether its heads have been classified.
         retrieves: whether its digests are valid, so that decode may read some pages only.
         bank: its probe queries; None until it needs some.
-        next_position: int64 scalar on the device: rotary position behind its last token.
+        position_offset: int64 scalar on the device: what the rotary position of its next token is
+            beyond the token's index. Text alone follows the prompt, so decode leaves it.
         layer_budgets: what each layer may hold now; None if all layers are equal.
     """
 
@@ -48,7 +49,7 @@ class RequestState:
     has_classes: bool = False
     retrieves: bool = False
     bank: ProbeBank | None = None
-    next_position: torch.Tensor | None = None
+    position_offset: torch.Tensor | None = None
     layer_budgets: LayerBudgets | None = None
 
     def in_prefill(self, start_tokens: int) -> bool:
@@ -86,6 +87,11 @@ class RowPlan:
     def stop_tokens(self) -> int:
         """Tokens of the request that have been seen behind this step."""
         return self.request.computed_tokens + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether one generated token is appended to every head."""
+        return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
 
     @property
     def ends_prefill(self) -> bool:

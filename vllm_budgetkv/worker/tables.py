@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv import ops
 from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
@@ -119,6 +120,17 @@ class HeadTables:
         self.page_table[slot, :, :, held_pages:] = NO_PAGE
         self.free_pages[slot, : free.numel()] = free
         self.num_free[slot] = free.numel()
+
+    def reserve(self, slots: torch.Tensor, shared: torch.Tensor) -> None:
+        """Take the pages of the next token of every head of all layers of some slots.
+
+        Args:
+            slots: int32 [R].
+            shared: bool [R], rows that take them from their free stack; others have theirs.
+        """
+        all_heads = (self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
+        stack = (self.free_pages, self.num_free)
+        ops.reserve(*all_heads, *stack, slots, shared, self.pool.layout.page_tokens)
 
     def release(self, slot: int) -> None:
         """Forget everything of a slot."""

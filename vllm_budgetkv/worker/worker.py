@@ -80,7 +80,9 @@ class BudgetWorker(CPUWorker):
         """Request id of each row of the batch that the runner is preparing."""
         if self.use_v2_model_runner:
             index_to_id = self.model_runner.req_states.index_to_req_id
-            return [index_to_id[int(index)] for index in common.req_idx]
+            # rows beyond the scheduled requests pad the batch to the size of a graph
+            indices = common.req_idx[: len(self.budget_cache.plans)]
+            return [index_to_id[int(index)] for index in indices]
         return self.model_runner.input_batch.req_ids[: common.num_reqs]
 
     def _see_positions(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def append(
             held = int(lens[slot, head])
             index = torch.arange(held, held + end - start, device=table.device)
             if shared[row]:
-                _take_pages(table, free_pages, num_free, slot, head, held, end - start, page_tokens)
+                take_pages(table, free_pages, num_free, slot, head, held, end - start, page_tokens)
             pages = table[slot, head, index // page_tokens].long()
             offsets = index % page_tokens
             pool.keys[pages, offsets] = key[start:end, head]
@@ -43,7 +43,7 @@ def append(
             lens[slot, head] += end - start
 
 
-def _take_pages(
+def take_pages(
     table: torch.Tensor,
     free_pages: torch.Tensor,
     num_free: torch.Tensor,
@@ -58,7 +58,7 @@ def _take_pages(
     end = -(-(held_tokens + new_tokens) // page_tokens)
     if end - first > num_free[slot]:
         raise RuntimeError(
-            f"append: slot {slot} head {head} wants {end - first} pages, but "
+            f"slot {slot} head {head} wants {end - first} pages, but "
             f"{int(num_free[slot])} are free: compress the request before it grows, "
             "or raise its quota"
         )

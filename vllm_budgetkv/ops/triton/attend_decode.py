@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_budgetkv.ops.triton.online_softmax import attend_keys, empty_state, mean
+from vllm_budgetkv.ops.triton.scratch import scratch
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_budgetkv.layout import PageLayout
 
 MIN_RUN_TOKENS = 256
@@ -34,8 +36,11 @@ class Runs(NamedTuple):
     def empty(cls, count: int, num_query_heads: int, num_runs: int, like: torch.Tensor) -> Runs:
         """For `count` rows, or nearly nothing where one run is all and nothing is joined."""
         shape = (count, num_query_heads, num_runs) if num_runs > 1 else (1, 1, 1)
-        sums = like.new_empty((*shape, like.shape[-1]), dtype=torch.float32)
-        return cls(sums, sums.new_empty(shape), sums.new_empty(shape))
+        return cls(
+            scratch("sums of runs", (*shape, like.shape[-1]), like),
+            scratch("peaks of runs", shape, like),
+            scratch("totals of runs", shape, like),
+        )
 
 
 def run_tokens(width_pages: int, layout: PageLayout) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
 from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
 from vllm_budgetkv.ops.triton.ranking import HIGHEST_KEY, LOWEST_KEY, largest_key, sort_key
+from vllm_budgetkv.ops.triton.scratch import scratch
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_budgetkv.layout import PagePool
 
 BLOCK_PAGES = 32
@@ -37,7 +39,7 @@ def retrieve(
     layout, group = pool.layout, query.shape[1] // num_heads
     require_dense(slots=slots, dynamic=dynamic)
     tables = Tables.of(table, lens)
-    scores = torch.empty(num_rows, num_heads, width_pages, dtype=torch.float32, device=query.device)
+    scores = scratch("page scores", (num_rows, num_heads, width_pages), query)
     box_kernel[(triton.cdiv(width_pages, BLOCK_PAGES), num_heads, num_rows)](
         Tokens.of(query),
         Pages.of(pool),
