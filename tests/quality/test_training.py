@@ -106,7 +106,9 @@ def test_every_stage_draws(step: int) -> None:
     for talk in talks:
         text = talk.content + "".join(question for question, _ in talk.turns)
         assert text.count(VIDEO) == len(talk.scenes)
-        assert all(answer for _, answer in talk.turns)
+        # a video of background alone is read as nothing
+        shown = any("".join(read_off(scene)) for scene in talk.scenes)
+        assert all(answer or (question == "read" and not shown) for question, answer in talk.turns)
 
 
 def test_answers_can_be_read_off_the_scene() -> None:
