@@ -141,12 +141,9 @@ void reserve(const at::Tensor& table, const at::Tensor& lens, const at::Tensor& 
              const at::Tensor& num_free, const at::Tensor& slots, const at::Tensor& shared,
              int64_t page_tokens) {
   check_last_stride("table", table);
-  Tables tables{table.accessor<int32_t, 3>(),
-                lens.accessor<int32_t, 2>(),
-                free_pages.accessor<int32_t, 2>(),
-                num_free.accessor<int32_t, 1>(),
-                static_cast<int>(page_tokens),
-                0};
+  Tables tables{table.accessor<int32_t, 3>(),      lens.accessor<int32_t, 2>(),
+                free_pages.accessor<int32_t, 2>(), num_free.accessor<int32_t, 1>(),
+                static_cast<int>(page_tokens),     0};
   const auto slot_of = slots.accessor<int32_t, 1>();
   const auto shared_of = shared.accessor<bool, 1>();
   for (int64_t row = 0; row < slots.size(0); ++row) {
