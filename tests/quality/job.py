@@ -96,7 +96,9 @@ class WatchedLab(Lab):
         end = End(self)
         if not compresses:
             # the engine's own banks, which a full cache does not need, say what the seeds must be
-            cache_of(self)._needs_bank = lambda *_: True
+            cache_of(self)._needs_bank = lambda request, _: request.in_prefill(
+                request.computed_tokens
+            )
         with (
             PrefillRecorder(
                 self,
