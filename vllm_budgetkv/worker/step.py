@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
     from vllm_budgetkv.worker.bank import BankWrite, ProbeBank
     from vllm_budgetkv.worker.cache import BudgetCache
-    from vllm_budgetkv.worker.requests import RowPlan
+    from vllm_budgetkv.worker.requests import RequestState, RowPlan
     from vllm_budgetkv.worker.rows import Rows
+
+    BankEntry = tuple[RequestState, ProbeBank, BankWrite]
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Step:
         starts: first query token of each row, and T.
         rows: the rows on the device.
         is_decode: whether every row decodes.
-        writes: which text tokens of which bank enter from this step, token by token.
+        writes: text tokens that enter a bank, with the request and its bank.
         num_retrieving_rows: leading rows of one token that may read some of their pages only.
     """
 
@@ -43,7 +45,7 @@ class Step:
     starts: list[int]
     rows: Rows
     is_decode: bool
-    writes: list[tuple[ProbeBank, BankWrite]]
+    writes: list[BankEntry]
     num_retrieving_rows: int
 
     @classmethod
@@ -107,7 +109,7 @@ class Step:
         if self.is_decode:
             return
         axes = positions.view(-1, positions.shape[-1])
-        for bank, write in self.writes:
+        for _, bank, write in self.writes:
             # text has equal ids on all axes
             bank.write_positions(write, axes[0])
         for row, plan in enumerate(self.plans):
@@ -143,7 +145,7 @@ class Step:
             if cache.buffers.queries.numel():
                 cache.buffers.queries[layer, :num_tokens].copy_(query)
             return
-        for bank, write in self.writes:
+        for _, bank, write in self.writes:
             bank.write_queries(write, layer, query)
         for plan in self.plans:
             if plan.compress:
@@ -157,14 +159,10 @@ class Step:
         """Move a decode step's queries from the buffers of the cache to the banks."""
         if not self.is_decode:
             return
-        queries = {id(bank): write for bank, write in self.writes}
-        for plan in self.plans:
-            request = plan.request
-            write = queries.get(id(request.bank))
-            if request.bank is not None and write is not None:
-                assert request.position_offset is not None
-                position = request.position_offset + request.computed_tokens
-                request.bank.take(write, self.cache.buffers.queries, position)
+        for request, bank, write in self.writes:
+            assert request.position_offset is not None
+            position = request.position_offset + request.computed_tokens
+            bank.take(write, self.cache.buffers.queries, position)
 
     def _attend(self, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float) -> None:
         tables, split = self.cache.tables, self.num_retrieving_rows
@@ -202,14 +200,14 @@ class Step:
         ops.attend(query, tables.pool, *read, own, starts, out, scale)
 
 
-def _bank_writes(plans: list[RowPlan], starts: list[int]) -> list[tuple[ProbeBank, BankWrite]]:
+def _bank_writes(plans: list[RowPlan], starts: list[int]) -> list[BankEntry]:
     writes = []
     for plan, start in zip(plans, starts, strict=False):
         bank = plan.request.bank
         if bank is not None and plan.bank_positions:
             shift = start - plan.request.computed_tokens
             tokens = [position + shift for position in plan.bank_positions]
-            writes.append((bank, bank.plan_write(tokens)))
+            writes.append((plan.request, bank, bank.plan_write(tokens)))
     return writes
 
 
