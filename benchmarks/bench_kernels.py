@@ -46,7 +46,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], set[str]]] = {
     "decode": (attention.decode, {"attend"}),
     "ops": (
         compression.single_ops,
-        {"append", "score", "select", "compact", "digest", "merge"},
+        {"append", "reserve", "score", "select", "compact", "digest", "merge"},
     ),
     "prefill": (attention.prefill, {"attend"}),
     "step": (launches.step, {"append", "retrieve", "attend", "graph"}),

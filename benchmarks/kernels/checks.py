@@ -19,6 +19,7 @@ from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.reference.merge import merge as merge_reference
+from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.reference.select import select as select_reference
@@ -77,6 +78,7 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
         return build_cache(lens, layout, device, growth_tokens=growth_tokens, poison=True)
 
     yield from _check_append(fresh(), sizes)
+    yield from _check_reserve(fresh())
     yield from _check_attend(fresh(), sizes)
     yield from _check_score(fresh(), sizes)
     yield from _check_select(fresh())
@@ -134,6 +136,18 @@ def _check_append(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         tables = (target.table, target.lens, target.free_pages, target.num_free)
         op(key, -key, target.pool, *tables, *rows)
     yield from _same_caches("append", cache, expected)
+
+
+def _check_reserve(cache: Cache) -> Iterator[Verdict]:
+    """Every second head at the end of a page, one slot shared and one not."""
+    device, page_tokens = cache.table.device, cache.pool.layout.page_tokens
+    every_second = cache.lens[:, ::2]
+    every_second.sub_(every_second % page_tokens).clamp_(min=page_tokens)
+    rows = (int32(1, 0, device=device), torch.tensor([True, False], device=device), page_tokens)
+    expected = cache.clone()
+    for op, target in ((ops.reserve, cache), (reserve_reference, expected)):
+        op(target.table, target.lens, target.free_pages, target.num_free, *rows)
+    yield from _same_caches("reserve", cache, expected)
 
 
 def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:

@@ -20,6 +20,7 @@ from benchmarks.kernels.shapes import (
     ModelShape,
 )
 from vllm_budgetkv import ops
+from vllm_budgetkv.layout import MIN_HEAD_SIZE, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,6 +81,7 @@ def make_layers(bench: Bench, model: ModelShape, count: int) -> Layers:
 def single_ops(bench: Bench) -> Iterator[Row]:
     """Every op on one layer of one request, and `append` on a batch."""
     yield from appends(bench)
+    yield reserves(bench)
     models = (QWEN25_VL_7B, QWEN25_VL_3B, QWEN25_VL_72B, QWEN3_VL_8B)
     for model in models[: 1 if bench.quick else len(models)]:
         yield from _ops_of(bench, model)
@@ -132,6 +134,26 @@ def appends(bench: Bench) -> Iterator[Row]:
         case = f"{model.name}, {rows} x {tokens:,} tokens"
         counted = work.append(model, rows * tokens)
         yield measure_row(bench, "append", case, run, counted, reset)
+
+
+def reserves(bench: Bench) -> Row:
+    """Pages of the next token for all layers of 64 requests, every head at the end of its page."""
+    model, page_tokens = QWEN25_VL_7B, bench.page_tokens
+    heads = model.layers * model.kv_heads
+    lens = equal_lens(DECODE_ROWS, heads, BUDGET_TOKENS // page_tokens * page_tokens)
+    # pages are not read, so small ones do
+    layout = PageLayout(page_tokens, MIN_HEAD_SIZE, torch.bfloat16)
+    cache = build_cache(lens, layout, bench.device, growth_tokens=1)
+    saved, slots = cache.snapshot(), bench.arange(DECODE_ROWS)
+    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
+    shared = torch.ones(DECODE_ROWS, dtype=torch.bool, device=bench.device)
+
+    def run() -> None:
+        ops.reserve(*tables, slots, shared, page_tokens)
+
+    case = f"{model.name}, {model.layers} layers, {DECODE_ROWS} rows"
+    counted = work.reserve(DECODE_ROWS * heads)
+    return measure_row(bench, "reserve", case, run, counted, lambda: cache.restore(saved))
 
 
 def append_call(

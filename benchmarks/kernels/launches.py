@@ -153,6 +153,7 @@ def host(bench: Bench) -> Iterator[Row]:
     query = bench.randn(HOST_ROWS, model.heads, model.head_size)
     out, rows = torch.empty_like(query), (bench.arange(HOST_ROWS), bench.arange(HOST_ROWS + 1))
     dynamic = torch.ones_like(cache.lens, dtype=torch.bool)
+    shared, page_tokens = dynamic[:, 0].clone(), bench.page_tokens
     chosen = (torch.empty_like(cache.table), torch.empty_like(cache.lens))
     pages = (cache.pool, cache.table, cache.lens)
     numbers = (RETRIEVAL_RATIO, SINK_PAGES, WINDOW_PAGES)
@@ -161,6 +162,9 @@ def host(bench: Bench) -> Iterator[Row]:
     one = (layers.cache.pool, layers.cache.table[0], layers.cache.lens[0])
     calls: dict[str, Callable[[], object]] = {
         "append": append_call(bench, model, cache, 1),
+        "reserve": lambda: ops.reserve(
+            cache.table, cache.lens, cache.free_pages, cache.num_free, rows[0], shared, page_tokens
+        ),
         "attend": lambda: ops.attend(query, *pages, *rows, out, 0.1),
         "retrieve": lambda: ops.retrieve(query, *pages, rows[0], dynamic, *numbers, *chosen),
         "score": lambda: layers.score(0),

@@ -46,6 +46,11 @@ def append(model: ModelShape, new_tokens: int) -> Work:
     return Work(new_tokens * model.kv_heads * per_head)
 
 
+def reserve(heads: int) -> Work:
+    """Of heads that all need a page: length and page in, table entry out."""
+    return Work(3 * WORD_BYTES * heads)
+
+
 def attend(model: ModelShape, rows: int, head_tokens: float, page_tokens: int) -> Work:
     """Decode over `head_tokens` tokens, summed over rows and KV heads."""
     keys = head_tokens * (2 * vector_bytes(model) + WORD_BYTES / page_tokens)

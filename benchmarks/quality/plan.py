@@ -18,6 +18,8 @@ Input = Literal["as is", "uniform", "low-res"]
 PAGE_TOKENS = 8
 DECODE_INTERVAL_TOKENS = 8
 LONG_TOKENS = 4096
+# of the prompt: 24 tokens per head survive, and `hybrid` begins to lose answers
+TIGHT_SHARE = 0.03
 ALL_TASKS = tuple(TASKS)
 # from the root of the repository, where the runner is started
 HEAD_SCORES = "benchmarks/quality/head_scores.json"
@@ -38,6 +40,7 @@ class Run:
         count: examples of each task.
         input: "as is", or how the videos are made to fit the quota before the engine sees them.
         oracle: what is kept is chosen by the attention of the right answer.
+        lookahead_layers: layers that use the look-ahead; None for all.
 
     Raises:
         ValueError: policy, task or share is none of these, or a quota is missing or too much.
@@ -53,6 +56,7 @@ class Run:
     count: int = 10
     input: Input = "as is"
     oracle: bool = False
+    lookahead_layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -152,12 +156,22 @@ def at(run: Run, shares: tuple[float, ...], **changes: Any) -> list[Run]:
 
 
 def ablation(name: str, **options: Any) -> Run:
-    """`hybrid` at a tenth with other options."""
-    return replace(HYBRID, name=name, options=options)
+    """`hybrid` with other options, where it has just begun to lose answers."""
+    return replace(HYBRID, name=name, quota_share=TIGHT_SHARE, options=options)
+
+
+def engine_variation(name: str, page_tokens: int = PAGE_TOKENS, **options: Any) -> Run:
+    """`hybrid` at a tenth in another engine; less would leave no budget beside a large chunk."""
+    return replace(HYBRID, name=name, page_tokens=page_tokens, options=options)
 
 
 def unit_of(tokens: int) -> dict[str, int]:
     return {"dynamic_unit_tokens": tokens}
+
+
+def heard_in(name: str, *layers: int) -> Run:
+    """`hybrid` whose look-ahead only some layers use."""
+    return replace(ablation(f"look-ahead in {name}"), lookahead_layers=layers)
 
 
 def by_length() -> list[Run]:
@@ -170,6 +184,43 @@ def by_length() -> list[Run]:
     ]
 
 
+VARIATIONS = (
+    # the probe
+    ablation("no look-ahead", lookahead=False),
+    ablation("look-ahead of the template", lookahead_source="template"),
+    replace(ablation("the true question (oracle)"), oracle=True),
+    *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (4, 8, 16, 64)),
+    ablation("look-ahead of 16 tokens", lookahead_tokens=16),
+    heard_in("the first half of the layers", 0, 1),
+    heard_in("the second half of the layers", 2, 3),
+    heard_in("the last layer", 3),
+    # classes and budgets
+    ablation("all heads static", force_class="static"),
+    ablation("all heads dynamic", force_class="dynamic"),
+    *(ablation(f"threshold {x}", static_threshold=x) for x in (0.7, 0.99)),
+    ablation("top-k of 16 at least", tuning={"top_k_min": 16}),
+    ablation("no type level", tuning={"dynamic_weight": 1.0}),
+    ablation("no head level", tuning={"floor_ratio": 1.0}),
+    ablation("no head and type level", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
+    # what stays
+    *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
+    *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),
+    *(ablation(f"window of {n}", window_tokens=n) for n in (0, 2)),
+    ablation("cut frames not protected", tuning={"frame_share": 0.0}),
+    ablation("chunks end between frames", chunk_ends="frames"),
+    ablation("merge values", merge="value"),
+    *(
+        ablation(f"dynamic heads in units of {n}", force_class="dynamic", tuning=unit_of(n))
+        for n in (4, 8)
+    ),
+)
+ENGINE_VARIATIONS = (
+    *(engine_variation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
+    engine_variation("chunks end between frames", chunk_ends="frames"),
+    *(engine_variation(f"pages of {n}", page_tokens=n) for n in (16, 32)),
+    *(engine_variation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
+)
+
 QUICK = {"length_tokens": 1024, "tasks": SOLVED_TASKS, "count": 10}
 
 PLANS: dict[str, list[Run]] = {
@@ -179,38 +230,7 @@ PLANS: dict[str, list[Run]] = {
         replace(FULL, tasks=SOLVED_TASKS),
         *at(HYBRID, (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)),
     ],
-    "ablations": [
-        *(replace(run, tasks=SOLVED_TASKS) for run in (FULL, HYBRID)),
-        # the probe
-        ablation("no look-ahead", lookahead=False),
-        ablation("look-ahead of the template", lookahead_source="template"),
-        replace(ablation("the true question (oracle)"), oracle=True),
-        *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (4, 8, 16, 64)),
-        ablation("look-ahead of 16 tokens", lookahead_tokens=16),
-        # classes and budgets
-        ablation("all heads static", force_class="static"),
-        ablation("all heads dynamic", force_class="dynamic"),
-        *(ablation(f"threshold {x}", static_threshold=x) for x in (0.7, 0.99)),
-        ablation("top-k of 16 at least", tuning={"top_k_min": 16}),
-        ablation("no type level", tuning={"dynamic_weight": 1.0}),
-        ablation("no head level", tuning={"floor_ratio": 1.0}),
-        ablation("no head and type level", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
-        # what stays
-        *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
-        *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),
-        *(ablation(f"window of {n}", window_tokens=n) for n in (0, 8, 16)),
-        ablation("cut frames not protected", tuning={"frame_share": 0.0}),
-        ablation("merge values", merge="value"),
-        *(
-            ablation(f"dynamic heads in units of {n}", force_class="dynamic", tuning=unit_of(n))
-            for n in (4, 8)
-        ),
-        # retrieval at decode
-        *(ablation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
-        # the engine
-        *(ablation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
-        ablation("chunks end between frames", chunk_ends="frames"),
-        *(replace(ablation(f"pages of {n}"), page_tokens=n) for n in (16, 32)),
-    ],
+    "ablations": [replace(FULL, tasks=SOLVED_TASKS), *at(HYBRID, (TIGHT_SHARE,)), *VARIATIONS],
+    "engine": [replace(FULL, tasks=SOLVED_TASKS), HYBRID, *ENGINE_VARIATIONS],
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

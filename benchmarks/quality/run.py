@@ -1,6 +1,6 @@
 """`make quality`: accuracy of every policy at every quota, on the real engine.
 
-    python -m benchmarks.quality.run [--plan main lengths budgets ablations quick] [--model PATH]
+    python -m benchmarks.quality.run [--plan main quick ...] [--model PATH]
                                      [--count N] [--jobs 2] [--out DIR] [--fresh]
 
 Each plan becomes `quality_<plan>.json`, its plots and the tables of `docs/experiments.md`. Runs

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.instructions import INSTRUCTIONS
 from benchmarks.quality.models import knows_notation
 from benchmarks.quality.results import RunResult, summarise
 from benchmarks.quality.suite import make_examples
+from vllm_budgetkv.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from contextlib import AbstractContextManager
 
-    from benchmarks.quality.lab import Outcome, Setup
+    from benchmarks.quality.lab import Lab, Outcome, Setup
     from benchmarks.quality.plan import Run
     from benchmarks.quality.suite import Example
 
@@ -69,10 +72,19 @@ def ask(run: Run, setup: Setup, groups: list[list[Example]]) -> tuple[list[Outco
     from benchmarks.quality.small_input import SmallInputLab
 
     lab = Lab(setup) if run.input == "as is" else SmallInputLab(setup, run.input)
-    with closing(lab):
+    with closing(lab), heard(lab, run):
         started = time.perf_counter()
         outcomes = [outcome for group in groups for outcome in lab.ask(group)]
         return outcomes, time.perf_counter() - started
+
+
+def heard(lab: Lab, run: Run) -> AbstractContextManager[None]:
+    """What limits the look-ahead to the layers of a run."""
+    from benchmarks.quality.lookahead_layers import only_in
+
+    if run.lookahead_layers is None:
+        return nullcontext()
+    return only_in(lab, run.lookahead_layers, PolicyOptions.template_tokens)
 
 
 def ask_oracle(setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:

@@ -75,7 +75,8 @@ def test_every_length_has_its_full_cache(plan: str) -> None:
 
 def test_an_ablation_is_one_line() -> None:
     run = ablation("all static", force_class="static")
-    assert run.budget() == HYBRID.budget() | {"force_class": "static"}
+    base = PLANS["ablations"][1]
+    assert run.budget() == base.budget() | {"force_class": "static"}
 
 
 @pytest.mark.parametrize(
@@ -99,6 +100,7 @@ def test_key_names_run_model_and_options() -> None:
         replace(HYBRID, count=3).key("model"),
         replace(HYBRID, options={"merge": "value"}).key("model"),
         replace(HYBRID, oracle=True).key("model"),
+        replace(HYBRID, lookahead_layers=(0,)).key("model"),
     }
-    assert len(keys) == 5
+    assert len(keys) == 6
     assert replace(HYBRID).key("model") == HYBRID.key("model")

@@ -7,10 +7,14 @@ behind the last vision token replaces it, because the seed already holds all tex
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_budgetkv.rotation import rotate
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,9 @@ class ProbeBank:
         self.queries[:, write.ring_index] = queries[:, write.token_index].to(self.queries.dtype)
         self.positions[write.ring_index] = position
 
-    def copy(self) -> ProbeBank:
+    def copy(self) -> Self:
         """A bank with the same content that can be written on its own."""
-        clone = object.__new__(ProbeBank)
+        clone = object.__new__(type(self))
         clone.__dict__.update(self.__dict__)
         clone.queries = self.queries.clone()
         clone.positions = self.positions.clone()
