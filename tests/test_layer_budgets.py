@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.page_simulation import PageSimulation, quotas
 from vllm_budgetkv.layer_budgets import LayerBudgets
-from vllm_budgetkv.quota import Quota, ceil_div
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.quota import Quota
 
 
 def test_a_layer_grows_only_by_what_others_gave_up() -> None:
@@ -46,58 +51,20 @@ def wishes(draw: st.DrawFn, layers: int, budget_tokens: int) -> list[int]:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(
-    st.integers(1, 6),
-    st.integers(1, 4),
-    st.sampled_from([8, 16]),
-    st.integers(1, 120),
-    st.integers(1, 40),
-    st.integers(0, 10),
-    st.data(),
-)
-def test_pages_never_exceed_the_quota(
-    layers: int, heads: int, page: int, chunk: int, interval: int, extra: int, data: st.DataObject
-) -> None:
-    """Prefill and decode with any budgets of layers and any split over heads; count head-pages."""
-    numbers = {"page_tokens": page, "num_layers": layers, "chunk_tokens": chunk}
-    loose = Quota(blocks=10**6, decode_interval_tokens=interval, **numbers)
-    quota = Quota(blocks=loose.min_blocks + extra, decode_interval_tokens=interval, **numbers)
-    desired = data.draw(wishes(layers, quota.budget_tokens))
+@given(quotas(), st.integers(1, 4), st.data())
+def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObject) -> None:
+    """With any budgets of layers and any split over heads."""
+    desired = data.draw(wishes(quota.num_layers, quota.budget_tokens))
     budgets = LayerBudgets(desired, quota.budget_tokens, quota.max_head_tokens)
-    lens = [[0] * heads for _ in range(layers)]
-
-    def check_pages() -> None:
-        pages = sum(ceil_div(n, page) for row in lens for n in row)
-        assert pages <= quota.blocks * layers * heads
-        longest = max(n for row in lens for n in row)
-        assert ceil_div(longest, page) <= quota.table_width_pages
+    simulation = PageSimulation(quota, heads, data)
 
     def compress(layer: int) -> None:
         total = budgets.claim(layer) * heads
-        assert sum(budgets.caps) <= layers * quota.budget_tokens
+        assert sum(budgets.caps) <= quota.num_layers * quota.budget_tokens
+        row = simulation.lens[layer]
         for head in range(heads):
-            most = min(lens[layer][head], quota.max_head_tokens, total)
-            greedy = data.draw(st.booleans())
-            lens[layer][head] = most if greedy else data.draw(st.integers(0, most))
-            total -= lens[layer][head]
+            most = min(row[head], quota.max_head_tokens, total)
+            row[head] = most if data.draw(st.booleans()) else data.draw(st.integers(0, most))
+            total -= row[head]
 
-    prompt = quota.tokens + data.draw(st.integers(1, 300))
-    seen = 0
-    while seen < prompt:
-        step = min(data.draw(st.integers(1, chunk)), prompt - seen)
-        seen += step
-        for layer in range(layers):
-            lens[layer] = [n + step for n in lens[layer]]
-            check_pages()
-            if quota.compresses_after(seen, prompt):
-                compress(layer)
-    grown = 0
-    for _ in range(2 * interval + 3):
-        if quota.compacts_before_decode(grown, None):
-            for layer in range(layers):
-                compress(layer)
-            grown = 0
-        for layer in range(layers):
-            lens[layer] = [n + 1 for n in lens[layer]]
-        grown += 1
-        check_pages()
+    simulation.run(compress)

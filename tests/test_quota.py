@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_budgetkv.quota import Quota, ceil_div
+from tests.page_simulation import PageSimulation, quotas
+from vllm_budgetkv.quota import Quota
 
 
 def make_quota(**changes: object) -> Quota:
@@ -77,55 +78,17 @@ def test_a_policy_that_keeps_everything_never_compresses() -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(
-    st.integers(1, 6),
-    st.integers(1, 4),
-    st.sampled_from([8, 16, 32]),
-    st.integers(1, 200),
-    st.integers(1, 80),
-    st.integers(0, 20),
-    st.data(),
-)
-def test_pages_never_exceed_the_quota(
-    layers: int, heads: int, page: int, chunk: int, interval: int, extra: int, data: st.DataObject
-) -> None:
-    """Simulate prefill and decode with any split of the budget over heads; count head-pages."""
-    numbers = {"page_tokens": page, "num_layers": layers, "chunk_tokens": chunk}
-    loose = Quota(blocks=10**6, decode_interval_tokens=interval, **numbers)
-    quota = Quota(blocks=loose.min_blocks + extra, decode_interval_tokens=interval, **numbers)
-    limit_pages = quota.blocks * layers * heads
-    lens = [[0] * heads for _ in range(layers)]
-
-    def pages() -> int:
-        return sum(ceil_div(n, page) for row in lens for n in row)
+@given(quotas(), st.integers(1, 4), st.data())
+def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObject) -> None:
+    """With any split of the budget over heads."""
+    simulation = PageSimulation(quota, heads, data)
 
     def compress(layer: int) -> None:
         total = quota.budget_tokens * heads
+        row = simulation.lens[layer]
         for head in range(heads - 1):
-            most = min(lens[layer][head], quota.max_head_tokens, total)
-            lens[layer][head] = data.draw(st.integers(0, most))
-            total -= lens[layer][head]
-        lens[layer][-1] = min(lens[layer][-1], quota.max_head_tokens, total)
+            row[head] = data.draw(st.integers(0, min(row[head], quota.max_head_tokens, total)))
+            total -= row[head]
+        row[-1] = min(row[-1], quota.max_head_tokens, total)
 
-    prompt = quota.tokens + data.draw(st.integers(1, 300))
-    seen = 0
-    while seen < prompt:
-        step = min(data.draw(st.integers(1, chunk)), prompt - seen)
-        seen += step
-        for layer in range(layers):
-            lens[layer] = [n + step for n in lens[layer]]
-            assert pages() <= limit_pages
-            if quota.compresses_after(seen, prompt):
-                compress(layer)
-    grown = 0
-    for _ in range(2 * interval + 3):
-        if quota.compacts_before_decode(grown, None):
-            for layer in range(layers):
-                compress(layer)
-            grown = 0
-        for layer in range(layers):
-            lens[layer] = [n + 1 for n in lens[layer]]
-        grown += 1
-        assert pages() <= limit_pages
-    longest = max(n for row in lens for n in row)
-    assert ceil_div(longest, page) <= quota.table_width_pages
+    simulation.run(compress)

@@ -1,69 +1,104 @@
 """A look-ahead that only some layers use: which of them is it for?
 
-The other layers ask with the template alone until the question itself is reached.
+The other layers ask with the chat template alone, until the question itself is reached. Its queries
+come from a look-ahead that has seen nothing else: behind a question, the template's tokens know it
+in all layers but the first.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.quality.inside import cache_of
+from benchmarks.quality.inside import cache_of, closing
+from benchmarks.quality.lab import Lab
 from vllm_budgetkv.worker.bank import ProbeBank, Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from typing import Self
 
     import torch
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from benchmarks.quality.lab import Lab
+    from benchmarks.quality.lab import Outcome, Setup
+    from benchmarks.quality.suite import Example
 
 
 class PartialBank(ProbeBank):
     """A bank whose question is heard by some layers only."""
 
     layers: Collection[int]
-    template_tokens: int
+    template: ProbeBank
     seed_size: int
 
     @classmethod
-    def of(cls, seed: ProbeBank, layers: Collection[int], template_tokens: int) -> Self:
+    def of(cls, seed: ProbeBank, layers: Collection[int], template: ProbeBank) -> Self:
         """A copy of a look-ahead's bank.
 
         Args:
-            seed: what the look-ahead left: the question, then the template.
-            layers: those that ask with all of it.
-            template_tokens: how much of its end the others ask with.
+            seed: what the look-ahead left.
+            layers: those that ask with it.
+            template: what the others ask with.
         """
         bank = object.__new__(cls)
         bank.__dict__.update(seed.copy().__dict__)
-        bank.layers, bank.template_tokens = layers, template_tokens
-        bank.seed_size = seed.num_written
+        bank.layers, bank.template, bank.seed_size = layers, template, seed.num_written
         return bank
 
     def probe(self, layer: int, next_position: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
-        queries = super().probe(layer, next_position, rotary)
         has_read_more = self.num_written > self.seed_size
         if has_read_more or layer in self.layers:
-            return queries
-        return queries[-self.template_tokens :]
+            return super().probe(layer, next_position, rotary)
+        return self.template.probe(layer, next_position, rotary)
+
+
+def ask_with_layers(
+    setup: Setup, groups: Sequence[Sequence[Example]], layers: Collection[int]
+) -> list[Outcome]:
+    """Answers of an engine whose look-ahead only some layers use.
+
+    Args:
+        setup: of the engine.
+        groups: what to ask, one group after the other.
+        layers: those that use it.
+    """
+    template = template_bank(setup, groups[0][0])
+    lab = Lab(setup)
+    with closing(lab), before_admission(lab, _parted(layers, template)):
+        return [outcome for group in groups for outcome in lab.ask(group)]
+
+
+def template_bank(setup: Setup, example: Example) -> ProbeBank:
+    """What a look-ahead of the template alone leaves; the same for every prompt."""
+    banks: list[ProbeBank] = []
+    lab = Lab(replace(setup, budget=setup.budget | {"lookahead_source": "template"}))
+    with closing(lab), before_admission(lab, lambda seeds: banks.extend(seeds.values())):
+        lab.ask([example])
+    return banks[0]
+
+
+def _parted(layers: Collection[int], template: ProbeBank) -> Callable[[dict[str, ProbeBank]], None]:
+    def part(seeds: dict[str, ProbeBank]) -> None:
+        for request_id, seed in seeds.items():
+            if not isinstance(seed, PartialBank):
+                seeds[request_id] = PartialBank.of(seed, layers, template)
+
+    return part
 
 
 @contextmanager
-def only_in(lab: Lab, layers: Collection[int], template_tokens: int) -> Iterator[None]:
-    """Let only these layers of a lab use the look-aheads of the requests inside."""
+def before_admission(lab: Lab, see: Callable[[dict[str, ProbeBank]], None]) -> Iterator[None]:
+    """Show the seeds of a lab, by request, to `see` before every step's requests take them."""
     slots = cache_of(lab).slots
     follow = slots.follow
 
-    def part_and_follow(scheduled: SchedulerOutput) -> None:
-        for request_id, seed in slots.seeds.items():
-            if not isinstance(seed, PartialBank):
-                slots.seeds[request_id] = PartialBank.of(seed, layers, template_tokens)
+    def see_and_follow(scheduled: SchedulerOutput) -> None:
+        see(slots.seeds)
         follow(scheduled)
 
-    slots.follow = part_and_follow
+    slots.follow = see_and_follow
     try:
         yield
     finally:

@@ -214,6 +214,17 @@ VARIATIONS = (
         for n in (4, 8)
     ),
 )
+PROBES = (
+    HYBRID,
+    *(
+        replace(HYBRID, name=f"probe of {n} tokens", options={"probe_tokens": n})
+        for n in (4, 8, 16)
+    ),
+    *(
+        replace(HYBRID, name=f"look-ahead of {n} tokens", options={"lookahead_tokens": n})
+        for n in (8, 16)
+    ),
+)
 ENGINE_VARIATIONS = (
     *(engine_variation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
     engine_variation("chunks end between frames", chunk_ends="frames"),
@@ -231,6 +242,10 @@ PLANS: dict[str, list[Run]] = {
         *at(HYBRID, (0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)),
     ],
     "ablations": [replace(FULL, tasks=SOLVED_TASKS), *at(HYBRID, (TIGHT_SHARE,)), *VARIATIONS],
+    "probe": [
+        replace(FULL, tasks=SOLVED_TASKS, count=30),
+        *(run for probe in PROBES for run in at(probe, (0.025, TIGHT_SHARE), count=30)),
+    ],
     "engine": [replace(FULL, tasks=SOLVED_TASKS), HYBRID, *ENGINE_VARIATIONS],
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

@@ -45,7 +45,7 @@ class RunResult:
         answers: for each task one character an example, in order: "1" right, "0" wrong.
         static_share: per layer and KV head the share of the compressed requests in which the head
             was static; empty where nothing was compressed.
-        seconds: of asking, without the start of the engine.
+        seconds: from the start of the first engine to the last answer.
         commit: what was measured.
     """
 

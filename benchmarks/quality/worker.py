@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.instructions import INSTRUCTIONS
 from benchmarks.quality.models import knows_notation
 from benchmarks.quality.results import RunResult, summarise
 from benchmarks.quality.suite import make_examples
-from vllm_budgetkv.policy.options import PolicyOptions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from contextlib import AbstractContextManager
 
-    from benchmarks.quality.lab import Lab, Outcome, Setup
+    from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.plan import Run
     from benchmarks.quality.suite import Example
 
@@ -59,42 +56,29 @@ def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> Run
     # task by task: the pixels of all prompts at once would not fit the memory
     groups = [make_examples(task, run.length_tokens, run.count) for task in run.tasks]
     try:
-        outcomes, seconds = ask_oracle(setup, groups) if run.oracle else ask(run, setup, groups)
+        started = time.perf_counter()
+        outcomes = ask(run, setup, groups)
+        seconds = time.perf_counter() - started
     finally:
         free_memory()
     return summarise(run, outcomes, seconds, commit)
 
 
-def ask(run: Run, setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
-    """(outcomes, seconds of asking) of one engine."""
+def ask(run: Run, setup: Setup, groups: list[list[Example]]) -> list[Outcome]:
+    """Start the engine or the engines of a run, and ask."""
     from benchmarks.quality.inside import closing
     from benchmarks.quality.lab import Lab
+    from benchmarks.quality.lookahead_layers import ask_with_layers
+    from benchmarks.quality.oracle import ask_with_oracle
     from benchmarks.quality.small_input import SmallInputLab
 
+    if run.oracle:
+        return ask_with_oracle(setup, [example for group in groups for example in group])
+    if run.lookahead_layers is not None:
+        return ask_with_layers(setup, groups, run.lookahead_layers)
     lab = Lab(setup) if run.input == "as is" else SmallInputLab(setup, run.input)
-    with closing(lab), heard(lab, run):
-        started = time.perf_counter()
-        outcomes = [outcome for group in groups for outcome in lab.ask(group)]
-        return outcomes, time.perf_counter() - started
-
-
-def heard(lab: Lab, run: Run) -> AbstractContextManager[None]:
-    """What limits the look-ahead to the layers of a run."""
-    from benchmarks.quality.lookahead_layers import only_in
-
-    if run.lookahead_layers is None:
-        return nullcontext()
-    return only_in(lab, run.lookahead_layers, PolicyOptions.template_tokens)
-
-
-def ask_oracle(setup: Setup, groups: list[list[Example]]) -> tuple[list[Outcome], float]:
-    """As `ask`, with what is kept chosen by the attention of the right answers."""
-    from benchmarks.quality.oracle import ask_with_oracle
-
-    started = time.perf_counter()
-    examples = [example for group in groups for example in group]
-    outcomes = ask_with_oracle(setup, examples)
-    return outcomes, time.perf_counter() - started
+    with closing(lab):
+        return [outcome for group in groups for outcome in lab.ask(group)]
 
 
 def free_memory() -> None:

@@ -8,47 +8,56 @@ import pytest
 import torch
 
 from benchmarks.quality import lookahead_layers
-from benchmarks.quality.lookahead_layers import PartialBank, only_in
+from benchmarks.quality.lookahead_layers import PartialBank, _parted, before_admission
 from vllm_budgetkv.worker.bank import ProbeBank
 
-NUM_LAYERS, SEED_TOKENS, TEMPLATE_TOKENS = 3, 4, 2
+NUM_LAYERS = 3
+
+
+def make_bank(num_tokens: int, first: float) -> ProbeBank:
+    """The query of token t in layer l is `first` + 10 l + t."""
+    bank = ProbeBank(NUM_LAYERS, 8, 1, 2, torch.float32, torch.device("cpu"))
+    write = bank.plan_write(list(range(num_tokens)))
+    bank.write_positions(write, torch.arange(num_tokens))
+    for layer in range(NUM_LAYERS):
+        queries = first + 10.0 * layer + torch.arange(num_tokens)
+        bank.write_queries(write, layer, queries.view(-1, 1, 1).expand(-1, 1, 2))
+    return bank
 
 
 @pytest.fixture
 def seed() -> ProbeBank:
-    """A look-ahead's bank; the query of token t in layer l is 10 l + t."""
-    bank = ProbeBank(NUM_LAYERS, 8, 1, 2, torch.float32, torch.device("cpu"))
-    write = bank.plan_write(list(range(SEED_TOKENS)))
-    bank.write_positions(write, torch.arange(SEED_TOKENS))
-    for layer in range(NUM_LAYERS):
-        queries = 10.0 * layer + torch.arange(SEED_TOKENS)
-        bank.write_queries(write, layer, queries.view(-1, 1, 1).expand(-1, 1, 2))
-    return bank
+    return make_bank(4, 0.0)
+
+
+@pytest.fixture
+def template() -> ProbeBank:
+    return make_bank(2, 500.0)
 
 
 def asked(bank: ProbeBank, layer: int) -> list[float]:
     return bank.probe(layer, torch.tensor(9), None)[:, 0, 0].tolist()
 
 
-def test_the_others_ask_with_the_template(seed: ProbeBank) -> None:
-    bank = PartialBank.of(seed, {1}, TEMPLATE_TOKENS)
-    assert asked(bank, 0) == [2, 3]
+def test_the_others_ask_with_the_template(seed: ProbeBank, template: ProbeBank) -> None:
+    bank = PartialBank.of(seed, {1}, template)
+    assert asked(bank, 0) == [500, 501]
     assert asked(bank, 1) == [10, 11, 12, 13]
-    assert asked(bank, 2) == [22, 23]
+    assert asked(bank, 2) == [520, 521]
     assert asked(seed, 0) == [0, 1, 2, 3], "the look-ahead's own bank is as it was"
 
 
-def test_all_ask_alike_once_the_question_is_read(seed: ProbeBank) -> None:
-    bank = PartialBank.of(seed, {1}, TEMPLATE_TOKENS).copy()
+def test_all_ask_alike_once_the_question_is_read(seed: ProbeBank, template: ProbeBank) -> None:
+    bank = PartialBank.of(seed, {1}, template).copy()
     write = bank.plan_write([0])
     bank.write_positions(write, torch.tensor([4]))
     for layer in range(NUM_LAYERS):
         bank.write_queries(write, layer, torch.full((1, 1, 2), 99.0))
-        assert asked(bank, layer) == [10.0 * layer + t for t in range(SEED_TOKENS)] + [99]
+        assert asked(bank, layer) == [10.0 * layer + t for t in range(4)] + [99]
 
 
 def test_seeds_are_parted_before_requests_take_them(
-    seed: ProbeBank, monkeypatch: pytest.MonkeyPatch
+    seed: ProbeBank, template: ProbeBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Slots:
         def __init__(self) -> None:
@@ -60,7 +69,7 @@ def test_seeds_are_parted_before_requests_take_them(
 
     slots = Slots()
     monkeypatch.setattr(lookahead_layers, "cache_of", lambda _: SimpleNamespace(slots=slots))
-    with only_in(SimpleNamespace(), (0,), TEMPLATE_TOKENS):
+    with before_admission(SimpleNamespace(), _parted((0,), template)):
         slots.follow(None)
         slots.follow(None)
     slots.seeds["a"] = seed
