@@ -193,7 +193,8 @@ VARIATIONS = (
     ablation("look-ahead of 16 tokens", lookahead_tokens=16),
     heard_in("the first half of the layers", 0, 1),
     heard_in("the second half of the layers", 2, 3),
-    heard_in("the last layer", 3),
+    heard_in("the first layer", 0),
+    heard_in("the second layer", 1),
     # classes and budgets
     ablation("all heads static", force_class="static"),
     ablation("all heads dynamic", force_class="dynamic"),
