@@ -110,7 +110,8 @@ def _line(
 
 def _quota_axis(axes: Axes, shares: Sequence[float], full: float) -> None:
     axes.axhline(full, color=FAINT, lw=1, ls=(0, (4, 3)))
-    axes.text(shares[0], full + 0.02, "full cache", color=FAINT, fontsize=9, va="bottom")
+    across = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
+    axes.text(0.99, full + 0.004, "full cache", color=FAINT, fontsize=9, **across)
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
     axes.minorticks_off()
