@@ -130,6 +130,7 @@ def test_a_quota_below_one_block_is_refused() -> None:
     [
         ({"policy": "hybrid"}, 256),
         ({"policy": "hybrid", "lookahead_tokens": 9}, 9),
+        ({"policy": "hybrid", "lookahead_source": "question"}, 256),
         ({"policy": "hybrid", "lookahead_source": "template"}, 5),
         ({"policy": "streammem", "template_tokens": 7}, 7),
         ({"policy": "hybrid", "lookahead": False}, None),
@@ -142,6 +143,14 @@ def test_a_quota_below_one_block_is_refused() -> None:
 def test_what_runs_ahead(options: dict[str, object], limit_tokens: int | None) -> None:
     config = BudgetConfig(page_quota=9, **options)
     assert (config.lookahead_limit_tokens if config.looks_ahead else None) == limit_tokens
+
+
+def test_what_is_enough_of_a_question() -> None:
+    """More than the template and the mark behind a picture; else all text that may run."""
+    numbers = {"policy": "hybrid", "page_quota": 9, "lookahead_tokens": 40, "template_tokens": 6}
+    assert BudgetConfig(**numbers, lookahead_source="question").lookahead_enough_tokens == 8
+    assert BudgetConfig(**numbers, lookahead_source="text").lookahead_enough_tokens == 40
+    assert BudgetConfig(**numbers, lookahead_source="template").lookahead_enough_tokens == 6
 
 
 def test_round_trip() -> None:

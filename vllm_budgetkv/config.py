@@ -70,9 +70,10 @@ class BudgetConfig:
     )
     lookahead_source: str = _option(
         "text",
-        "What runs ahead: the last 'text' of the prompt or its chat 'template' alone, which asks "
-        "nothing (for ablations).",
-        choices=("text", "template"),
+        "What runs ahead: all 'text' of the prompt, only the 'question' behind its last picture or "
+        "video where one stands there, or the chat 'template' alone, which asks nothing (for "
+        "ablations).",
+        choices=("text", "question", "template"),
     )
     template_tokens: int = _option(
         PolicyOptions.template_tokens,
@@ -150,9 +151,10 @@ class BudgetConfig:
         self.policy_options()
 
     def _check_lookahead(self) -> None:
-        if self.lookahead_source not in ("text", "template"):
+        if self.lookahead_source not in ("text", "question", "template"):
             raise ValueError(
-                f"--kv-lookahead-source must be 'text' or 'template'; got {self.lookahead_source!r}"
+                "--kv-lookahead-source must be 'text', 'question' or 'template'; got "
+                f"{self.lookahead_source!r}"
             )
         if POLICIES[self.policy].probe_source == "template" and not self.lookahead:
             raise ValueError(
@@ -196,6 +198,17 @@ class BudgetConfig:
         """Most text tokens, the last of the prompt, that run ahead."""
         sources = (self.lookahead_source, POLICIES[self.policy].probe_source)
         return self.template_tokens if "template" in sources else self.lookahead_tokens
+
+    @property
+    def lookahead_enough_tokens(self) -> int:
+        """Text tokens behind a picture or video that keep what stands before it from running ahead.
+
+        Behind the last one they are a question if they are more than the template and the mark that
+        closes the item.
+        """
+        if self.lookahead_source == "question":
+            return self.template_tokens + 2
+        return self.lookahead_limit_tokens
 
     def policy_options(self) -> PolicyOptions:
         """The knobs of the policy: flags, then `tuning`; the others keep their default.

@@ -217,14 +217,9 @@ VARIATIONS = (
 )
 PROBES = (
     HYBRID,
-    *(
-        replace(HYBRID, name=f"probe of {n} tokens", options={"probe_tokens": n})
-        for n in (4, 8, 16)
-    ),
-    *(
-        replace(HYBRID, name=f"look-ahead of {n} tokens", options={"lookahead_tokens": n})
-        for n in (8, 16)
-    ),
+    *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (4, 8, 16)),
+    *(ablation(f"look-ahead of {n} tokens", lookahead_tokens=n) for n in (8, 16)),
+    ablation("look-ahead of the question", lookahead_source="question"),
 )
 ENGINE_VARIATIONS = (
     *(engine_variation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),

@@ -30,7 +30,26 @@ def feature(offset: int, length: int) -> SimpleNamespace:
     ids=["text", "cut", "video", "cut-before", "cut-behind", "two", "any-order", "no-text"],
 )
 def test_text_tokens(items: list[tuple[int, int]], limit: int, expected: list[int]) -> None:
-    assert text_tokens(list(range(20)), [feature(*item) for item in items], limit) == expected
+    features = [feature(*item) for item in items]
+    assert text_tokens(list(range(20)), features, limit, limit) == expected
+
+
+@pytest.mark.parametrize(
+    ("items", "limit", "enough", "expected"),
+    [
+        ([(2, 10)], 100, 8, list(range(12, 20))),
+        ([(2, 10)], 100, 9, [0, 1, *range(12, 20)]),
+        ([(2, 10)], 5, 8, list(range(15, 20))),
+        ([(0, 5), (8, 4), (14, 4)], 100, 4, [12, 13, 18, 19]),
+        ([], 100, 3, list(range(20))),
+    ],
+    ids=["question", "template-alone", "cut", "question-between", "text"],
+)
+def test_text_in_front_of_an_item_is_left_out_once_there_is_enough(
+    items: list[tuple[int, int]], limit: int, enough: int, expected: list[int]
+) -> None:
+    features = [feature(*item) for item in items]
+    assert text_tokens(list(range(20)), features, limit, enough) == expected
 
 
 def make_request(prompt: list[int] | None) -> Request:
@@ -46,7 +65,7 @@ def make_request(prompt: list[int] | None) -> Request:
 
 def test_the_internal_request() -> None:
     parent = make_request(list(range(40)))
-    ahead = make_lookahead(parent, 16)
+    ahead = make_lookahead(parent, 16, 16)
     assert ahead is not None
     assert ahead.prompt_token_ids == list(range(24, 40))
     assert ahead.max_tokens == 1

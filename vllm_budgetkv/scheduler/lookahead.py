@@ -32,27 +32,42 @@ def parent_of(request_id: str) -> str | None:
 
 
 def text_tokens(
-    prompt_token_ids: Sequence[int], features: Sequence[MultiModalFeatureSpec], limit_tokens: int
+    prompt_token_ids: Sequence[int],
+    features: Sequence[MultiModalFeatureSpec],
+    limit_tokens: int,
+    enough_tokens: int,
 ) -> list[int]:
-    """The last `limit_tokens` prompt tokens outside every multimodal item, in order."""
+    """The last prompt tokens outside every multimodal item, in order.
+
+    Args:
+        prompt_token_ids: of the whole prompt.
+        features: its multimodal items.
+        limit_tokens: most tokens.
+        enough_tokens: text in front of an item is left out once so many stand behind it.
+    """
     text: list[int] = []
     stop = len(prompt_token_ids)
     for feature in sorted(features, key=lambda f: f.mm_position.offset, reverse=True):
         item = feature.mm_position
         text[:0] = prompt_token_ids[item.offset + item.length : stop]
         stop = item.offset
-        if len(text) >= limit_tokens:
+        if len(text) >= min(enough_tokens, limit_tokens):
             break
     else:
         text[:0] = prompt_token_ids[:stop]
     return text[-limit_tokens:]
 
 
-def make_lookahead(parent: Request, limit_tokens: int) -> Request | None:
-    """The internal request of `parent`; None when the prompt has no text to run."""
+def make_lookahead(parent: Request, limit_tokens: int, enough_tokens: int) -> Request | None:
+    """The internal request of `parent`; None when the prompt has no text to run.
+
+    Args:
+        parent: a client's request.
+        limit_tokens, enough_tokens: see `text_tokens`.
+    """
     if parent.prompt_token_ids is None or parent.resumable:
         return None
-    prompt = text_tokens(parent.prompt_token_ids, parent.mm_features, limit_tokens)
+    prompt = text_tokens(parent.prompt_token_ids, parent.mm_features, limit_tokens, enough_tokens)
     if not prompt:
         return None
     request = Request(

@@ -109,16 +109,14 @@ class BudgetScheduler(AsyncScheduler):
         if self._expect(request):
             request.skip_reading_prefix_cache = True
         if self._config.looks_ahead and not self._quota.fits(request.num_prompt_tokens):
-            ahead = make_lookahead(request, self._lookahead_limit_tokens())
+            limit_tokens = min(self._config.lookahead_limit_tokens, self._quota.budget_tokens)
+            ahead = make_lookahead(request, limit_tokens, self._config.lookahead_enough_tokens)
             if ahead is not None:
                 self._held[request.request_id] = request
                 self._expect(ahead)
                 super().add_request(ahead)
                 return
         super().add_request(request)
-
-    def _lookahead_limit_tokens(self) -> int:
-        return min(self._config.lookahead_limit_tokens, self._quota.budget_tokens)
 
     def _expect(self, request: Request) -> bool:
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
