@@ -66,7 +66,7 @@ def ask_with_layers(
     """
     template = template_bank(setup, groups[0][0])
     lab = Lab(setup)
-    with closing(lab), before_admission(lab, _parted(layers, template)):
+    with closing(lab), before_admission(lab, parting(layers, template)):
         return [outcome for group in groups for outcome in lab.ask(group)]
 
 
@@ -79,7 +79,9 @@ def template_bank(setup: Setup, example: Example) -> ProbeBank:
     return banks[0]
 
 
-def _parted(layers: Collection[int], template: ProbeBank) -> Callable[[dict[str, ProbeBank]], None]:
+def parting(layers: Collection[int], template: ProbeBank) -> Callable[[dict[str, ProbeBank]], None]:
+    """What replaces every seed by one that only some layers use; for `before_admission`."""
+
     def part(seeds: dict[str, ProbeBank]) -> None:
         for request_id, seed in seeds.items():
             if not isinstance(seed, PartialBank):

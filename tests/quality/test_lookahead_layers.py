@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality import lookahead_layers
-from benchmarks.quality.lookahead_layers import PartialBank, _parted, before_admission
+from benchmarks.quality.lookahead_layers import PartialBank, parting, before_admission
 from vllm_budgetkv.worker.bank import ProbeBank
 
 NUM_LAYERS = 3
@@ -69,7 +69,7 @@ def test_seeds_are_parted_before_requests_take_them(
 
     slots = Slots()
     monkeypatch.setattr(lookahead_layers, "cache_of", lambda _: SimpleNamespace(slots=slots))
-    with before_admission(SimpleNamespace(), _parted((0,), template)):
+    with before_admission(SimpleNamespace(), parting((0,), template)):
         slots.follow(None)
         slots.follow(None)
     slots.seeds["a"] = seed
