@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from typing import Self
 
+    from vllm.v1.core.sched.output import SchedulerOutput
+
     from benchmarks.quality.lab import Lab
     from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.cache import BudgetCache
     from vllm_budgetkv.worker.requests import RequestState, RowPlan
+    from vllm_budgetkv.worker.slots import Slots
 
 T = TypeVar("T")
 
@@ -68,6 +71,23 @@ def _worker_of(lab: Lab) -> Any:
     if not hasattr(client, "engine_core"):
         raise ValueError("the engine core is another process: set VLLM_ENABLE_V1_MULTIPROCESSING=0")
     return client.engine_core.model_executor.driver_worker.worker
+
+
+@contextmanager
+def before_admission(lab: Lab, see: Callable[[Slots, SchedulerOutput], None]) -> Iterator[None]:
+    """Show every step to `see` before the lab's worker follows it, when seeds are not taken yet."""
+    slots = cache_of(lab).slots
+    follow = slots.follow
+
+    def see_and_follow(scheduled: SchedulerOutput) -> None:
+        see(slots, scheduled)
+        follow(scheduled)
+
+    slots.follow = see_and_follow
+    try:
+        yield
+    finally:
+        del slots.follow
 
 
 def client_number(request_id: str) -> int:

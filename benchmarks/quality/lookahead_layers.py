@@ -7,16 +7,15 @@ in all layers but the first.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.quality.inside import cache_of, closing
+from benchmarks.quality.inside import before_admission, closing
 from benchmarks.quality.lab import Lab
 from vllm_budgetkv.worker.bank import ProbeBank, Rotary
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from typing import Self
 
     import torch
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
+    from vllm_budgetkv.worker.slots import Slots
 
 
 class PartialBank(ProbeBank):
@@ -74,34 +74,19 @@ def template_bank(setup: Setup, example: Example) -> ProbeBank:
     """What a look-ahead of the template alone leaves; the same for every prompt."""
     banks: list[ProbeBank] = []
     lab = Lab(replace(setup, budget=setup.budget | {"lookahead_source": "template"}))
-    with closing(lab), before_admission(lab, lambda seeds: banks.extend(seeds.values())):
+    with closing(lab), before_admission(lab, lambda slots, _: banks.extend(slots.seeds.values())):
         lab.ask([example])
     return banks[0]
 
 
-def parting(layers: Collection[int], template: ProbeBank) -> Callable[[dict[str, ProbeBank]], None]:
+def parting(
+    layers: Collection[int], template: ProbeBank
+) -> Callable[[Slots, SchedulerOutput], None]:
     """What replaces every seed by one that only some layers use; for `before_admission`."""
 
-    def part(seeds: dict[str, ProbeBank]) -> None:
-        for request_id, seed in seeds.items():
+    def part(slots: Slots, _: SchedulerOutput) -> None:
+        for request_id, seed in slots.seeds.items():
             if not isinstance(seed, PartialBank):
-                seeds[request_id] = PartialBank.of(seed, layers, template)
+                slots.seeds[request_id] = PartialBank.of(seed, layers, template)
 
     return part
-
-
-@contextmanager
-def before_admission(lab: Lab, see: Callable[[dict[str, ProbeBank]], None]) -> Iterator[None]:
-    """Show the seeds of a lab, by request, to `see` before every step's requests take them."""
-    slots = cache_of(lab).slots
-    follow = slots.follow
-
-    def see_and_follow(scheduled: SchedulerOutput) -> None:
-        see(slots.seeds)
-        follow(scheduled)
-
-    slots.follow = see_and_follow
-    try:
-        yield
-    finally:
-        del slots.follow

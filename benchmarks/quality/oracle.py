@@ -7,24 +7,24 @@ does not is lost by the probe; what both lose is lost by the policy or by the qu
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.quality.inside import PrefillRecorder, cache_of, client_number, closing
+from benchmarks.quality.inside import PrefillRecorder, before_admission, client_number, closing
 from benchmarks.quality.lab import Lab
 from vllm_budgetkv.config import BudgetConfig
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.worker.bank import ProbeBank
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from benchmarks.quality.inside import Prefill
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
+    from vllm_budgetkv.worker.slots import Slots
 
 
 def ask_with_oracle(setup: Setup, examples: Sequence[Example]) -> list[Outcome]:
@@ -44,7 +44,7 @@ def ask_with_oracle(setup: Setup, examples: Sequence[Example]) -> list[Outcome]:
     """
     banks = question_banks(setup, examples)
     lab = Lab(replace(setup, budget=setup.budget | {"lookahead": False}))
-    with closing(lab), seeded(lab, banks):
+    with closing(lab), before_admission(lab, seeding(lab, banks)):
         return lab.ask(examples)
 
 
@@ -98,20 +98,15 @@ def bank_of(prefill: Prefill, capacity: int) -> ProbeBank:
     return bank
 
 
-@contextmanager
-def seeded(lab: Lab, banks: Sequence[ProbeBank]) -> Iterator[None]:
-    """Give the next requests of a lab these banks as seeds, one each, in the order of asking."""
-    slots = cache_of(lab).slots
-    first = lab.llm.request_counter.counter
-    follow = slots.follow
+def seeding(lab: Lab, banks: Sequence[ProbeBank]) -> Callable[[Slots, SchedulerOutput], None]:
+    """What gives the next requests of a lab these banks as seeds, one each, in the order of asking.
 
-    def seed_and_follow(scheduled: SchedulerOutput) -> None:
+    For `before_admission`.
+    """
+    first = lab.llm.request_counter.counter
+
+    def seed(slots: Slots, scheduled: SchedulerOutput) -> None:
         for new in scheduled.scheduled_new_reqs:
             slots.seeds[new.req_id] = banks[client_number(new.req_id) - first]
-        follow(scheduled)
 
-    slots.follow = seed_and_follow
-    try:
-        yield
-    finally:
-        del slots.follow
+    return seed

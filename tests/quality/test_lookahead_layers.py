@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.quality import lookahead_layers
-from benchmarks.quality.lookahead_layers import PartialBank, parting, before_admission
+from benchmarks.quality import inside
+from benchmarks.quality.inside import before_admission
+from benchmarks.quality.lookahead_layers import PartialBank, parting
 from vllm_budgetkv.worker.bank import ProbeBank
 
 NUM_LAYERS = 3
@@ -68,7 +69,7 @@ def test_seeds_are_parted_before_requests_take_them(
             self.taken.append(self.seeds["a"].copy())
 
     slots = Slots()
-    monkeypatch.setattr(lookahead_layers, "cache_of", lambda _: SimpleNamespace(slots=slots))
+    monkeypatch.setattr(inside, "cache_of", lambda _: SimpleNamespace(slots=slots))
     with before_admission(SimpleNamespace(), parting((0,), template)):
         slots.follow(None)
         slots.follow(None)
