@@ -49,6 +49,12 @@ COMPACT = "        tables.is_static[slot, rows] = is_static\n"
 
 MUTATIONS = (
     Mutation(
+        "look-ahead: the question brings the text in front of it",
+        "scheduler/lookahead.py",
+        "min(enough_tokens, limit_tokens)",
+        "limit_tokens",
+    ),
+    Mutation(
         "quota: blocks_for gives one more",
         "quota.py",
         "self.page_tokens), self.blocks)",
