@@ -71,11 +71,20 @@ def ask_with_layers(
 
 
 def template_bank(setup: Setup, example: Example) -> ProbeBank:
-    """What a look-ahead of the template alone leaves; the same for every prompt."""
+    """What a look-ahead of the template alone leaves; the same for every prompt.
+
+    Raises:
+        ValueError: nothing ran ahead.
+    """
     banks: list[ProbeBank] = []
     lab = Lab(replace(setup, budget=setup.budget | {"lookahead_source": "template"}))
     with closing(lab), before_admission(lab, lambda slots, _: banks.extend(slots.seeds.values())):
         lab.ask([example])
+    if not banks:
+        raise ValueError(
+            f"nothing ran ahead of a prompt of about {example.length_tokens} tokens: choose a "
+            "policy that looks ahead and a quota that the prompt exceeds"
+        )
     return banks[0]
 
 
