@@ -27,8 +27,11 @@ MAY_IMPORT_VLLM: dict[str, Place] = {
     "attention/*": "module",
     "scheduler/*": "module",
     "worker/worker.py": "module",
+    "worker/cpu_worker.py": "module",
     "testing/*": "module",
     "plugin.py": "function",
+    "activation.py": "function",
+    "platforms.py": "function",
     "refusals.py": "function",
     "upstream.py": "function",
 }

@@ -16,7 +16,8 @@ FLAGS = {
     "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
-    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-report-file", "--kv-check-ledger",
+    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-report-file",
+    "--kv-unproven-device", "--no-kv-unproven-device", "--kv-check-ledger",
     "--no-kv-check-ledger",
 }  # fmt: skip
 
@@ -130,7 +131,7 @@ def test_a_quota_below_one_block_is_refused() -> None:
     [
         ({"policy": "hybrid"}, 256),
         ({"policy": "hybrid", "lookahead_tokens": 9}, 9),
-        ({"policy": "hybrid", "lookahead_source": "question"}, 256),
+        ({"policy": "hybrid", "lookahead_source": "text"}, 256),
         ({"policy": "hybrid", "lookahead_source": "template"}, 5),
         ({"policy": "streammem", "template_tokens": 7}, 7),
         ({"policy": "hybrid", "lookahead": False}, None),

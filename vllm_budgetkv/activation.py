@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv import refusals
+from vllm_budgetkv import platforms, refusals
 from vllm_budgetkv.config import SECTION, BudgetConfig
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.quota import Quota
@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 SCHEDULER_CLASS = "vllm_budgetkv.scheduler.scheduler.BudgetScheduler"
-WORKER_CLASS = "vllm_budgetkv.worker.worker.BudgetWorker"
-STOCK_WORKER_CLASS = "vllm.v1.worker.cpu_worker.CPUWorker"
 
 
 def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
@@ -24,8 +22,8 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         ValueError: the engine configuration cannot be served or the quota is too small.
     """
     refusals.check(vllm_config, config)
-    parallel = vllm_config.parallel_config
-    if parallel.worker_cls != STOCK_WORKER_CLASS:
+    platform, parallel = platforms.current(), vllm_config.parallel_config
+    if parallel.worker_cls != platform.stock_worker:
         raise ValueError(f"--worker-cls {parallel.worker_cls} would replace ours: remove it")
     scheduler = vllm_config.scheduler_config
     if config.compresses:
@@ -34,7 +32,20 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
     resolve_quota(vllm_config, config)
     scheduler.scheduler_cls = SCHEDULER_CLASS
-    parallel.worker_cls = WORKER_CLASS
+    parallel.worker_cls = platform.worker
+    if platform.selects_slot:
+        _select_backend(vllm_config, platform.backend_slot)
+
+
+def _select_backend(vllm_config: VllmConfig, slot: str) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    attention = vllm_config.attention_config
+    if attention.backend is not None:
+        raise ValueError(
+            f"--attention-backend {attention.backend.name} would replace ours: remove it"
+        )
+    attention.backend = AttentionBackendEnum[slot]
 
 
 def _chunk_tokens(vllm_config: VllmConfig, config: BudgetConfig) -> int:

@@ -69,11 +69,11 @@ class BudgetConfig:
         256, "Most text tokens (the last of the prompt) that run ahead.", metavar="TOKENS"
     )
     lookahead_source: str = _option(
-        "text",
-        "What runs ahead: all 'text' of the prompt, only the 'question' behind its last picture or "
-        "video where one stands there, or the chat 'template' alone, which asks nothing (for "
-        "ablations).",
-        choices=("text", "question", "template"),
+        "question",
+        "What runs ahead: the 'question' behind the last picture or video, or all text where none "
+        "stands there; all 'text' of the prompt; or the chat 'template' alone, which asks nothing "
+        "(for ablations).",
+        choices=("question", "text", "template"),
     )
     template_tokens: int = _option(
         PolicyOptions.template_tokens,
@@ -125,6 +125,9 @@ class BudgetConfig:
     report_file: str | None = _option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )
+    unproven_device: bool = _option(
+        False, "Start on a kind of device on which no test has run: compare answers before use."
+    )
     check_ledger: bool = _option(
         False, "Check every page table after every step and fill free pages with NaN (slow)."
     )
@@ -151,9 +154,9 @@ class BudgetConfig:
         self.policy_options()
 
     def _check_lookahead(self) -> None:
-        if self.lookahead_source not in ("text", "question", "template"):
+        if self.lookahead_source not in ("question", "text", "template"):
             raise ValueError(
-                "--kv-lookahead-source must be 'text', 'question' or 'template'; got "
+                "--kv-lookahead-source must be 'question', 'text' or 'template'; got "
                 f"{self.lookahead_source!r}"
             )
         if POLICIES[self.policy].probe_source == "template" and not self.lookahead:

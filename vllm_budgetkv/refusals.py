@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv import platforms
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -18,7 +20,12 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     Raises:
         ValueError: names every reason and the option to change.
     """
-    reasons = [*_platform(), *_model(vllm_config), *_parallel(vllm_config), *_cache(vllm_config)]
+    reasons = [
+        *_platform(config),
+        *_model(vllm_config),
+        *_parallel(vllm_config),
+        *_cache(vllm_config),
+    ]
     reasons += _scheduler(vllm_config, config)
     if reasons:
         raise ValueError(
@@ -27,13 +34,19 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         )
 
 
-def _platform() -> Iterator[str]:
+def _platform(config: BudgetConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    platform = platforms.known(current_platform)
+    if platform is None:
         yield (
-            f"there are no kernels for device {current_platform.device_type!r} in this version: "
-            "run on the CPU or start without --kv-policy"
+            f"there are no kernels for device {current_platform.device_type!r}: run on a CPU or "
+            "an NVIDIA GPU, or start without --kv-policy"
+        )
+    elif not platform.is_proven and not config.unproven_device:
+        yield (
+            f"no version was tested on device {platform.device!r} yet: run on a CPU, start "
+            "without --kv-policy, or try it with --kv-unproven-device"
         )
 
 

@@ -219,7 +219,7 @@ PROBES = (
     HYBRID,
     *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (4, 8, 16)),
     *(ablation(f"look-ahead of {n} tokens", lookahead_tokens=n) for n in (8, 16)),
-    ablation("look-ahead of the question", lookahead_source="question"),
+    ablation("look-ahead of all text", lookahead_source="text"),
 )
 ENGINE_VARIATIONS = (
     *(engine_variation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),

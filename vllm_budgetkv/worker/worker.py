@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
-from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
 
+from vllm_budgetkv import platforms
 from vllm_budgetkv.activation import config_of, resolve_quota
 from vllm_budgetkv.attention.backend import BudgetBackend
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
@@ -35,16 +36,17 @@ def backend_registered() -> Iterator[None]:
     if BudgetBackend.get_name() not in AttentionBackendEnum.__members__:
         # a layer looks its backend up by name; the name alone selects nothing
         register_backend(BudgetBackend.get_name(), BACKEND_PATH)
-    register_backend(AttentionBackendEnum.CPU_ATTN, BACKEND_PATH)
+    slot = AttentionBackendEnum[platforms.current().backend_slot]
+    register_backend(slot, BACKEND_PATH)
     try:
         yield
     finally:
-        AttentionBackendEnum.CPU_ATTN.clear_override()
+        slot.clear_override()
         _cached_get_attn_backend.cache_clear()
 
 
-class BudgetWorker(CPUWorker):
-    """`CPUWorker` whose requests stay inside their quota."""
+class BudgetWorker(Worker):
+    """vLLM's worker, whose requests stay inside their quota."""
 
     budget_cache: BudgetCache
 
