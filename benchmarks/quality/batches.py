@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from benchmarks.quality.conversations import VIDEO
-from benchmarks.quality.scenes import LETTERS, NUM_DIGITS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,8 +54,6 @@ class Collator:
         self._pad = tokenizer.pad_token_id
         template = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)
         self._assistant = template["input_ids"]
-        self._letters = {letter: to_id(letter) for letter in LETTERS}
-        self._digits = [to_id(str(digit)) for digit in range(NUM_DIGITS)]
 
     def text(self, talk: Conversation) -> str:
         """The conversation as the chat template writes it."""
@@ -78,10 +75,13 @@ class Collator:
         grids = {scene.shape[1:] for talk in talks for scene in talk.scenes}
         if len(grids) != 1:
             raise ValueError(f"a batch needs frames of one size, not {sorted(grids)}")
-        encoded = self._tokenizer([self.text(talk) for talk in talks], add_special_tokens=False)
+        texts = [self.text(talk) for talk in talks]
+        encoded = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         rows = [
-            self._row(np.array(ids), talk)
-            for ids, talk in zip(encoded["input_ids"], talks, strict=True)
+            self._row(np.array(ids), talk, learnt_tokens(text, spans, talk))
+            for text, ids, spans, talk in zip(
+                texts, encoded["input_ids"], encoded["offset_mapping"], talks, strict=True
+            )
         ]
         length = max(len(row[0]) for row in rows)
         shape = (len(rows), length)
@@ -105,9 +105,9 @@ class Collator:
         )
 
     def _row(
-        self, ids: np.ndarray, talk: Conversation
+        self, ids: np.ndarray, talk: Conversation, learnt: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids [n], positions [3, n], labels [n]) of one conversation."""
+        """(ids [n], positions [3, n], labels [n]) of one conversation; `learnt` indexes its ids."""
         sizes = np.ones(len(ids), dtype=np.int64)
         sizes[ids == self._video] = [scene.size for scene in talk.scenes]
         expanded = np.repeat(ids, sizes)
@@ -125,9 +125,8 @@ class Collator:
         rest = len(expanded) - place
         positions[:, place:] = np.arange(rest) + self._next(positions, place)
         labels = self._labels(expanded)
-        if talk.recites is not None:
-            recited = self._recited(expanded, talk.recites)
-            labels = np.where(labels == IGNORE, recited, labels)
+        places = (np.cumsum(sizes) - sizes)[learnt]
+        labels[places - 1] = expanded[places]
         return expanded, positions, labels
 
     @staticmethod
@@ -147,17 +146,18 @@ class Collator:
             labels[first - 1 : stop] = ids[first : stop + 1]
         return labels
 
-    def _recited(self, ids: np.ndarray, letters: str) -> np.ndarray:
-        """Labels of the digits behind `letters` and behind letters that come again."""
-        labels = np.full(len(ids), IGNORE)
-        known = {self._letters[letter] for letter in letters}
-        pairs = np.isin(ids[:-1], list(self._letters.values())) & np.isin(ids[1:], self._digits)
-        for place in np.flatnonzero(pairs):
-            letter = int(ids[place])
-            if letter in known:
-                labels[place] = ids[place + 1]
-            known.add(letter)
-        return labels
+
+def learnt_tokens(text: str, spans: Sequence[tuple[int, int]], talk: Conversation) -> np.ndarray:
+    """Indices of the tokens of `Conversation.learnt`, int [m].
+
+    Args:
+        text: the conversation as the model reads it.
+        spans: first character and end of every token.
+        talk: whose content stands in `text`.
+    """
+    start = text.index(talk.content)
+    stops = [stop for _, stop in spans]
+    return np.unique(np.searchsorted(stops, np.array(talk.learnt, dtype=int) + start, "right"))
 
 
 __all__ = ["VIDEO", "Batch", "Collator"]

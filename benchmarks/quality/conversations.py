@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 NUM_PAGES = 10
-VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+# kinds of questions about letters that come back
+REPEATED = ("first", "last", "count", "change")
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+VIDEO = f"{VISION_START}<|video_pad|>{VISION_END}"
 
 Rng = np.random.Generator
 
@@ -41,14 +44,30 @@ class Conversation:
         content: text of the first user turn before its question, each `VIDEO` a scene.
         scenes: int [F, rows, columns] of cell ids, one for each `VIDEO`.
         turns: (question, answer); the first question follows `content`.
-        recites: letters shown, if digits within `content` are to be learnt too, else None; see
-            `recital_conversation`.
+        learnt: places in `content` of characters that are to be predicted too, as answers are.
     """
 
     content: str = ""
     scenes: list[np.ndarray] = field(default_factory=list)
     turns: list[tuple[str, str]] = field(default_factory=list)
-    recites: str | None = None
+    learnt: list[int] = field(default_factory=list)
+
+    def write(self, answer: str) -> None:
+        """Adds an answer to `content`, to be predicted there."""
+        self.learnt += range(len(self.content), len(self.content) + len(answer))
+        self.content += answer
+
+    def ask_once(self) -> None:
+        """Drops questions that were asked before: their answers could be copied."""
+        self.turns = list(dict(self.turns).items())
+
+    def practise(self, num_asked: int) -> None:
+        """Moves all but the last `num_asked` turns into `content`, where answers are denser."""
+        early, self.turns = self.turns[:-num_asked], self.turns[-num_asked:]
+        for question, answer in early:
+            self.content += question
+            self.write(answer)
+            self.content += ";"
 
 
 @dataclass(frozen=True)
@@ -135,7 +154,7 @@ def video_conversation(
         num_turns: questions.
         grid: size of the frames.
         rng: of everything.
-        kinds: what may be asked: "needle" and keys of `RECURRING`.
+        kinds: what may be asked: "needle" and keys of `BEYOND_NEEDLES`.
         blank: share of the background frames that show nothing.
         periodic: background letters come in a fixed cycle.
         whole: the letters that are asked about fill their frames.
@@ -173,7 +192,7 @@ class _Plan:
         cls, num_frames: int, rng: Rng, *, kinds: Sequence[str], blank: float, periodic: bool
     ) -> _Plan:
         letters = shuffled_letters(rng)
-        recurring = num_frames >= 4 and any(kind in RECURRING for kind in kinds)
+        recurring = num_frames >= 4 and any(kind in REPEATED for kind in kinds)
         num_often = int(rng.integers(1, min(5, (num_frames + 1) // 2))) if recurring else 0
         room = num_frames - 2 * num_often
         num_once = int(np.clip(rng.integers(max(1, room // 2), room + 1), 1, 10))
@@ -204,10 +223,10 @@ class _Plan:
         return ["" if empty[index] else random_pair(letters, rng) for index in range(num_frames)]
 
     def turn(self, kind: str, rng: Rng) -> tuple[str, str]:
-        if kind == "needle" or (kind != "order" and not self.often):
+        if kind == "needle" or (kind in REPEATED and not self.often):
             letter = self.once[rng.integers(len(self.once))]
             return f"{letter}?", self.digits(letter)[0]
-        return RECURRING[kind](self, rng)
+        return BEYOND_NEEDLES[kind](self, rng)
 
     def digits(self, letter: str) -> list[str]:
         return [pair[1] for pair in self.pairs if pair[:1] == letter]
@@ -256,7 +275,7 @@ def _order(plan: _Plan, rng: Rng) -> tuple[str, str]:
     return f"{one}/{other} first?", min(one, other, key=letters.index)
 
 
-RECURRING: dict[str, Callable[[_Plan, Rng], tuple[str, str]]] = {
+BEYOND_NEEDLES: dict[str, Callable[[_Plan, Rng], tuple[str, str]]] = {
     "first": _first,
     "last": _last,
     "change": _change,
@@ -267,20 +286,56 @@ RECURRING: dict[str, Callable[[_Plan, Rng], tuple[str, str]]] = {
 
 
 def pages_conversation(
-    num_pages: int, frames_each: int, num_turns: int, grid: Grid, rng: Rng
+    num_pages: int,
+    frames_each: int,
+    num_turns: int,
+    grid: Grid,
+    rng: Rng,
+    *,
+    written: float = 0.0,
 ) -> Conversation:
-    """Up to ten headed pages of some pictures, one of them with a pair; asked for by number."""
-    numbers = rng.permutation(NUM_PAGES)[:num_pages]
+    """Up to ten headed pages of some pictures, one of them with a pair; asked for by number.
+
+    Of the pages behind the first, a share `written` has the pair in text in place of pictures.
+    """
+    talk, pairs = _headed_pages(num_pages, frames_each, grid, rng, written)
+    numbers = list(pairs)
+    for index in rng.integers(0, num_pages, num_turns).tolist():
+        talk.turns.append((f"page{numbers[index]}?", pairs[numbers[index]]))
+    return talk
+
+
+def listed_conversation(
+    num_pages: int, frames_each: int, grid: Grid, rng: Rng, *, written: float
+) -> Conversation:
+    """Pages, then an index of all but one, which is asked for: dense practice in finding a heading.
+
+    The pair behind every number of the index is to be learnt.
+    """
+    talk, pairs = _headed_pages(num_pages, frames_each, grid, rng, written)
+    *listed, asked = rng.permutation(list(pairs)).tolist()
+    for number in listed:
+        talk.content += f";{number}"
+        talk.write(pairs[number])
+    talk.turns.append((f"page{asked}?", pairs[asked]))
+    return talk
+
+
+def _headed_pages(
+    num_pages: int, frames_each: int, grid: Grid, rng: Rng, written: float
+) -> tuple[Conversation, dict[int, str]]:
+    """(pages without a question, the pair of every page by its number)."""
+    numbers = rng.permutation(NUM_PAGES)[:num_pages].tolist()
     letters = shuffled_letters(rng)
-    pairs = [f"{letter}{rng.integers(10)}" for letter in letters[:num_pages]]
+    pairs = {n: f"{letters[index]}{rng.integers(10)}" for index, n in enumerate(numbers)}
     talk = Conversation()
-    for number, pair in zip(numbers, pairs, strict=True):
+    for number, pair in pairs.items():
+        if written and talk.scenes and rng.random() < written:
+            talk.content += f"page{number}:{VISION_START}{pair}{VISION_END}"
+            continue
         talk.content += f"page{number}:{VIDEO}"
         talk.scenes.append(page_pictures(pair, frames_each, grid, rng))
-    for _ in range(num_turns):
-        index = int(rng.integers(num_pages))
-        talk.turns.append((f"page{numbers[index]}?", pairs[index]))
-    return talk
+    return talk, pairs
 
 
 def page_pictures(pair: str, num_frames: int, grid: Grid, rng: Rng) -> np.ndarray:
@@ -330,8 +385,31 @@ def recital_conversation(
     letters = shuffled_letters(rng)[: num_frames + num_others]
     listed = [f"{letter}{rng.integers(10)}" for letter in letters]
     shown = listed[:num_frames]
-    text = "".join(listed[i] for i in rng.integers(0, len(listed), 3 * len(listed)))
-    talk = Conversation(VIDEO + text, [draw_frames(shown or [""], grid, rng)])
-    talk.recites = "".join(letters[:num_frames])
+    talk = Conversation(VIDEO, [draw_frames(shown or [""], grid, rng)])
+    known = set(shown)
+    for index in rng.integers(0, len(listed), 3 * len(listed)):
+        letter, digit = listed[index]
+        talk.content += letter
+        if listed[index] in known:
+            talk.write(digit)
+        else:
+            talk.content += digit
+        known.add(listed[index])
     talk.turns = [needle_turn(shown, rng) for _ in range(num_turns)] if shown else [("read", "")]
+    return talk
+
+
+def index_conversation(num_numbers: int, num_entries: int, grid: Grid, rng: Rng) -> Conversation:
+    """Numbers with a letter each, again and again; a letter that comes again is to be learnt."""
+    numbers = rng.permutation(NUM_PAGES)[:num_numbers]
+    letters = shuffled_letters(rng)
+    talk = Conversation(VIDEO, [draw_frames([""], grid, rng)], [("read", "")])
+    known = set()
+    for index in rng.integers(0, num_numbers, num_entries).tolist():
+        talk.content += f";{numbers[index]}"
+        if index in known:
+            talk.write(letters[index])
+        else:
+            talk.content += letters[index]
+        known.add(index)
     return talk

@@ -37,6 +37,13 @@ VISION = shapes.VisionShape(depth=2, width=64)
 INITIAL_DEVIATION = 0.08
 EMBEDDING_DEVIATION = 0.5
 
+# how many tokens back each of these heads of the first layer looks at the start: to look up what
+# stands behind a token is to find the one before, and nothing finds that by chance for long
+LOOK_BACK_TOKENS = {0: 1, 1: 2, 2: 3}
+LOOK_BACK_PAIRS = 6  # of the rotation, the fastest, all of the time axis
+LOOK_BACK_BIAS = 5.0
+LOOK_BACK_SHRINK = 0.3
+
 # the words of the template and of the tasks, often enough to become one token each; letters and
 # digits stay tokens of their own
 WORDS = (
@@ -82,4 +89,29 @@ def build_untrained(vocabulary: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGener
         for layer in language.layers:
             layer.self_attn.o_proj.weight.mul_((2 * SHAPE.layers) ** -0.5)
             layer.mlp.down_proj.weight.mul_((2 * SHAPE.layers) ** -0.5)
+        look_back(language.layers[0].self_attn)
     return model
+
+
+def look_back(attention: torch.nn.Module) -> None:
+    """Makes heads attend mostly to the token `LOOK_BACK_TOKENS` before. Mutates `attention`.
+
+    Constant queries and keys, turned by the rotary embedding, score the distance alone: the sum of
+    `cos(frequency * (distance - wanted distance))` over the rotation pairs. In a video the distance
+    is one in frames.
+    """
+    queries = attention.q_proj.weight.view(SHAPE.heads, SHAPE.head_dim, -1)
+    keys = attention.k_proj.weight.view(SHAPE.kv_heads, SHAPE.head_dim, -1)
+    query_bias = attention.q_proj.bias.view(SHAPE.heads, 2, -1)
+    key_bias = attention.k_proj.bias.view(SHAPE.kv_heads, 2, -1)
+    heads = list(LOOK_BACK_TOKENS)
+    own_keys = sorted({head * SHAPE.kv_heads // SHAPE.heads for head in heads})
+    queries[heads] *= LOOK_BACK_SHRINK
+    keys[own_keys] *= LOOK_BACK_SHRINK
+    key_bias[own_keys, 0, :LOOK_BACK_PAIRS] = LOOK_BACK_BIAS
+    frequency = SHAPE.rope_theta ** (-torch.arange(LOOK_BACK_PAIRS) * 2 / SHAPE.head_dim)
+    for head, distance_tokens in LOOK_BACK_TOKENS.items():
+        angle = distance_tokens * frequency
+        query_bias[head, :, :LOOK_BACK_PAIRS] = LOOK_BACK_BIAS * torch.stack(
+            [angle.cos(), -angle.sin()]
+        )

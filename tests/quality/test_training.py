@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.quality import conversations, curriculum, reader, train
 from benchmarks.quality.batches import IGNORE, Collator
-from benchmarks.quality.conversations import VIDEO, Conversation, Grid, draw_frames
+from benchmarks.quality.conversations import VIDEO, VISION_START, Conversation, Grid, draw_frames
 from benchmarks.quality.scenes import Palette
 from vllm_budgetkv.testing.models import build_processor
 
@@ -75,6 +75,61 @@ def test_recited_digits_are_learnt_where_they_stand(vocabulary, num_frames: int)
     assert vocabulary.decode(asked) == "".join(f"{a}<|im_end|>" for _, a in talk.turns)
 
 
+def test_practised_answers_are_learnt_where_they_stand(vocabulary) -> None:
+    """The content holds question and answer, none twice; the last turns stay with the chat."""
+    rng = np.random.default_rng(0)
+    talk = conversations.pages_conversation(6, 2, 40, Grid(1, 1), rng)
+    talk.ask_once()
+    asked = list(talk.turns)
+    assert len(asked) == len({question for question, _ in asked}) == 6
+    talk.practise(2)
+    assert talk.turns == asked[4:]
+    assert talk.content.endswith("".join(f"{q}{a};" for q, a in asked[:4]))
+    batch = Collator(vocabulary)([talk])
+    learnt = batch.labels != IGNORE
+    within = learnt & (batch.turns == -1)
+    assert vocabulary.decode(batch.labels[within]) == "".join(a for _, a in asked[:4])
+    before = torch.nonzero(within)[:, 1]
+    assert torch.equal(batch.input_ids[0, before + 1], batch.labels[within])
+    chat = vocabulary.decode(batch.labels[learnt & (batch.turns >= 0)])
+    assert chat == "".join(f"{a}<|im_end|>" for _, a in asked[4:])
+
+
+@pytest.mark.parametrize("written", [0.0, 0.5, 1.0])
+def test_the_pairs_of_a_list_are_those_of_the_pages(vocabulary, written: float) -> None:
+    """Of all but the one that is asked for; a pair is drawn or written, the first always drawn."""
+    rng = np.random.default_rng(0)
+    talk = conversations.listed_conversation(6, 2, Grid(1, 1), rng, written=written)
+    pages, _, entries = talk.content.partition(";")
+    drawn = iter("".join(read_off(scene)) for scene in talk.scenes)
+    shown = {
+        number: pair or next(drawn)
+        for number, pair in re.findall(f"page([0-9]):{re.escape(VISION_START)}([A-Z][0-9])?", pages)
+    }
+    assert len(talk.scenes) == {0.0: 6, 1.0: 1}.get(written, len(talk.scenes))
+    assert 1 <= len(talk.scenes) <= 6
+    ((question, answer),) = talk.turns
+    listed = dict(re.findall("([0-9])([A-Z][0-9])", entries))
+    assert listed | {question[4]: answer} == shown
+    assert (len(shown), len(listed)) == (6, 5)
+    batch = Collator(vocabulary)([talk])
+    within = (batch.labels != IGNORE) & (batch.turns == -1)
+    assert vocabulary.decode(batch.labels[within]) == "".join(listed.values())
+
+
+def test_the_letter_of_a_number_that_comes_again_is_learnt(vocabulary) -> None:
+    talk = conversations.index_conversation(4, 12, Grid(1, 1), np.random.default_rng(0))
+    entries = re.findall("([0-9])([A-Z])", talk.content)
+    assert len(entries) == 12
+    assert len(set(entries)) == len(dict(entries)) <= 4
+    again = [
+        letter for i, (number, letter) in enumerate(entries) if (number, letter) in entries[:i]
+    ]
+    batch = Collator(vocabulary)([talk])
+    within = (batch.labels != IGNORE) & (batch.turns == -1)
+    assert vocabulary.decode(batch.labels[within]) == "".join(again)
+
+
 def test_patches_of_a_scene_are_those_of_its_pixels(vocabulary) -> None:
     processor, palette = build_processor(vocabulary), Palette()
     scene = draw_frames(["K7", "", "A2"], Grid(2, 4), np.random.default_rng(1))
@@ -115,7 +170,7 @@ def test_answers_can_be_read_off_the_scene() -> None:
     rng = np.random.default_rng(5)
     for _ in range(50):
         talk = conversations.video_conversation(
-            12, 6, Grid(2, 2), rng, kinds=curriculum.KINDS, blank=0.3
+            12, 6, Grid(2, 2), rng, kinds=curriculum.ASKED["video"], blank=0.3
         )
         shown = read_off(talk.scenes[0])
         for question, answer in talk.turns:
@@ -164,6 +219,25 @@ def test_no_token_is_drowned_at_the_start(vocabulary) -> None:
         attention_mask=None,
     )
     assert (added - embeds).std() < embeds.std()
+
+
+def test_heads_look_back_at_the_start(vocabulary) -> None:
+    """The weight that each head of `LOOK_BACK_TOKENS` gives to the token so far before."""
+    torch.manual_seed(0)
+    language = reader.build_untrained(vocabulary).model.language_model
+    layer = language.layers[0]
+    layer.self_attn.config._attn_implementation = "eager"  # the one that gives the weights
+    ids = torch.randint(0, 300, (1, 60))
+    embeds = layer.input_layernorm(language.embed_tokens(ids))
+    with torch.no_grad():
+        _, weights = layer.self_attn(
+            embeds,
+            position_embeddings=language.rotary_emb(embeds, torch.arange(60).expand(3, 1, -1)),
+            attention_mask=torch.full((60, 60), -1e9).triu(1)[None, None],
+        )
+    for head, distance_tokens in reader.LOOK_BACK_TOKENS.items():
+        looked = weights[0, head].diagonal(-distance_tokens)[4:]
+        assert looked.median() > 0.7
 
 
 def test_a_resumed_run_is_the_whole_run(tmp_path: Path) -> None:
