@@ -20,7 +20,9 @@ from vllm_budgetkv.policy import (
     Tier,
     make_policy,
 )
+from vllm_budgetkv.policy.budgets import RATIO_UNIT
 from vllm_budgetkv.policy.pins import Pins
+from vllm_budgetkv.policy.unlike import key_difference
 
 CASES = st.builds(
     Case,
@@ -38,6 +40,7 @@ OPTIONS = st.builds(
     force_class=st.sampled_from([None, None, "static", "dynamic"]),
     dynamic_unit_tokens=st.sampled_from([1, 1, 4, 16]),
     text_share=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    unlike_share=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     dynamic_weight=st.sampled_from([0.5, 1.5, 3.0]),
     floor_ratio=st.floats(0, 1),
     window_tokens=st.integers(0, 100),
@@ -127,13 +130,50 @@ def test_dynamic_heads_hold_whole_pages(case: Case) -> None:
     assert (~partial | retention.is_static | (retention.budgets == caps) | small).all()
 
 
+@repeatable
+@given(case=CASES, options=OPTIONS)
+def test_the_most_unlike_stay_up_to_their_share(case: Case, options: PolicyOptions) -> None:
+    """Of the tokens that nothing else raises, those whose keys differ most, as many as may."""
+    observation = case.observe()
+    options = replace(options, dynamic_unit_tokens=1)
+    retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
+    assert observation.keys is not None
+    difference = key_difference(observation.keys, observation.positions)
+    for head, tiers in enumerate(retention.tiers):
+        unlike, scored = tiers == Tier.UNLIKE, tiers == Tier.SCORED
+        room = max(int(retention.budgets[head]) - int((tiers > Tier.UNLIKE).sum()), 0)
+        share = room * round(options.unlike_share * RATIO_UNIT) // RATIO_UNIT
+        asked = observation.mass is not None and not observation.fits
+        assert int(unlike.sum()) == min(share * asked, int((unlike | scored).sum()))
+        if unlike.any() and scored.any():
+            assert difference[head, unlike].min() >= difference[head, scored].max()
+
+
+@pytest.mark.parametrize(("unlike_share", "stays"), [(0.0, False), (0.25, True)])
+def test_what_no_question_looks_at_may_stay(unlike_share: float, stays: bool) -> None:
+    """A token without attention whose key points away from all others: an answer may need it."""
+    case = Case(held_share=2.0, num_heads=2)
+    observation = case.observe()
+    assert observation.keys is not None and observation.mass is not None
+    index = int((observation.is_vision[0] & observation.is_vision[1]).nonzero()[3])
+    keys = torch.ones_like(observation.keys) * (observation.positions >= 0)[..., None]
+    keys[:, index] *= -1
+    mass = observation.mass.clone()
+    mass[:, index] = 0.0
+    observation = replace(observation, keys=keys, mass=mass)
+    options = PolicyOptions(unlike_share=unlike_share, hybrid_pool_tokens=1)
+    retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
+    assert all((index in kept) == stays for kept in kept_indices(retention, observation))
+
+
 def test_text_is_preferred_up_to_its_share_on_static_heads_only() -> None:
     """Vision has all the mass, so only the prior can keep text: half of the budget of each head."""
     observation = Case(seen_tokens=900, held_share=1.5, budget_tokens=80).observe()
     mass = observation.is_vision.float() + 1e-6
     observation = replace(observation, mass=mass)
     for force in ("static", "dynamic"):
-        options = PolicyOptions(force_class=force, window_tokens=0, frame_share=0, sink_tokens=0)
+        pins = {"window_tokens": 0, "frame_share": 0, "sink_tokens": 0}
+        options = PolicyOptions(force_class=force, unlike_share=0, **pins)
         retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
         kept = kept_indices(retention, observation)
         kept_text = [
@@ -180,6 +220,7 @@ def stream(name: str, options: PolicyOptions, needle: int) -> set[int]:
     budget_tokens = 64 if options.dynamic_unit_tokens == 1 else 128
     held = [torch.zeros(0, dtype=torch.int32) for _ in range(num_heads)]
     spans = Case(seen_tokens=20 * chunk_tokens).spans()
+    keys = torch.randn((20 * chunk_tokens, 8), generator=generator)
     for seen in range(chunk_tokens, 21 * chunk_tokens, chunk_tokens):
         chunk = torch.arange(seen - chunk_tokens, seen, dtype=torch.int32)
         held = [torch.cat((positions, chunk)) for positions in held]
@@ -200,6 +241,7 @@ def stream(name: str, options: PolicyOptions, needle: int) -> set[int]:
             protected_position=spans.trailing_frame_start(seen),
             budget_tokens=budget_tokens,
             max_head_tokens=10_000,
+            keys=keys[positions] * (positions >= 0)[..., None],
         )
         kept = kept_indices(policy.retain(observation), observation)
         held = [positions[head, indices] for head, indices in enumerate(kept)]

@@ -36,10 +36,11 @@ class Tier(IntEnum):
 
     NOT_HELD = 0
     SCORED = 1
-    TEXT = 2
-    FRAME = 3
-    RECENT = 4
-    SINK = 5
+    UNLIKE = 2
+    TEXT = 3
+    FRAME = 4
+    RECENT = 5
+    SINK = 6
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ from vllm_budgetkv.policy.importance import importance
 from vllm_budgetkv.policy.pins import Pins
 from vllm_budgetkv.policy.text_prior import prior_text
 from vllm_budgetkv.policy.units import keep_whole_units
+from vllm_budgetkv.policy.unlike import key_difference, most_unlike
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,8 @@ class HybridPolicy(Policy):
       `text_share` of the budget that is left; then whatever scores best.
     - Dynamic heads keep the same pins, then whatever scores best, in units of
       `dynamic_unit_tokens`. At decode they read only the pages that fit the query.
+    - In both, `unlike_share` of what is left goes to tokens with keys unlike the others: a question
+      does not foresee what the later tokens of its answer will look up.
     - With `merge` the values of what goes are merged into kept tokens of like keys, in all heads.
 
     Raises:
@@ -36,6 +39,7 @@ class HybridPolicy(Policy):
 
     name: ClassVar[str] = "hybrid"
     needs_scores: ClassVar[bool] = True
+    needs_keys: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
     retrieves: ClassVar[bool] = True
 
@@ -59,6 +63,7 @@ class HybridPolicy(Policy):
             return Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
         budgets = allocate(observation, scores, tiers, is_static, options, self._page_tokens)
         tiers = self._raise_text(observation, scores, tiers, budgets, is_static)
+        tiers = self._raise_unlike(observation, tiers, budgets, is_static)
         retention = Retention(
             scores=scores,
             tiers=tiers,
@@ -85,7 +90,29 @@ class HybridPolicy(Policy):
             return tiers
         candidates = (tiers == Tier.SCORED) & ~observation.is_vision
         # of what the pins leave: half the budget for text and half for a frame would leave nothing
-        open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=1)).clamp(min=0) * is_static
-        caps = open_tokens * round(self._options.text_share * RATIO_UNIT) // RATIO_UNIT
+        caps = _share_of_open(budgets, tiers, self._options.text_share) * is_static
         text = prior_text(observation, scores, candidates, caps)
         return tiers.masked_fill_(text, Tier.TEXT)
+
+    def _raise_unlike(
+        self,
+        observation: Observation,
+        tiers: torch.Tensor,
+        budgets: torch.Tensor,
+        is_static: torch.Tensor,
+    ) -> torch.Tensor:
+        """Raise tokens whose keys are unlike the others to their tier. Mutates `tiers`."""
+        if observation.mass is None or self._options.unlike_share == 0:
+            return tiers
+        assert observation.keys is not None
+        difference = key_difference(observation.keys, observation.positions)
+        caps = _share_of_open(budgets, tiers, self._options.unlike_share)
+        # on a dynamic head each of them takes its whole unit along
+        caps = caps.where(is_static, caps // self._options.dynamic_unit_tokens)
+        return tiers.masked_fill_(most_unlike(difference, tiers == Tier.SCORED, caps), Tier.UNLIKE)
+
+
+def _share_of_open(budgets: torch.Tensor, tiers: torch.Tensor, share: float) -> torch.Tensor:
+    """That share of the tokens that raised ones leave in each head's budget, int [H]."""
+    open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=1)).clamp(min=0)
+    return open_tokens * round(share * RATIO_UNIT) // RATIO_UNIT

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from torch.nn.functional import normalize
-
 from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.uniform import keep_uniform
+from vllm_budgetkv.policy.unlike import key_difference
 
 if TYPE_CHECKING:
     from vllm_budgetkv.policy.options import PolicyOptions
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 class KeyDiffPolicy(Policy):
     """KeyDiff (https://arxiv.org/abs/2504.15364): score -cos(k, mean of the normalised keys).
 
-    The mean is over all keys that the head holds, rotated as they are stored. The score is shifted
-    by 1, so that it is 0 or more. Unlike the paper sinks, window and a cut frame stay.
+    The score is shifted by 1, so that it is 0 or more. Unlike the paper sinks, window and a cut
+    frame stay.
     """
 
     name: ClassVar[str] = "keydiff"
@@ -31,9 +30,5 @@ class KeyDiffPolicy(Policy):
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
         assert observation.keys is not None
-        directions = normalize(observation.keys.float(), dim=-1)
-        # keys beyond `lens` are 0, so the sum points where the mean does
-        anchors = normalize(directions.sum(dim=1), dim=-1)
-        scores = 1 - (directions @ anchors[..., None]).squeeze(-1)
-        scores.masked_fill_(observation.positions < 0, 0.0)
+        scores = key_difference(observation.keys, observation.positions)
         return keep_uniform(observation, scores, self._options)
