@@ -49,6 +49,12 @@ COMPACT = "        tables.is_static[slot, rows] = is_static\n"
 
 MUTATIONS = (
     Mutation(
+        "hybrid: the keys most like the others stay",
+        "policy/unlike.py",
+        "argsort(1, descending=True)",
+        "argsort(1, descending=False)",
+    ),
+    Mutation(
         "look-ahead: the question brings the text in front of it",
         "scheduler/lookahead.py",
         "min(enough_tokens, limit_tokens)",

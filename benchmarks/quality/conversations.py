@@ -52,9 +52,10 @@ class Conversation:
     turns: list[tuple[str, str]] = field(default_factory=list)
     learnt: list[int] = field(default_factory=list)
 
-    def write(self, answer: str) -> None:
-        """Adds an answer to `content`, to be predicted there."""
-        self.learnt += range(len(self.content), len(self.content) + len(answer))
+    def write(self, answer: str, *, learnt: bool = True) -> None:
+        """Adds an answer to `content`, if `learnt` to be predicted there."""
+        if learnt:
+            self.learnt += range(len(self.content), len(self.content) + len(answer))
         self.content += answer
 
     def ask_once(self) -> None:
@@ -371,45 +372,4 @@ def notes_conversation(
             talk.turns.append((f"note:{question}", answer))
         else:
             talk.turns.append(needle_turn(unique or shown, rng))
-    return talk
-
-
-def recital_conversation(
-    num_frames: int, num_others: int, num_turns: int, grid: Grid, rng: Rng
-) -> Conversation:
-    """A video, then pairs of it and others in text, again and again: dense practice in looking up.
-
-    Every digit behind a letter that the video or the text before has shown is to be learnt.
-    Without frames the video is one of background, and no question follows.
-    """
-    letters = shuffled_letters(rng)[: num_frames + num_others]
-    listed = [f"{letter}{rng.integers(10)}" for letter in letters]
-    shown = listed[:num_frames]
-    talk = Conversation(VIDEO, [draw_frames(shown or [""], grid, rng)])
-    known = set(shown)
-    for index in rng.integers(0, len(listed), 3 * len(listed)):
-        letter, digit = listed[index]
-        talk.content += letter
-        if listed[index] in known:
-            talk.write(digit)
-        else:
-            talk.content += digit
-        known.add(listed[index])
-    talk.turns = [needle_turn(shown, rng) for _ in range(num_turns)] if shown else [("read", "")]
-    return talk
-
-
-def index_conversation(num_numbers: int, num_entries: int, grid: Grid, rng: Rng) -> Conversation:
-    """Numbers with a letter each, again and again; a letter that comes again is to be learnt."""
-    numbers = rng.permutation(NUM_PAGES)[:num_numbers]
-    letters = shuffled_letters(rng)
-    talk = Conversation(VIDEO, [draw_frames([""], grid, rng)], [("read", "")])
-    known = set()
-    for index in rng.integers(0, num_numbers, num_entries).tolist():
-        talk.content += f";{numbers[index]}"
-        if index in known:
-            talk.write(letters[index])
-        else:
-            talk.content += letters[index]
-        known.add(index)
     return talk

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from benchmarks.quality import conversations
+from benchmarks.quality import conversations, recitals
 from benchmarks.quality.conversations import BEYOND_NEEDLES, VIDEO, Conversation, Grid
 
 if TYPE_CHECKING:
@@ -163,12 +163,12 @@ def draw(family: str, num_frames: int, turns: int, grid: Grid, rng: Rng) -> Conv
     if family == "read":
         return conversations.read_conversation(num_frames, turns, grid, rng)
     if family == "recital":
-        return conversations.recital_conversation(num_frames, 2 * num_frames, turns, grid, rng)
+        return recitals.recital_conversation(num_frames, 2 * num_frames, turns, grid, rng)
     if family == "index":
         num_numbers = int(rng.integers(3, conversations.NUM_PAGES + 1))
-        return conversations.index_conversation(num_numbers, 3 * num_numbers, grid, rng)
+        return recitals.index_conversation(num_numbers, 3 * num_numbers, grid, rng)
     if family == "text":
-        return conversations.recital_conversation(0, int(rng.integers(3, 10)), turns, grid, rng)
+        return recitals.recital_conversation(0, int(rng.integers(3, 10)), turns, grid, rng)
     if family in WRITTEN:
         return _pages(family, num_frames, turns, grid, rng)
     if family == "notes":

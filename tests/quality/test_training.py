@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.quality import conversations, curriculum, reader, train
+from benchmarks.quality import conversations, curriculum, reader, recitals, train
 from benchmarks.quality.batches import IGNORE, Collator
 from benchmarks.quality.conversations import VIDEO, VISION_START, Conversation, Grid, draw_frames
 from benchmarks.quality.scenes import Palette
@@ -60,7 +60,7 @@ def test_labels_are_the_answers_and_their_ends(vocabulary) -> None:
 @pytest.mark.parametrize("num_frames", [0, 3])
 def test_recited_digits_are_learnt_where_they_stand(vocabulary, num_frames: int) -> None:
     rng = np.random.default_rng(0)
-    talk = conversations.recital_conversation(num_frames, 4, 2, Grid(1, 1), rng)
+    talk = recitals.recital_conversation(num_frames, 4, 2, Grid(1, 1), rng)
     batch = Collator(vocabulary)([talk])
     within = (batch.labels != IGNORE) & (batch.turns == -1)
     text, places = talk.content.removeprefix(VIDEO), torch.nonzero(within)[:, 1]
@@ -118,7 +118,7 @@ def test_the_pairs_of_a_list_are_those_of_the_pages(vocabulary, written: float) 
 
 
 def test_the_letter_of_a_number_that_comes_again_is_learnt(vocabulary) -> None:
-    talk = conversations.index_conversation(4, 12, Grid(1, 1), np.random.default_rng(0))
+    talk = recitals.index_conversation(4, 12, Grid(1, 1), np.random.default_rng(0))
     entries = re.findall("([0-9])([A-Z])", talk.content)
     assert len(entries) == 12
     assert len(set(entries)) == len(dict(entries)) <= 4
