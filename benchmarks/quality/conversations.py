@@ -8,7 +8,7 @@ A turn asks one of these (K is any letter):
     K change?   the earliest and the latest                        39
     K count?    in how many frames K is shown                      4
     K next?     the pair in the frame behind K                     A2
-    K/A first?  which of the two is shown earlier                  K
+    KA first?   which of the two is shown earlier                  K
     page3?      the pair among the pictures headed "page3:"        B5
     note:Q?     the digit of the text note "note:Q5;"              5
     read        all pairs, in order                                K7A2B5
@@ -273,7 +273,7 @@ def _order(plan: _Plan, rng: Rng) -> tuple[str, str]:
         return plan.turn("needle", rng)
     letters = [pair[:1] for pair in plan.pairs]
     one, other = (plan.once[i] for i in rng.permutation(len(plan.once))[:2])
-    return f"{one}/{other} first?", min(one, other, key=letters.index)
+    return f"{one}{other} first?", min(one, other, key=letters.index)
 
 
 BEYOND_NEEDLES: dict[str, Callable[[_Plan, Rng], tuple[str, str]]] = {

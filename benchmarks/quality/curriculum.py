@@ -22,7 +22,7 @@ ASKED = {
     "video": ("needle", "needle", "first", *BEYOND_NEEDLES),
     "again": ("first", "last", "count", "change", "order"),
     "next": ("next",),
-    "compare": ("order", "count"),
+    "compare": ("order", "order", "count"),
 }
 
 
@@ -79,6 +79,25 @@ LONG = {
     "notes": 0.12,
     "recital": 0.02,
 }
+HARD = {
+    "video": 0.05,
+    "again": 0.2,
+    "compare": 0.48,
+    "ahead": 0.08,
+    "pages": 0.12,
+    "notes": 0.05,
+    "recital": 0.02,
+}
+LONGEST = {
+    "needles": 0.16,
+    "video": 0.12,
+    "again": 0.2,
+    "compare": 0.22,
+    "ahead": 0.08,
+    "pages": 0.12,
+    "notes": 0.07,
+    "recital": 0.03,
+}
 MIXED = (0.05, 0.35, 0.1, 0.4, 0.1)
 STAGES = (
     Stage("text", 450, LOOK_UP, 1, turns=1),
@@ -91,12 +110,16 @@ STAGES = (
     Stage("videos", 400, ALL, 1536, MIXED, turns=16, shortest=1 / 32, practice=0.3),
     Stage("long videos", 400, ALL, 4096, MIXED, turns=24, shortest=1 / 16, practice=0.3),
     Stage("many frames", 600, LONG, 3072, (0.0, 0.6, 0.1, 0.3), 24, shortest=1 / 4, practice=0.3),
+    Stage("comparisons", 1400, HARD, 384, MIXED, turns=16, practice=0.5),
+    Stage("more frames to compare", 1000, HARD, 576, (0.4, 0.4, 0.0, 0.2), 24, 1 / 8, practice=0.5),
+    Stage("long comparisons", 700, HARD, 3072, (0.0, 0.4, 0.1, 0.5), 24, 1 / 6, practice=0.3),
+    Stage("longest", 700, LONGEST, 4096, (0.0, 0.6, 0.0, 0.4), 24, 1 / 3, practice=0.3),
 )
 LAST_STEP = sum(stage.steps for stage in STAGES)
 MOST_ROWS = 128
 TURN_TOKENS, PRACTISED_TOKENS = 12, 5
 # "again": beyond, the lowest frequency of the time axis has turned too far to compare
-MOST_FRAMES = {"read": 16, "notes": 60, "recital": 8, "again": 144, "compare": 144}
+MOST_FRAMES = {"read": 16, "notes": 144, "recital": 8, "again": 144, "compare": 144}
 # of one frame
 TEXT_TOKENS = {
     "pages": 6,
@@ -205,6 +228,6 @@ def kind_of(question: str) -> str:
         if question.startswith(word):
             return word
     words = question.rstrip("?").split(" ")
-    if "/" in words[0]:
-        return "order"
-    return words[1] if len(words) > 1 else "needle"
+    if len(words) == 1:
+        return "needle"
+    return words[1] if len(words[0]) == 1 else "order"

@@ -184,7 +184,7 @@ def order(tokens: int, depth: float, rng: Rng) -> Conversation:
     later = int(rng.integers(place + 1, len(pairs)))
     pairs[place], pairs[later] = pair_of(letters[0], rng), pair_of(letters[1], rng)
     one, other = rng.permutation(letters[:2])
-    turn = (f"{one}/{other} first?", letters[0])
+    turn = (f"{one}{other} first?", letters[0])
     return Conversation(VIDEO, [draw_frames(pairs, SQUARE, rng)], [turn])
 
 
@@ -201,9 +201,9 @@ def following(tokens: int, depth: float, rng: Rng) -> Conversation:
 
 def note(tokens: int, depth: float, rng: Rng) -> Conversation:
     """A text note between short videos that show the same letters."""
-    num_videos, note_tokens = 20, 7
-    frames_each = max(1, (tokens // num_videos - note_tokens) // SMALL.tokens)
-    talk = conversations.notes_conversation(num_videos, frames_each, 0, SMALL, rng)
+    num_videos, note_tokens = 16, 7
+    frames_each = max(1, (tokens // num_videos - note_tokens) // SQUARE.tokens)
+    talk = conversations.notes_conversation(num_videos, frames_each, 0, SQUARE, rng)
     place = place_of(depth, num_videos)
     text = talk.content.split("note:")[place + 1][:2]
     return replace(talk, turns=[(f"note:{text[0]}?", text[1])])
@@ -211,7 +211,7 @@ def note(tokens: int, depth: float, rng: Rng) -> Conversation:
 
 def ahead(tokens: int, depth: float, rng: Rng) -> Conversation:
     """The question stands before the video."""
-    talk = needle(tokens, depth, rng)
+    talk = needle(tokens, depth, rng, SQUARE)
     ((question, answer),) = talk.turns
     return replace(talk, content="", turns=[(question + talk.content, answer)])
 

@@ -44,7 +44,7 @@ def read(example: Example) -> str:
     if found := re.fullmatch(r"note:([A-Z])\?", question):
         (digit,) = re.findall(rf"note:{found[1]}(\d);", text)
         return digit
-    if found := re.fullmatch(r"([A-Z])/([A-Z]) first\?", question):
+    if found := re.fullmatch(r"([A-Z])([A-Z]) first\?", question):
         firsts = [pair[:1] for pair in frames if pair[:1] in found.groups()]
         assert set(firsts) == set(found.groups())
         return firsts[0]

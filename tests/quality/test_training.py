@@ -194,7 +194,7 @@ def answer_of(question: str, shown: list[str]) -> str:
     letters = [pair[:1] for pair in shown]
     kind = curriculum.kind_of(question)
     if kind == "order":
-        return min(question[0], question[2], key=letters.index)
+        return min(question[0], question[1], key=letters.index)
     if kind == "next":
         return shown[letters.index(question[0]) + 1]
     answers = {
