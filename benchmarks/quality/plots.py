@@ -109,9 +109,9 @@ def _line(
 
 
 def _quota_axis(axes: Axes, shares: Sequence[float], full: float) -> None:
-    axes.axhline(full, color=FAINT, lw=1, ls=(0, (4, 3)))
-    across = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom"}
-    axes.text(0.99, full + 0.004, "full cache", color=FAINT, fontsize=9, **across)
+    axes.hlines(full, min(shares), max(shares), color=FAINT, lw=1, ls=(0, (4, 3)))
+    across = {"transform": axes.get_yaxis_transform(), "ha": "center", "va": "bottom"}
+    axes.text(0.2, full + 0.025, "full cache", color=FAINT, fontsize=9, **across)
     axes.set_xscale("log")
     axes.set_xticks(shares, [f"{100 * share:g} %" for share in shares])
     axes.minorticks_off()
