@@ -40,13 +40,13 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 # sections in the order in which they are worth their time, and the ops that they time
 SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], set[str]]] = {
-    "compress": (compression.compress_step, {"score", "select", "compact"}),
+    "compress": (compression.compress_step, {"score", "contrast", "select", "compact"}),
     "budget": (attention.budget, {"attend"}),
     "retrieval": (attention.retrieved_decode, {"retrieve", "attend"}),
     "decode": (attention.decode, {"attend"}),
     "ops": (
         compression.single_ops,
-        {"append", "reserve", "score", "select", "compact", "digest", "merge"},
+        {"append", "reserve", "score", "contrast", "select", "compact", "digest", "merge"},
     ),
     "prefill": (attention.prefill, {"attend"}),
     "step": (launches.step, {"append", "retrieve", "attend", "graph"}),

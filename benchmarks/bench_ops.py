@@ -1,4 +1,4 @@
-"""Times `score`, `select`, `compact`, `digest` and `retrieve` against their references, on the CPU.
+"""Times the ops of a compression and `retrieve` against their references, on the CPU.
 
 Each kernel is first checked against its reference; then they run in turns, and times are medians.
 One request and layer, half of whose tokens survive. The last line is JSON.
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
-from vllm_budgetkv.ops import compact, digest, retrieve, score, select
+from vllm_budgetkv.ops import compact, contrast, digest, retrieve, score, select
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
+from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.reference.score import score as score_reference
@@ -29,6 +30,7 @@ HEADS, GROUP, HEAD_SIZE, TOKENS, PROBE_ROWS, PAGE_TOKENS = 4, 4, 64, 3000, 32, 1
 WIDTH = -(-TOKENS // PAGE_TOKENS)
 OPS = {
     "score": (score, score_reference),
+    "contrast": (contrast, contrast_reference),
     "select": (select, select_reference),
     "compact": (compact, compact_reference),
     "digest": (digest, digest_reference),
@@ -60,6 +62,8 @@ def arguments(op: str, pool: PagePool) -> tuple[object, ...]:
     row = torch.zeros(1, dtype=torch.int32)
     if op == "score":
         return probe, pool, table, lens, HEAD_SIZE**-0.5, TOKENS // 10, 4, TOKENS
+    if op == "contrast":
+        return pool, table, lens, TOKENS
     if op == "select":
         return scores, (scores * 9 % 3).to(torch.uint8), lens, lens // 2
     if op == "compact":

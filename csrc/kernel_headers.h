@@ -8,6 +8,7 @@
 #endif
 
 #include "attend.h"
+#include "contrast.h"
 #include "digest.h"
 #include "float_type.h"
 #include "merge.h"

@@ -8,6 +8,7 @@
 namespace budgetkv::avx512 {
 #include "simd.h"
 #include "attend_kernel.inl"
+#include "contrast_kernel.inl"
 #include "digest_kernel.inl"
 #include "retrieve_kernel.inl"
 #include "score_kernel.inl"

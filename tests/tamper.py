@@ -127,6 +127,12 @@ MUTATIONS = (
         COMPACT + "        table[[0, -1]] = table[[-1, 0]].clone()\n",
     ),
     Mutation(
+        "compressor: contrast negated",
+        "worker/compressor.py",
+        "ops.contrast(pool, table, lens, longest_tokens)",
+        "-ops.contrast(pool, table, lens, longest_tokens)",
+    ),
+    Mutation(
         "compressor: scores negated",
         "worker/compressor.py",
         "ops.select(scores,",

@@ -17,6 +17,7 @@ from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
+from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.reference.merge import merge as merge_reference
 from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
@@ -81,6 +82,7 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
     yield from _check_reserve(fresh())
     yield from _check_attend(fresh(), sizes)
     yield from _check_score(fresh(), sizes)
+    yield from _check_contrast(fresh())
     yield from _check_select(fresh())
     yield from _check_compact(fresh())
     yield from _check_digest(fresh())
@@ -181,6 +183,15 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         got, wanted = getattr(actual, name), getattr(expected, name)
         allowed = 1e-6 + 5e-5 * wanted.abs().max().item()
         yield Verdict("score", name, (got - wanted).abs().max().item(), allowed)
+
+
+def _check_contrast(cache: Cache) -> Iterator[Verdict]:
+    """Against float64; the reference in float32 sets the budget."""
+    tables = (cache.table[0], cache.lens[0])
+    arguments = (cache.pool, *tables, int(cache.lens[0].max()))
+    exact = contrast_reference(*arguments, torch.float64)
+    pair = (ops.contrast(*arguments), contrast_reference(*arguments))
+    yield within_budget("contrast", "contrast", *pair, exact)
 
 
 def _check_select(cache: Cache) -> Iterator[Verdict]:

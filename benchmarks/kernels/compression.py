@@ -51,6 +51,10 @@ class Layers:
         tables = (self.cache.table[layer], self.cache.lens[layer])
         return ops.score(self.probe, self.cache.pool, *tables, *numbers, self.longest_tokens)
 
+    def contrast(self, layer: int) -> torch.Tensor:
+        tables = (self.cache.table[layer], self.cache.lens[layer])
+        return ops.contrast(self.cache.pool, *tables, self.longest_tokens)
+
     def select(self, layer: int, scores: torch.Tensor) -> torch.Tensor:
         return ops.select(scores, self.tiers, self.cache.lens[layer], self.budgets[layer])
 
@@ -61,9 +65,13 @@ class Layers:
         ops.compact(keep, scores, cache.pool, *tables, *stack, poison=False)
 
     def compress(self) -> None:
-        """Score, select and compact every layer in turn, as between the layers of a forward."""
+        """Score, contrast, select and compact every layer in turn, as between layers of a forward.
+
+        What the policy computes in torch between them is left out.
+        """
         for layer in range(len(self.cache.lens)):
             mass = self.score(layer).mass
+            self.contrast(layer)
             self.compact(layer, self.select(layer, mass), mass)
 
 
@@ -100,6 +108,8 @@ def _ops_of(bench: Bench, model: ModelShape) -> Iterator[Row]:
     row = measure_row(bench, "score", case, lambda: layers.score(0), scored)
     scratch = work.logits_bytes(model, held, PROBE_TOKENS)
     yield replace(row, figures={"scratch_bytes": scratch})
+    contrasted = work.contrast(model, held)
+    yield measure_row(bench, "contrast", case, lambda: layers.contrast(0), contrasted)
     selected = work.select(held)
     yield measure_row(bench, "select", case, lambda: layers.select(0, scores), selected)
     moved = work.compact(model, held, _moved_tokens(keep, cache.lens[0]))
@@ -180,7 +190,7 @@ def compress_step(bench: Bench) -> Iterator[Row]:
     saved, held = layers.cache.snapshot(), layers.cache.head_tokens
     kept = int(layers.budgets.sum())
     counted = work.score(model, held, PROBE_TOKENS) + work.select(held)
-    counted += work.compact(model, held, kept)
+    counted += work.contrast(model, held) + work.compact(model, held, kept)
     case = f"{model.name}, {model.layers} layers, {HELD_TOKENS:,} tokens"
     row = measure_row(
         bench, "compress step", case, layers.compress, counted, lambda: layers.cache.restore(saved)

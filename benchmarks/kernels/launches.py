@@ -168,6 +168,7 @@ def host(bench: Bench) -> Iterator[Row]:
         "attend": lambda: ops.attend(query, *pages, *rows, out, 0.1),
         "retrieve": lambda: ops.retrieve(query, *pages, rows[0], dynamic, *numbers, *chosen),
         "score": lambda: layers.score(0),
+        "contrast": lambda: layers.contrast(0),
         "select": lambda: layers.select(0, mass),
         "compact": lambda: layers.compact(0, keep, mass),
         "digest": lambda: ops.digest(*one),

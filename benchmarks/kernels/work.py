@@ -73,6 +73,12 @@ def score(model: ModelShape, head_tokens: float, probe_rows: int) -> Work:
     return Work(head_tokens * per_token, flops)
 
 
+def contrast(model: ModelShape, head_tokens: float) -> Work:
+    """Keys in, a number out; the length of each key and its product with the mean."""
+    bytes_ = head_tokens * (vector_bytes(model) + WORD_BYTES)
+    return Work(bytes_, 4 * model.head_size * head_tokens)
+
+
 def logits_bytes(model: ModelShape, head_tokens: float, probe_rows: int) -> float:
     """The scratch of `score`, float32, which is written once and read once per launch after."""
     return WORD_BYTES * probe_rows * model.group * head_tokens

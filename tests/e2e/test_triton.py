@@ -31,7 +31,7 @@ BUDGET = {
     "merge": "value",
     "check_ledger": True,
 }
-OPS = ("append", "attend", "score", "select", "merge", "compact", "digest", "retrieve")
+OPS = ("append", "attend", "score", "contrast", "select", "merge", "compact", "digest", "retrieve")
 REQUESTS: list[dict[str, Any]] = [
     {
         "name": "video",

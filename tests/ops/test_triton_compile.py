@@ -79,6 +79,13 @@ def launch_score(layout: PageLayout, group: int) -> None:
         score(probe, cache.pool, cache.table[0], cache.lens[0], 0.1, 64, 4, max_tokens)
 
 
+def launch_contrast(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.contrast import contrast
+
+    cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    contrast(cache.pool, cache.table[0], cache.lens[0], WIDTH_PAGES * layout.page_tokens)
+
+
 def launch_retrieve(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.retrieve import retrieve
 
@@ -129,6 +136,7 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_reserve: 1,
     launch_attend: 4,
     launch_score: 4,
+    launch_contrast: 2,
     launch_retrieve: 2,
     launch_select: 1,
     launch_compact: 4,

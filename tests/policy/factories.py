@@ -98,6 +98,7 @@ class Case:
             text_tokens=spans.count_text(self.seen_tokens) if self.hints else None,
             span_tokens=spans.span_tokens(self.seen_tokens) if self.hints else None,
             keys=keys * held[..., None],
+            contrast=2 * rand(*positions.shape) * held,
             frame_ids=frame_ids,
             patch_ids=patch_ids,
             num_patches=spans.num_patches,

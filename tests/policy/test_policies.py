@@ -22,7 +22,6 @@ from vllm_budgetkv.policy import (
 )
 from vllm_budgetkv.policy.budgets import RATIO_UNIT
 from vllm_budgetkv.policy.pins import Pins
-from vllm_budgetkv.policy.unlike import key_difference
 
 CASES = st.builds(
     Case,
@@ -137,8 +136,8 @@ def test_the_most_unlike_stay_up_to_their_share(case: Case, options: PolicyOptio
     observation = case.observe()
     options = replace(options, dynamic_unit_tokens=1)
     retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
-    assert observation.keys is not None
-    difference = key_difference(observation.keys, observation.positions)
+    contrast = observation.contrast
+    assert contrast is not None
     for head, tiers in enumerate(retention.tiers):
         unlike, scored = tiers == Tier.UNLIKE, tiers == Tier.SCORED
         room = max(int(retention.budgets[head]) - int((tiers > Tier.UNLIKE).sum()), 0)
@@ -146,7 +145,7 @@ def test_the_most_unlike_stay_up_to_their_share(case: Case, options: PolicyOptio
         asked = observation.mass is not None and not observation.fits
         assert int(unlike.sum()) == min(share * asked, int((unlike | scored).sum()))
         if unlike.any() and scored.any():
-            assert difference[head, unlike].min() >= difference[head, scored].max()
+            assert contrast[head, unlike].min() >= contrast[head, scored].max()
 
 
 @pytest.mark.parametrize(("unlike_share", "stays"), [(0.0, False), (0.25, True)])
@@ -154,13 +153,13 @@ def test_what_no_question_looks_at_may_stay(unlike_share: float, stays: bool) ->
     """A token without attention whose key points away from all others: an answer may need it."""
     case = Case(held_share=2.0, num_heads=2)
     observation = case.observe()
-    assert observation.keys is not None and observation.mass is not None
+    assert observation.contrast is not None and observation.mass is not None
     index = int((observation.is_vision[0] & observation.is_vision[1]).nonzero()[3])
-    keys = torch.ones_like(observation.keys) * (observation.positions >= 0)[..., None]
-    keys[:, index] *= -1
+    contrast = torch.zeros_like(observation.contrast)
+    contrast[:, index] = 2.0
     mass = observation.mass.clone()
     mass[:, index] = 0.0
-    observation = replace(observation, keys=keys, mass=mass)
+    observation = replace(observation, contrast=contrast, mass=mass)
     options = PolicyOptions(unlike_share=unlike_share, hybrid_pool_tokens=1)
     retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
     assert all((index in kept) == stays for kept in kept_indices(retention, observation))
@@ -220,7 +219,7 @@ def stream(name: str, options: PolicyOptions, needle: int) -> set[int]:
     budget_tokens = 64 if options.dynamic_unit_tokens == 1 else 128
     held = [torch.zeros(0, dtype=torch.int32) for _ in range(num_heads)]
     spans = Case(seen_tokens=20 * chunk_tokens).spans()
-    keys = torch.randn((20 * chunk_tokens, 8), generator=generator)
+    contrast = 2 * torch.rand(20 * chunk_tokens, generator=generator)
     for seen in range(chunk_tokens, 21 * chunk_tokens, chunk_tokens):
         chunk = torch.arange(seen - chunk_tokens, seen, dtype=torch.int32)
         held = [torch.cat((positions, chunk)) for positions in held]
@@ -241,7 +240,7 @@ def stream(name: str, options: PolicyOptions, needle: int) -> set[int]:
             protected_position=spans.trailing_frame_start(seen),
             budget_tokens=budget_tokens,
             max_head_tokens=10_000,
-            keys=keys[positions] * (positions >= 0)[..., None],
+            contrast=contrast[positions] * (positions >= 0),
         )
         kept = kept_indices(policy.retain(observation), observation)
         held = [positions[head, indices] for head, indices in enumerate(kept)]

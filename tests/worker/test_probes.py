@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 from tests.worker.lab import LOOKAHEAD, Client
 from tests.worker.scripted import BLOCKS, Scripted, options, small_quota, video_client
@@ -138,7 +139,7 @@ def test_no_digest_and_no_retrieval_without_dynamic_heads(
     assert all(step.num_retrieving_rows == 0 for step in lab.steps)
 
 
-@pytest.mark.parametrize("policy", ["keydiff", "infinipot-v"])
+@pytest.mark.parametrize("policy", ["keydiff", "hybrid", "infinipot-v"])
 def test_keys_and_norms_are_those_of_the_held_tokens(
     monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
@@ -152,12 +153,18 @@ def test_keys_and_norms_are_those_of_the_held_tokens(
         for head, count in enumerate(seen.lens.tolist()):
             positions = seen.positions[head, :count].long()
             held = shadow[positions, :, head]
-            assert seen.keys is not None
+            if policy != "infinipot-v":
+                assert seen.contrast is not None
+                unit = normalize(held[:, 0].double(), dim=1)
+                expected = 1 - unit @ normalize(unit.sum(dim=0), dim=0)
+                found = seen.contrast[head].double()
+                torch.testing.assert_close(found[:count], expected, atol=1e-6, rtol=0)
+                assert (found[count:] == 0).all()
+                assert seen.keys is None and seen.frame_ids is None
+                continue
+            assert seen.keys is not None and seen.contrast is None
             assert torch.equal(seen.keys[head, :count], held[:, 0])
             assert (seen.keys[head, count:] == 0).all()
-            if policy == "keydiff":
-                assert seen.value_norms is None and seen.frame_ids is None
-                continue
             assert seen.value_norms is not None and seen.frame_ids is not None
             torch.testing.assert_close(seen.value_norms[head, :count], held[:, 1].norm(dim=-1))
             frames = torch.div(positions - 6, 4, rounding_mode="floor").int()
@@ -167,12 +174,13 @@ def test_keys_and_norms_are_those_of_the_held_tokens(
 
 
 @pytest.mark.parametrize("policy", ["snapkv", "keydiff"])
-def test_policies_that_need_no_keys_get_none(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
+def test_policies_get_what_they_need(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
     lab = make_lab(policy)
     observations = watch_observations(monkeypatch, lab)
     lab.run(video_client(), outputs=1)
-    assert all((seen.keys is None) == (policy == "snapkv") for seen in observations)
-    assert all(seen.frame_ids is None for seen in observations)
+    assert observations
+    assert all((seen.contrast is None) == (policy == "snapkv") for seen in observations)
+    assert all(seen.keys is None and seen.frame_ids is None for seen in observations)
 
 
 @pytest.mark.parametrize("policy", ["pyramidkv", "sparsemm"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.compact import compact
+from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.merge import merge
 from vllm_budgetkv.ops.reserve import reserve
@@ -22,6 +23,7 @@ __all__ = [
     "append",
     "attend",
     "compact",
+    "contrast",
     "digest",
     "merge",
     "reserve",

@@ -1,4 +1,4 @@
-"""The check of an op's arguments, made before a kernel trusts their sizes."""
+"""The checks of an op's arguments, made before a kernel trusts their sizes."""
 
 from __future__ import annotations
 
@@ -28,3 +28,17 @@ def require(
     if tensor.dtype != dtype or not fits:
         wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; pass {dtype} [{wanted}]")
+
+
+def require_width(max_tokens: int, table: torch.Tensor, page_tokens: int) -> None:
+    """Refuse a result that is wider than the page table [H, W] has room for tokens.
+
+    Raises:
+        ValueError: with the width and the room.
+    """
+    capacity_tokens = table.shape[1] * page_tokens
+    if not 0 <= max_tokens <= capacity_tokens:
+        raise ValueError(
+            f"max_tokens is {max_tokens}; a table of {table.shape[1]} pages of {page_tokens} "
+            f"tokens holds from 0 to {capacity_tokens}"
+        )

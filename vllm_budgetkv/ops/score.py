@@ -8,7 +8,7 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.score import score as score_reference
-from vllm_budgetkv.ops.require import require
+from vllm_budgetkv.ops.require import require, require_width
 
 if TYPE_CHECKING:
     from vllm_budgetkv.layout import PagePool
@@ -77,12 +77,7 @@ def score(
     require("lens", lens, torch.int32, (table.shape[0],))
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    capacity_tokens = table.shape[1] * pool.layout.page_tokens
-    if not 0 <= max_tokens <= capacity_tokens:
-        raise ValueError(
-            f"max_tokens is {max_tokens}; a table of {table.shape[1]} pages of "
-            f"{pool.layout.page_tokens} tokens holds from 0 to {capacity_tokens}"
-        )
+    require_width(max_tokens, table, pool.layout.page_tokens)
     numbers = (scale, top_k, num_sinks, max_tokens)
     match backend.of(probe):
         case "reference":

@@ -9,8 +9,7 @@ an `if`, and no loop over tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
@@ -31,16 +30,19 @@ MergeMode = Literal["average", "pivot", "weighted", "value"]
 """How tokens that are dropped are merged into kept ones; `ops.merge` has the formulas."""
 
 
-class Tier(IntEnum):
-    """Ranks of tokens. A token of a higher tier always stays before one of a lower tier."""
+class Tier:
+    """Ranks of tokens. A token of a higher tier always stays before one of a lower tier.
 
-    NOT_HELD = 0
-    SCORED = 1
-    UNLIKE = 2
-    TEXT = 3
-    FRAME = 4
-    RECENT = 5
-    SINK = 6
+    Plain numbers and no enum: `torch.compile` does not compare a tensor with a member of one.
+    """
+
+    NOT_HELD: Final = 0
+    SCORED: Final = 1
+    UNLIKE: Final = 2
+    TEXT: Final = 3
+    FRAME: Final = 4
+    RECENT: Final = 5
+    SINK: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,8 @@ class Observation:
             needs neither scores nor the norms.
         keys: [H, n, D] of the cache's dtype, rotated as they are stored, 0 beyond `lens`; None
             unless the policy needs keys.
+        contrast: float32 [H, n], 1 - cos of each key with the mean of the head's normalised keys, 0
+            beyond `lens`; None unless the policy needs it.
         frame_ids: int32 [H, n], number of the token's frame in the prompt; -1 for text and beyond
             `lens`. None unless the policy needs frames.
         patch_ids: int32 [H, n], place of a vision token in its frame; equal ids mean the same place
@@ -94,6 +98,7 @@ class Observation:
     text_tokens: int | None = None
     span_tokens: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    contrast: torch.Tensor | None = None
     frame_ids: torch.Tensor | None = None
     patch_ids: torch.Tensor | None = None
     num_patches: int = 0
@@ -147,6 +152,8 @@ class Policy(Protocol):
     """Whether `value_norms` are needed also without a probe."""
     needs_keys: ClassVar[bool] = False
     """Whether `keys` must be gathered."""
+    needs_contrast: ClassVar[bool] = False
+    """Whether `contrast` must be computed."""
     needs_frames: ClassVar[bool] = False
     """Whether `frame_ids` and `patch_ids` must be looked up."""
     retrieves: ClassVar[bool] = False

@@ -11,7 +11,7 @@ from vllm_budgetkv.policy.importance import importance
 from vllm_budgetkv.policy.pins import Pins
 from vllm_budgetkv.policy.text_prior import prior_text
 from vllm_budgetkv.policy.units import keep_whole_units
-from vllm_budgetkv.policy.unlike import key_difference, most_unlike
+from vllm_budgetkv.policy.unlike import most_unlike
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class HybridPolicy(Policy):
 
     name: ClassVar[str] = "hybrid"
     needs_scores: ClassVar[bool] = True
-    needs_keys: ClassVar[bool] = True
+    needs_contrast: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
     retrieves: ClassVar[bool] = True
 
@@ -104,12 +104,12 @@ class HybridPolicy(Policy):
         """Raise tokens whose keys are unlike the others to their tier. Mutates `tiers`."""
         if observation.mass is None or self._options.unlike_share == 0:
             return tiers
-        assert observation.keys is not None
-        difference = key_difference(observation.keys, observation.positions)
+        assert observation.contrast is not None
         caps = _share_of_open(budgets, tiers, self._options.unlike_share)
         # on a dynamic head each of them takes its whole unit along
         caps = caps.where(is_static, caps // self._options.dynamic_unit_tokens)
-        return tiers.masked_fill_(most_unlike(difference, tiers == Tier.SCORED, caps), Tier.UNLIKE)
+        unlike = most_unlike(observation.contrast, tiers == Tier.SCORED, caps)
+        return tiers.masked_fill_(unlike, Tier.UNLIKE)
 
 
 def _share_of_open(budgets: torch.Tensor, tiers: torch.Tensor, share: float) -> torch.Tensor:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.uniform import keep_uniform
-from vllm_budgetkv.policy.unlike import key_difference
 
 if TYPE_CHECKING:
     from vllm_budgetkv.policy.options import PolicyOptions
@@ -21,7 +20,7 @@ class KeyDiffPolicy(Policy):
 
     name: ClassVar[str] = "keydiff"
     needs_scores: ClassVar[bool] = False
-    needs_keys: ClassVar[bool] = True
+    needs_contrast: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
@@ -29,6 +28,5 @@ class KeyDiffPolicy(Policy):
 
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
-        assert observation.keys is not None
-        scores = key_difference(observation.keys, observation.positions)
-        return keep_uniform(observation, scores, self._options)
+        assert observation.contrast is not None
+        return keep_uniform(observation, observation.contrast, self._options)

@@ -139,7 +139,7 @@ class Compressor:
     ) -> Observation:
         tables, policy = self.tables, self.policy
         lens, pool = tables.lens[request.slot, layer], tables.pool
-        mass = topk_mass = value_norms = keys = frame_ids = patch_ids = None
+        mass = topk_mass = value_norms = keys = contrast = frame_ids = patch_ids = None
         if policy.needs_scores and request.bank is not None and request.bank.size:
             scores = self._score(request, request.bank, layer, longest_tokens, seen_tokens)
             mass, topk_mass, value_norms, positions = scores
@@ -150,6 +150,9 @@ class Compressor:
             value_norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
         if policy.needs_keys:
             keys = self._gather(pool.keys, request, layer, longest_tokens, 0)
+        if policy.needs_contrast:
+            table = tables.page_table[request.slot, layer]
+            contrast = ops.contrast(pool, table, lens, longest_tokens)
         if policy.needs_frames:
             frame_ids, patch_ids = request.spans.lookup_frames(positions)
         span_ids, is_vision = request.spans.lookup(positions)
@@ -169,6 +172,7 @@ class Compressor:
             text_tokens=request.spans.count_text(seen_tokens),
             span_tokens=request.spans.span_tokens(seen_tokens),
             keys=keys,
+            contrast=contrast,
             frame_ids=frame_ids,
             patch_ids=patch_ids,
             num_patches=request.spans.num_patches if policy.needs_frames else 0,
