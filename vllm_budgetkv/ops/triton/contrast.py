@@ -14,9 +14,11 @@ from vllm_budgetkv.ops.triton.heads import Heads
 if TYPE_CHECKING:
     from vllm_budgetkv.layout import PagePool
 
-MIN_RUN_TOKENS = 256
+# short runs fill the card with the few heads of one layer
+MIN_RUN_TOKENS = 64
 MAX_RUNS = 64
 BLOCK_TOKENS = 32
+BLOCK_RUNS = tl.constexpr(16)
 # of a norm, as in torch.nn.functional.normalize: a zero key has no direction
 MIN_NORM = tl.constexpr(1e-12)
 
@@ -88,9 +90,12 @@ def compare_kernel(
     run, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_keys = tl.minimum(tl.load(heads.lens + head * heads.lens_stride), max_tokens)
     channel, anchor = tl.arange(0, BLOCK_SIZE), tl.zeros([BLOCK_SIZE], tl.float32)
-    rows = sums + head * tl.num_programs(0) * HEAD_SIZE + channel
-    for other in range(tl.num_programs(0)):
-        anchor += tl.load(rows + other * HEAD_SIZE, mask=channel < HEAD_SIZE, other=0.0)
+    num_runs = tl.num_programs(0)
+    for first in range(0, num_runs, BLOCK_RUNS):
+        other = first + tl.arange(0, BLOCK_RUNS)
+        row = (head * num_runs + other)[:, None] * HEAD_SIZE
+        mask = (other < num_runs)[:, None] & (channel < HEAD_SIZE)[None, :]
+        anchor += tl.sum(tl.load(sums + row + channel[None, :], mask=mask, other=0.0), 0)
     anchor /= tl.maximum(tl.sqrt_rn(tl.sum(anchor * anchor)), MIN_NORM)
 
     stop = tl.minimum((run + 1) * RUN_TOKENS, max_tokens)
