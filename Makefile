@@ -1,6 +1,6 @@
 # make env   the environment, with the real engine       make check  what CI runs: lint, types, tests
 # make demo  one long video under a page quota           make bench  speed and memory against stock vLLM
-# make quality  accuracy against quota, an hour          make train  the model that it asks, hours
+# make quality  accuracy against quota, an hour          make train  the model that it asks, two hours
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
