@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,12 @@ def model_name(model: str) -> str:
     return path.relative_to(REPOSITORY).as_posix() if path.is_relative_to(REPOSITORY) else model
 
 
+@cache
 def current_commit() -> str:
-    """Short hash of the commit, with a plus if the working tree differs from it."""
+    """Short hash of the commit, with a plus if the working tree differs from it.
+
+    Asked once in a process, so that the results it writes do not count as a difference.
+    """
     done = subprocess.run(
         ["git", "describe", "--always", "--exclude=*", "--dirty=+"],
         cwd=REPOSITORY,
