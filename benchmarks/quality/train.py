@@ -56,6 +56,7 @@ class Trainer:
         groups = split_decay(self.model)
         self.optimiser = torch.optim.AdamW(groups, lr=peak_rate, betas=BETAS, fused=True)
         self.step = 0
+        self.seconds = 0.0  # of training, all its legs together
         self.totals: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         if self._checkpoint.is_file():
             self._resume()
@@ -68,13 +69,13 @@ class Trainer:
         state = torch.load(self._checkpoint, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self) -> None:
         """Writes the checkpoint; a stop while it writes leaves the last one whole."""
         draft = self._checkpoint.with_suffix(".draft")
         state = {"model": self.model.state_dict(), "optimiser": self.optimiser.state_dict()}
-        torch.save(state | {"step": self.step}, draft)
+        torch.save(state | {"step": self.step, "seconds": self.seconds}, draft)
         draft.replace(self._checkpoint)
 
     def export(self, folder: Path) -> None:
@@ -166,7 +167,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     trainer = Trainer(options.work, options.rate, options.seed)
     last_step = min(options.steps, curriculum.LAST_STEP)
-    started = time.monotonic()
+    started = time.monotonic() - trainer.seconds
     bar = tqdm(total=last_step, initial=trainer.step, unit="step", mininterval=5.0)
     with (options.work / "log.csv").open("a", newline="") as log:
         writer = csv.writer(log)
@@ -179,7 +180,8 @@ def main() -> int:
                 shares = trainer.take_totals()
                 text = " ".join(f"{kind}={share:.2f}" for kind, share in shares.items())
                 bar.write(f"{trainer.step} loss {loss:.3f} {text}")
-                writer.writerow([trainer.step, round(time.monotonic() - started), loss, text])
+                trainer.seconds = time.monotonic() - started
+                writer.writerow([trainer.step, round(trainer.seconds), loss, text])
                 log.flush()
                 trainer.save()
     bar.close()
