@@ -26,7 +26,7 @@ class Touchpoint:
     Args:
         module: module that defines it.
         name: dotted name inside the module.
-        how: wrap, subclass, register, override or read.
+        how: wrap, subclass, register, override, replace (in one object) or read.
         why: what we need it for.
         parameters: the parameters it must have, in order; None when only its presence counts.
     """
@@ -189,9 +189,19 @@ TOUCHPOINTS = (
     Touchpoint(_WORKER, "Worker.initialize_from_config", "override",
                "our cache over the engine's buffer",
                ("self", "kv_cache_config")),
+    Touchpoint(_WORKER, "Worker.compile_or_warm_up_model", "override",
+               "compile our kernels too; no warm-up is a client's request",
+               ("self",)),
     Touchpoint(_WORKER, "Worker.execute_model", "override",
                "see each step's requests before the model runs",
                ("self", "scheduler_output")),
+    Touchpoint("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.gather_batch_req_state",
+               "replace", "a chunk of one token is no decode, so no graph serves it (runner V2)",
+               ("self", "scheduler_output", "dummy_run")),
+    Touchpoint("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._is_uniform_decode", "replace",
+               "the same (runner V1)",
+               ("max_num_scheduled_tokens", "uniform_decode_query_len", "num_tokens", "num_reqs",
+                "force_uniform_decode")),
     Touchpoint("vllm.v1.worker.gpu.states", "RequestState.__init__", "read",
                "index_to_req_id: rows to requests (runner V2)"),
 )

@@ -49,13 +49,23 @@ def run(
     stock: bool = False,
     preempts: tuple[int, ...] = (),
     session: bool = False,
+    starts_as_on_gpu: bool = False,
     **engine: Any,
 ) -> dict[str, Any]:
-    """Answers of `requests` from one engine; see `tests.e2e.job` for their form."""
+    """Answers of `requests` from one engine; see `tests.e2e.job` for their form.
+
+    `starts_as_on_gpu`: with what vLLM does on a GPU only; see `tests.e2e.gpu_start`.
+    """
     arguments = arguments_of(model, **engine)
     if budget is not None:
         arguments["additional_config"] = {"budgetkv": budget}
-    job = {"engine": arguments, "requests": requests, "preempts": preempts, "session": session}
+    job = {
+        "engine": arguments,
+        "requests": requests,
+        "preempts": preempts,
+        "session": session,
+        "starts_as_on_gpu": starts_as_on_gpu,
+    }
     return _answer_of("job", job, tmp_path, environment(runner=runner, stock=stock))
 
 

@@ -149,10 +149,16 @@ def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM
 
+    if job["starts_as_on_gpu"]:
+        from tests.e2e import gpu_start
+
+        gpu_start.install()
     np.random.seed(0)
     llm = LLM(**job["engine"])
     answer = drive(llm, job)
     answer["engine"] = describe(llm)
+    if job["starts_as_on_gpu"]:
+        answer["replays"] = gpu_start.Graph.replays
     if job["session"]:
         answer["session"] = session_outcome(llm)
     Path(job["answer_file"]).write_text(json.dumps(answer), encoding="utf-8")

@@ -1,6 +1,7 @@
 """The Triton kernels in a real engine: Model Runner V2, all under Triton's interpreter.
 
-One short video beyond its quota passes every kernel: look-ahead, chunks that are compressed, and
+The engine starts as on a GPU, so it rehearses, warms up and replays its decode steps. Then one
+short video beyond its quota passes every kernel: look-ahead, chunks that are compressed, and
 decode with retrieval and compactions. The C++ ops must give the same tokens in float32.
 """
 
@@ -47,9 +48,11 @@ def test_same_tokens_as_the_cpp_ops(
 ) -> None:
     cpp = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **ENGINE)
     monkeypatch.setenv("VLLM_BUDGETKV_OPS", "triton")
-    triton = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, runner="v2", **ENGINE)
+    as_on_gpu = {"runner": "v2", "starts_as_on_gpu": True}
+    triton = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **as_on_gpu, **ENGINE)
     assert triton["engine"]["runner"] == "vllm.v1.worker.cpu.model_runner"
     check_bound(triton)
     assert not cpp["engine"]["kernels"]
     assert {f"{TRITON_KERNELS}{op}" for op in OPS} <= set(triton["engine"]["kernels"])
     assert tokens_of(triton) == tokens_of(cpp)
+    assert triton["replays"], "decode must come from graphs"

@@ -39,6 +39,8 @@ TESTS = (
     "tests/worker/test_scenarios.py",
     "tests/worker/test_merge.py",
     "tests/worker/test_decode_step.py",
+    "tests/worker/test_graphs.py",
+    "tests/worker/test_rehearsal.py",
 )
 
 

@@ -25,6 +25,36 @@ MUTATIONS = (
         "argsort(1, descending=False)",
     ),
     Mutation(
+        "graphs: a chunk of one token counts as decode",
+        "worker/graphs.py",
+        "None if cache.has_chunks else uniform_tokens",
+        "uniform_tokens",
+    ),
+    Mutation(
+        "start: warm-up requests are reported",
+        "worker/slots.py",
+        "if self.has_clients and self.parent_of",
+        "if self.parent_of",
+    ),
+    Mutation(
+        "rehearsal: keeps its slot",
+        "worker/rehearsal.py",
+        "        slots.finish(REQUEST_ID)\n",
+        "",
+    ),
+    Mutation(
+        "rehearsal: ends before heads are long",
+        "worker/rehearsal.py",
+        "range(-(-longest_tokens // quota.chunk_tokens) + 1)",
+        "range(4)",
+    ),
+    Mutation(
+        "step: a model that runs without our metadata passes",
+        "worker/cache.py",
+        "if self.plans and self.step is None:",
+        "if False:",
+    ),
+    Mutation(
         "look-ahead: the question brings the text in front of it",
         "scheduler/lookahead.py",
         "min(enough_tokens, limit_tokens)",

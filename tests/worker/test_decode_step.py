@@ -162,9 +162,19 @@ def test_a_graph_has_no_more_rows_than_requests_have_slots() -> None:
 def test_the_builder_offers_it_to_vllm() -> None:
     lab = Replayed()
     builder = object.__new__(BudgetMetadataBuilder)
+    builder._cache = None
+    assert builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3)) is None, "not bound yet"
     builder.bind(lab.cache, lambda common: [])
     step = builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3))
-    assert step.is_decode and step.starts[-1] == 3
+    assert step is not None and step.is_decode and step.starts[-1] == 3
     assert step.rows.slots.data_ptr() == lab.cache.rows.slots.data_ptr()
     support = BudgetMetadataBuilder.get_cudagraph_support(None, None)
     assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+
+def test_a_step_without_our_metadata_is_an_error() -> None:
+    lab = Replayed()
+    lab.step({Client("text", 20): 20})
+    lab.cache.plan_step({"text": 1})
+    with pytest.raises(RuntimeError, match="computed 1 requests without the metadata"):
+        lab.cache.end_step()

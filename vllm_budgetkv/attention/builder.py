@@ -20,7 +20,11 @@ RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
 
 class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
-    """Builds the `Step` of a batch once the worker has bound it to its cache."""
+    """Builds the `Step` of a batch once the worker has bound it to its cache.
+
+    Before, vLLM captures graphs over a small cache to see what memory they take. Their layers get
+    no step, so they write zeros; ours would allocate nothing in a graph either.
+    """
 
     # decode rows stand first, so that page selection serves one contiguous run of rows
     reorder_batch_threshold: ClassVar[int] = 1
@@ -44,9 +48,8 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Step | None:
-        assert self._cache is not None and self._row_ids is not None, "the worker must bind first"
-        if not self._cache.plans:
-            # a dummy batch (profiling, warm-up) holds no request
+        if self._cache is None or self._row_ids is None or not self._cache.plans:
+            # a dummy batch holds no request; `BudgetCache.end_step` refuses a real one without step
             return None
         query_start = common_attn_metadata.query_start_loc_cpu
         row_ids = self._row_ids(common_attn_metadata)
@@ -54,7 +57,10 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         self._cache.step = step
         return step
 
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Step:
+    def build_for_cudagraph_capture(
+        self, common_attn_metadata: CommonAttentionMetadata
+    ) -> Step | None:
         """The decode step that a graph of so many rows replays."""
-        assert self._cache is not None, "the worker must bind first"
+        if self._cache is None:
+            return None
         return Step.to_capture(self._cache, common_attn_metadata.num_reqs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.ops import backend
 from vllm_budgetkv.worker.bank import ProbeBank
 from vllm_budgetkv.worker.ledger import check_slot
 from vllm_budgetkv.worker.report import record_kept
@@ -12,6 +13,8 @@ from vllm_budgetkv.worker.requests import RequestState, RowPlan
 from vllm_budgetkv.worker.rows import DecodeBuffers, Rows
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
@@ -63,16 +66,39 @@ class BudgetCache:
             keeps_queries=self.quota.compresses and self.compressor.policy.needs_scores,
         )
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the first long request would wait for kernels to be compiled."""
+        return self.quota.compresses and backend.of(self.tables.lens) == "triton"
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether a request of the current step gets prompt tokens."""
+        return any(not plan.is_decode for plan in self.plans.values())
+
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
         self.slots.follow(scheduled)
+        self.plan_step(scheduled.num_scheduled_tokens)
+
+    def plan_step(self, num_tokens_of: Mapping[str, int]) -> None:
+        """Plan a step in which every request, by id, gets so many tokens."""
         self.plans = {
             request_id: self._plan(self.slots.requests[request_id], num_tokens)
-            for request_id, num_tokens in scheduled.num_scheduled_tokens.items()
+            for request_id, num_tokens in num_tokens_of.items()
         }
 
     def end_step(self) -> None:
-        """Advance every request that ran, and check the ledger if asked to."""
+        """Advance every request that ran, and check the ledger if asked to.
+
+        Raises:
+            RuntimeError: the model ran without our step, so nothing was attended to.
+        """
+        if self.plans and self.step is None:
+            raise RuntimeError(
+                f"the model computed {len(self.plans)} requests without the metadata of this "
+                "plugin: it does not serve this model runner; start without --kv-policy"
+            )
         if self.step is not None:
             self.step.finish()
         for plan in self.plans.values():
@@ -114,7 +140,7 @@ class BudgetCache:
         source = self.compressor.policy.probe_source
         is_seeded = request.request_id in self.slots.seeds
         if request.bank is None:
-            request.bank = self._new_bank()
+            request.bank = self.new_bank()
         if source == "recent":
             return list(range(max(start, stop - options.probe_tokens), stop))
         if source == "template":
@@ -137,7 +163,8 @@ class BudgetCache:
         # a short prompt needs probes only once its output comes near the quota
         return stop_tokens + compressor.options.probe_tokens > self.quota.tokens
 
-    def _new_bank(self) -> ProbeBank:
+    def new_bank(self) -> ProbeBank:
+        """An empty bank for one request."""
         layout, options = self.tables.pool.layout, self.compressor.options
         is_template = self.compressor.policy.probe_source == "template"
         return ProbeBank(
@@ -167,5 +194,5 @@ class BudgetCache:
         if parent_id is not None:
             assert request.bank is not None
             self.slots.seeds[parent_id] = request.bank
-        elif self.reports:
+        elif self.reports and request.request_id in self.slots.records:
             record_kept(request, self.tables)

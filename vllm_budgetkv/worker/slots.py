@@ -32,6 +32,7 @@ class Slots:
         parent_of: id of the request that a look-ahead runs for; None for a client's request.
         poison: fill the pages of a private request with NaN when it goes.
         on_finished: gets the record of every client request that ended.
+        has_clients: whether new requests are a client's; False while the worker warms up.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
         records: of every unfinished client request.
@@ -45,6 +46,7 @@ class Slots:
     parent_of: Callable[[str], str | None]
     poison: bool
     on_finished: Callable[[RequestRecord], None]
+    has_clients: bool = True
     requests: dict[str, RequestState] = field(default_factory=dict)
     spans: dict[str, PromptSpans] = field(default_factory=dict)
     records: dict[str, RequestRecord] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class Slots:
     def follow(self, scheduled: SchedulerOutput) -> None:
         """Do what the scheduler did: end, preempt, admit, resume and grow requests."""
         for request_id in scheduled.finished_req_ids:
-            self._finish(request_id)
+            self.finish(request_id)
         for request_id in scheduled.preempted_req_ids or ():
             self._preempt(request_id)
         for new in scheduled.scheduled_new_reqs:
@@ -70,7 +72,8 @@ class Slots:
             else:
                 self._grow(request_id, blocks)
 
-    def _finish(self, request_id: str) -> None:
+    def finish(self, request_id: str) -> None:
+        """Forget a request and hand on its record, if it has one."""
         self._release(request_id)
         self.spans.pop(request_id, None)
         self.seeds.pop(request_id, None)
@@ -99,21 +102,22 @@ class Slots:
             items = tuple(vision_items(new.mm_features))
             device = self.tables.lens.device
             self.spans[request_id] = PromptSpans(new.prompt_len, items, device)
-            if self.parent_of(request_id) is None:
+            if self.has_clients and self.parent_of(request_id) is None:
                 self.records[request_id] = self._new_record(request_id, new)
         # runner V2 resumes a preempted request as a new one whose prefill includes its output
         prefill_tokens = max(new.prompt_len, len(new.prefill_token_ids or ()))
-        self._admit(request_id, prefill_tokens, list(new.block_ids[0]), new.num_computed_tokens)
+        self.admit(request_id, prefill_tokens, list(new.block_ids[0]), new.num_computed_tokens)
 
     def _resume(
         self, request_id: str, cached: CachedRequestData, index: int, blocks: list[int]
     ) -> None:
         prefill_tokens = self.spans[request_id].prompt_tokens + cached.num_output_tokens[index]
-        self._admit(request_id, prefill_tokens, blocks, cached.num_computed_tokens[index])
+        self.admit(request_id, prefill_tokens, blocks, cached.num_computed_tokens[index])
 
-    def _admit(
+    def admit(
         self, request_id: str, prefill_tokens: int, blocks: list[int], computed_tokens: int
     ) -> None:
+        """Give a request whose `spans` are known a slot; a seed of it is its first bank."""
         self._release(request_id)
         slot = self._free.pop()
         request = RequestState(

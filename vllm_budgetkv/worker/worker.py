@@ -15,6 +15,8 @@ from vllm_budgetkv.attention.backend import BudgetBackend
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.worker.assemble import make_cache
+from vllm_budgetkv.worker.graphs import keep_chunks_out
+from vllm_budgetkv.worker.rehearsal import rehearse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.worker_base import CompilationTimes
 
     from vllm_budgetkv.worker.cache import BudgetCache
 
@@ -74,9 +77,19 @@ class BudgetWorker(Worker):
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)
             builder.bind(self.budget_cache, self._row_ids)
+        keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
         self.model_runner.get_model().register_forward_pre_hook(
             self._see_positions, with_kwargs=True
         )
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        # what warms up, vLLM's own requests too, is no client's
+        self.budget_cache.slots.has_clients = False
+        if self.budget_cache.compiles:
+            rehearse(self.budget_cache)
+        times = super().compile_or_warm_up_model()
+        self.budget_cache.slots.has_clients = True
+        return times
 
     def _row_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """Request id of each row of the batch that the runner is preparing."""

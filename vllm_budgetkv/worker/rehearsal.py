@@ -1,0 +1,90 @@
+"""A request of our own before the first client's, so that what compiles does so at start.
+
+A Triton kernel compiles at its first launch, a policy at its first call, and both again for other
+kinds of sizes. Without a rehearsal the first long prompt would wait for all of that, and a kernel
+that a card cannot run would show in the middle of a client's request.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.spans import PromptSpans, VisionItem
+from vllm_budgetkv.worker.step import Step
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_budgetkv.worker.cache import BudgetCache
+
+REQUEST_ID = "budgetkv-rehearsal"
+TEXT_TOKENS = 16
+FRAME_TOKENS = 64
+
+
+def rehearse(cache: BudgetCache) -> None:
+    """Prefill a video until its heads are as long as they get, then decode past a compaction.
+
+    Twice: with a probe from the start, as a look-ahead leaves one, and without. Tokens are random,
+    and nothing is reported. Must run before the first request: it uses the last blocks of the pool.
+
+    Args:
+        cache: of a policy that compresses; as empty behind it as before, but for the content of
+            those blocks, which is NaN if the cache poisons what is free.
+    """
+    quota, tables = cache.quota, cache.tables
+    device, slots = tables.lens.device, cache.slots
+    num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
+    blocks = range(num_blocks - quota.blocks, num_blocks)
+    chunks = list(_chunks(cache))
+    prompt_tokens = sum(chunks)
+    video = VisionItem(0, prompt_tokens - TEXT_TOKENS, "video", FRAME_TOKENS)
+    generator = torch.Generator(device).manual_seed(0)
+    for has_probe in (True, False):
+        slots.spans[REQUEST_ID] = PromptSpans(prompt_tokens, (video,), device)
+        if has_probe:
+            slots.seeds[REQUEST_ID] = seed = cache.new_bank()
+            seed.queries.normal_(generator=generator)
+            seed.plan_write(list(range(seed.capacity)))
+        slots.admit(REQUEST_ID, prompt_tokens, list(blocks), 0)
+        # one token more than decode appends between two compactions
+        for num_tokens in (*chunks, *[1] * (quota.decode_interval_tokens + 1)):
+            _run_step(cache, num_tokens, generator)
+        slots.finish(REQUEST_ID)
+
+
+def _chunks(cache: BudgetCache) -> Iterator[int]:
+    """Whole chunks until a head may hold its most, one more, and an odd one as prompts end on."""
+    quota = cache.quota
+    longest_tokens = max(quota.tokens, quota.max_head_tokens)
+    for _ in range(-(-longest_tokens // quota.chunk_tokens) + 1):
+        yield quota.chunk_tokens
+    # Triton compiles again for numbers that 16 does not divide
+    yield max(TEXT_TOKENS, quota.chunk_tokens // 2) + 1
+
+
+def _run_step(cache: BudgetCache, num_tokens: int, generator: torch.Generator) -> None:
+    """One step in which the rehearsing request alone gets `num_tokens` tokens."""
+    cache.plan_step({REQUEST_ID: num_tokens})
+    cache.step = step = Step.build(cache, [REQUEST_ID], torch.tensor([0, num_tokens]))
+    first = cache.slots.requests[REQUEST_ID].computed_tokens
+    device, layout = cache.tables.lens.device, cache.tables.pool.layout
+    step.see_positions(torch.arange(first, first + num_tokens, device=device))
+    heads = (cache.num_query_heads, cache.tables.num_heads, cache.tables.num_heads)
+    query, key, value = (
+        torch.randn(
+            num_tokens,
+            count,
+            layout.head_size,
+            generator=generator,
+            dtype=layout.dtype,
+            device=device,
+        )
+        for count in heads
+    )
+    out = torch.empty_like(query)
+    for name, layer in cache.layer_index.items():
+        step.run_layer(name, query, key, value, out, cache.compressor.scales[layer])
+    cache.end_step()
