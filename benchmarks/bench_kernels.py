@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.kernels import attention, compression, launches
+from benchmarks.kernels import attention, compression, launches, policy
 from benchmarks.kernels.checks import SMALL, representative, run_checks, wrong_ops
 from benchmarks.kernels.report import Report, about, file_name
 from benchmarks.kernels.rows import Bench
@@ -52,6 +52,8 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], set[str]]] = {
     "step": (launches.step, {"append", "retrieve", "attend", "graph"}),
     "host": (launches.host, set()),
     "ragged": (attention.ragged_decode, {"attend"}),
+    # last, since compiling may fail
+    "policy": (policy.policy, {"score", "contrast"}),
 }
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from vllm_budgetkv.upload import upload
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -109,7 +111,7 @@ class PromptSpans:
     def boundaries(self) -> torch.Tensor:
         """int32 [2 * vision spans] on `device`: first position of every span but the first."""
         edges = [edge for vision in self.vision_ranges for edge in vision]
-        return torch.tensor(edges, dtype=torch.int32, device=self.device)
+        return upload(edges, torch.int32, self.device)
 
     def lookup(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the span of every token, on the device.
@@ -148,7 +150,7 @@ class PromptSpans:
             list(accumulate(counts, initial=0))[:-1],
             [first_patch[size] for size in sizes],
         ]
-        return torch.tensor(rows, dtype=torch.int32, device=self.device)
+        return upload(rows, torch.int32, self.device)
 
     def lookup_frames(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the frame of every vision token and its place there, on the device.

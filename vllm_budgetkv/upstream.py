@@ -254,6 +254,17 @@ def wrap(name: str, wrapper: Callable[..., Any]) -> None:
     setattr(owner, method_name, kind(replacement) if kind else replacement)
 
 
+def replace_in(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
+    """Replace a method of one object of vLLM's by `wrapper(original, ...)`.
+
+    Raises:
+        KeyError: the method is not in the table.
+    """
+    point = {p.name: p for p in TOUCHPOINTS if p.how == "replace"}[name]
+    method_name = point.name.split(".")[1]
+    setattr(owner, method_name, functools.partial(wrapper, getattr(owner, method_name)))
+
+
 def as_markdown() -> str:
     """The table as the text of `docs/upstream.md`."""
     lines = [

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.rotation import rotate
+from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
     from typing import Self
@@ -72,7 +73,8 @@ class ProbeBank:
         kept = token_indices[-self.capacity :]
         ring = [(self.num_written + i) % self.capacity for i in range(len(kept))]
         self.num_written += len(kept)
-        return BankWrite(self._index(kept), self._index(ring))
+        device = self.positions.device
+        return BankWrite(upload(kept, torch.int64, device), upload(ring, torch.int64, device))
 
     def write_positions(self, write: BankWrite, positions: torch.Tensor) -> None:
         """Store the rotary positions of a step's text tokens; `positions` is int64 [T]."""
@@ -107,14 +109,10 @@ class ProbeBank:
             [size, Hq, D], oldest first, each at `next_position` plus its rank.
         """
         first = self.num_written - self.size
-        order = [(first + rank) % self.capacity for rank in range(self.size)]
-        index = self._index(order)
+        rank = torch.arange(self.size, device=self.positions.device)
+        index = (first + rank) % self.capacity
         queries = self.queries[layer, index]
         if rotary is None:
             return queries
-        rank = torch.arange(self.size, device=self.positions.device)
         distance = next_position + rank - self.positions[index]
         return rotate(queries, distance, rotary.inv_freq, rotary.is_neox)
-
-    def _index(self, places: list[int]) -> torch.Tensor:
-        return torch.tensor(places, dtype=torch.int64, device=self.positions.device)

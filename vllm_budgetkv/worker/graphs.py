@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv import upstream
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from vllm_budgetkv.worker.cache import BudgetCache
 
 
-def keep_chunks_out(runner: Any, cache: BudgetCache, is_v2: bool) -> None:
+def keep_chunks_out(runner: object, cache: BudgetCache, is_v2: bool) -> None:
     """Let no graph serve the prompt tokens of a chunk, however few they are.
 
     Both of vLLM's model runners take a batch for a decode if every request has one token. But the
@@ -20,18 +24,15 @@ def keep_chunks_out(runner: Any, cache: BudgetCache, is_v2: bool) -> None:
         cache: knows what the requests of the current step do.
         is_v2: which of the two runners it is.
     """
+
+    def gather(original: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, int | None]:
+        state, uniform_tokens = original(*args, **kwargs)
+        return state, None if cache.has_chunks else uniform_tokens
+
+    def is_uniform(original: Callable[..., bool], *args: Any, **kwargs: Any) -> bool:
+        return not cache.has_chunks and original(*args, **kwargs)
+
     if is_v2:
-        gather = runner.gather_batch_req_state
-
-        def gather_batch_req_state(*args: Any, **kwargs: Any) -> tuple[Any, int | None]:
-            state, uniform_tokens = gather(*args, **kwargs)
-            return state, None if cache.has_chunks else uniform_tokens
-
-        runner.gather_batch_req_state = gather_batch_req_state
-        return
-    is_uniform = runner._is_uniform_decode
-
-    def is_uniform_decode(*args: Any, **kwargs: Any) -> bool:
-        return not cache.has_chunks and is_uniform(*args, **kwargs)
-
-    runner._is_uniform_decode = is_uniform_decode
+        upstream.replace_in(runner, "GPUModelRunner.gather_batch_req_state", gather)
+    else:
+        upstream.replace_in(runner, "GPUModelRunner._is_uniform_decode", is_uniform)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+
+from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,14 +44,15 @@ class Rows:
         """Take over a batch. `starts` are the first tokens of the rows, and all tokens."""
         padding = len(self.slots) - len(plans)
         requests = [plan.request for plan in plans]
-        values = Rows(
-            slots=_ids([request.slot for request in requests] + [0] * padding),
-            query_start=_ids([*starts, *[starts[-1]] * padding]),
-            first_position=_ids([request.computed_tokens for request in requests] + [0] * padding),
-            shared=torch.tensor([request.shared for request in requests] + [False] * padding),
-        )
-        for field in fields(self):
-            getattr(self, field.name).copy_(getattr(values, field.name))
+        values: dict[str, Sequence[int]] = {
+            "slots": [request.slot for request in requests] + [0] * padding,
+            "query_start": [*starts, *[starts[-1]] * padding],
+            "first_position": [request.computed_tokens for request in requests] + [0] * padding,
+            "shared": [request.shared for request in requests] + [False] * padding,
+        }
+        for name, numbers in values.items():
+            field = getattr(self, name)
+            field.copy_(upload(numbers, field.dtype, field.device))
 
     def first(self, num_rows: int) -> Rows:
         """Views of the first rows."""
@@ -106,7 +109,3 @@ class DecodeBuffers:
                 device=device,
             ),
         )
-
-
-def _ids(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)

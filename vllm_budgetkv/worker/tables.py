@@ -9,6 +9,7 @@ import torch
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.quota import ceil_div
+from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +91,7 @@ class HeadTables:
     def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
         """int32 [L, H, len(blocks)]: the head-pages where each block's heads start."""
         device = self.page_table.device
-        block_ids = torch.tensor(list(blocks), dtype=torch.int32, device=device)
+        block_ids = upload(blocks, torch.int32, device)
         heads_per_block = self.num_layers * self.num_heads
         head = torch.arange(heads_per_block, dtype=torch.int32, device=device)
         return (block_ids * heads_per_block + head[:, None]).view(

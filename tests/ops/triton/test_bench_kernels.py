@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels
-from benchmarks.kernels import attention, compression, launches, peers, work
+from benchmarks.kernels import attention, compression, launches, peers, policy, work
 from benchmarks.kernels.caches import build_cache, equal_lens, ragged_lens
 from benchmarks.kernels.checks import Verdict
 from benchmarks.kernels.peers import Batch
@@ -48,6 +48,14 @@ SIZES = {
         "HELD_TOKENS": 36,
         "DECODE_ROWS": 3,
         "PROBE_TOKENS": 3,
+    },
+    policy: {
+        "QWEN25_VL_7B": TINY,
+        "CHUNK_TOKENS": 6,
+        "BUDGET_TOKENS": 30,
+        "HELD_TOKENS": 36,
+        "TEXT_TOKENS": 4,
+        "FRAME_TOKENS": 5,
     },
     launches: {
         "QWEN25_VL_7B": TINY,
@@ -89,6 +97,8 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Bench:
             monkeypatch.setattr(module, name, value)
     monkeypatch.setattr(launches, "capture", lambda run: SimpleNamespace(replay=run))
     monkeypatch.setattr(launches, "host_seconds", one_call)
+    monkeypatch.setattr(policy, "host_seconds", one_call)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     return Bench(OneCall(), OneCall().ceilings(), 8, quick=True, device=CPU)
 
 
