@@ -22,13 +22,13 @@ def rotate(
     """Rotate queries that already carry a rotary embedding further on, in float32.
 
     Args:
-        query: [M, Hq, D], any floating dtype; elements from `rotary` on are not rotated.
+        query: [..., M, Hq, D], any floating dtype; elements from `rotary` on are not rotated.
         distance: int or float32 [M], position wanted less position given; may be negative.
         inv_freq: float32 [rotary / 2], radians per position of each pair; rotary <= D.
         is_neox: pairs are (i, i + rotary / 2) if True, (2 i, 2 i + 1) if False.
 
     Returns:
-        [M, Hq, D] of the query's dtype. Nothing is mutated.
+        [..., M, Hq, D] of the query's dtype. Nothing is mutated.
 
     Raises:
         ValueError: more frequencies than pairs of elements.

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import torch
+
 from benchmarks.quality.inside import before_admission, closing
 from benchmarks.quality.lab import Lab
 from vllm_budgetkv.worker.bank import ProbeBank, Rotary
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from typing import Self
 
-    import torch
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from benchmarks.quality.lab import Outcome, Setup
@@ -47,11 +48,15 @@ class PartialBank(ProbeBank):
         bank.layers, bank.template, bank.seed_size = layers, template, seed.num_written
         return bank
 
-    def probe(self, layer: int, next_position: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def probe(
+        self, layers: int | slice, next_position: torch.Tensor, rotary: Rotary | None
+    ) -> torch.Tensor:
+        if isinstance(layers, slice):
+            each = range(layers.start, layers.stop)
+            return torch.stack([self.probe(layer, next_position, rotary) for layer in each])
         has_read_more = self.num_written > self.seed_size
-        if has_read_more or layer in self.layers:
-            return super().probe(layer, next_position, rotary)
-        return self.template.probe(layer, next_position, rotary)
+        asked = self if has_read_more or layers in self.layers else self.template
+        return ProbeBank.probe(asked, layers, next_position, rotary)
 
 
 def ask_with_layers(

@@ -49,6 +49,9 @@ class Tier:
 class Observation:
     """All tokens that one layer of one request holds. H KV heads, Hq query heads, n padded tokens.
 
+    A policy that `takes_layers` may be told of L layers at once: then L stands in front of every
+    shape but that of `span_tokens`, and in front of those of its answer.
+
     Attributes:
         mass: float32 [H, n], mean attention of the probe per token, 0 beyond `lens`; None if the
             policy needs no scores or if there is no probe yet.
@@ -65,7 +68,7 @@ class Observation:
         patch_ids: int32 [H, n], place of a vision token in its frame; equal ids mean the same place
             of frames with equally many tokens. 0 for text. None together with `frame_ids`.
         num_patches: patch ids are below it.
-        layer: index of the layer.
+        layer: index of the layer, of the first of several.
         positions: int32 [H, n], logical index of each token, ascending, -1 beyond `lens`.
         lens: int32 [H], tokens that each head holds.
         is_vision: bool [H, n], False beyond `lens`.
@@ -83,9 +86,9 @@ class Observation:
             unknown: then the tokens that a head still holds count as the span.
     """
 
-    mass: torch.Tensor | None
-    topk_mass: torch.Tensor | None
-    value_norms: torch.Tensor | None
+    mass: torch.Tensor | None = None
+    topk_mass: torch.Tensor | None = None
+    value_norms: torch.Tensor | None = None
     positions: torch.Tensor
     lens: torch.Tensor
     is_vision: torch.Tensor
@@ -107,7 +110,7 @@ class Observation:
     @property
     def shape(self) -> tuple[int, int]:
         """H KV heads and n padded tokens."""
-        num_heads, num_tokens = self.positions.shape
+        num_heads, num_tokens = self.positions.shape[-2:]
         return num_heads, num_tokens
 
     @property
@@ -158,6 +161,8 @@ class Policy(Protocol):
     """Whether `frame_ids` and `patch_ids` must be looked up."""
     retrieves: ClassVar[bool] = False
     """Whether it has dynamic heads, which read only some of their pages at decode."""
+    takes_layers: ClassVar[bool] = False
+    """Whether it answers for several layers of equal budgets at once, as for each of them."""
     compresses: ClassVar[bool]
     """False for a policy that never drops a token; `retain` is then not called."""
 

@@ -49,14 +49,14 @@ def allocate(
     dynamic_weight = round(options.dynamic_weight * RATIO_UNIT)
     static_weight = round(options.static_weight * RATIO_UNIT)
     weights = torch.where(is_static, static_weight, dynamic_weight)
-    share = total_tokens * dynamic_weight // weights.sum()
+    share = total_tokens * dynamic_weight // weights.sum(dim=-1, keepdim=True)
     share = share.clamp(max=observation.max_head_tokens)
     share = torch.where(share < page_tokens, share, share // page_tokens * page_tokens)
     dynamic = torch.minimum(share, caps)
 
     counts = _pooled_counts(scores, tiers, is_static, dynamic, total_tokens)
-    pool_tokens = total_tokens - dynamic.masked_fill(is_static, 0).sum()
-    uniform = pool_tokens // is_static.sum().clamp(min=1)
+    pool_tokens = total_tokens - dynamic.masked_fill(is_static, 0).sum(dim=-1, keepdim=True)
+    uniform = pool_tokens // is_static.sum(dim=-1, keepdim=True).clamp(min=1)
     floor = round(options.floor_ratio * RATIO_UNIT)
     static = (counts * (RATIO_UNIT - floor) + uniform * floor) // RATIO_UNIT
 
@@ -83,24 +83,24 @@ def _pooled_counts(
     dynamic heads take part too, with exactly their `dynamic` tokens and above everything else;
     then k is the whole budget. int64 [H]; meaningless for dynamic heads.
     """
-    num_tokens = scores.shape[1]
+    num_tokens = scores.shape[-1]
     pinned = tiers > Tier.SCORED
     # pinned tokens stay anyway; a sink that takes most of the attention says nothing about need
     unpinned = scores.masked_fill(pinned, 0.0)
-    keys = unpinned / unpinned.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    keys = unpinned / unpinned.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     keys.masked_fill_(pinned, 2.0)
     keys.masked_fill_(tiers == Tier.NOT_HELD, -1.0)
     index = torch.arange(num_tokens, device=scores.device)
-    taken = (index < dynamic[:, None]).float() * 4.0 - 1.0
-    keys = torch.where(is_static[:, None], keys, taken).flatten()
-    best = keys.topk(min(total_tokens, keys.numel()), sorted=False).indices
+    taken = (index < dynamic[..., None]).float() * 4.0 - 1.0
+    keys = torch.where(is_static[..., None], keys, taken).flatten(-2)
+    best = keys.topk(min(total_tokens, keys.shape[-1]), sorted=False).indices
     heads = torch.div(best, max(num_tokens, 1), rounding_mode="floor")
-    return torch.zeros_like(dynamic).scatter_add_(0, heads, torch.ones_like(heads))
+    return torch.zeros_like(dynamic).scatter_add_(-1, heads, torch.ones_like(heads))
 
 
 def slack(budgets: torch.Tensor, caps: torch.Tensor, total_tokens: int) -> torch.Tensor:
     """Tokens that each head gets of the unspent ones, in proportion to its room up to its cap."""
     room = (caps - budgets).clamp(min=0)
-    room_tokens = room.sum()
-    unspent = torch.minimum(total_tokens - budgets.sum(), room_tokens)
+    room_tokens = room.sum(dim=-1, keepdim=True)
+    unspent = torch.minimum(total_tokens - budgets.sum(dim=-1, keepdim=True), room_tokens)
     return room * unspent // room_tokens.clamp(min=1)

@@ -27,16 +27,15 @@ def classify(observation: Observation, options: PolicyOptions) -> torch.Tensor:
     Returns:
         bool [H], True for static.
     """
-    num_heads = observation.shape[0]
-    device = observation.positions.device
-    was_static, topk_mass = observation.was_static, observation.topk_mass
+    lens, was_static = observation.lens, observation.was_static
     if options.force_class is not None:
-        return torch.full((num_heads,), options.force_class == "static", device=device)
+        return torch.full_like(lens, options.force_class == "static", dtype=torch.bool)
+    topk_mass = observation.topk_mass
     if topk_mass is None:
         if was_static is not None:
             return was_static
-        return torch.zeros(num_heads, dtype=torch.bool, device=device)
-    concentration = topk_mass.unflatten(0, (num_heads, -1)).amin(dim=1)
+        return torch.zeros_like(lens, dtype=torch.bool)
+    concentration = topk_mass.unflatten(-1, (observation.shape[0], -1)).amin(dim=-1)
     if was_static is None:
         return concentration >= options.static_threshold
     stays_static = concentration >= options.static_threshold - options.hysteresis

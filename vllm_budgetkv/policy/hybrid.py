@@ -42,6 +42,7 @@ class HybridPolicy(Policy):
     needs_contrast: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
     retrieves: ClassVar[bool] = True
+    takes_layers: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         if page_tokens % options.dynamic_unit_tokens:
@@ -114,5 +115,5 @@ class HybridPolicy(Policy):
 
 def _share_of_open(budgets: torch.Tensor, tiers: torch.Tensor, share: float) -> torch.Tensor:
     """That share of the tokens that raised ones leave in each head's budget, int [H]."""
-    open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=1)).clamp(min=0)
+    open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=-1)).clamp(min=0)
     return open_tokens * round(share * RATIO_UNIT) // RATIO_UNIT

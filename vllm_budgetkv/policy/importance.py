@@ -73,12 +73,12 @@ def pool_runs(mass: torch.Tensor, run_index: torch.Tensor, reach_tokens: int) ->
     covered = 1
     while covered <= reach_tokens:
         shift = min(covered, reach_tokens + 1 - covered)
-        neighbours = (run_index[:, shift:] - run_index[:, :-shift]) == shift
-        after = forward[:, shift:] * neighbours
-        before = backward[:, :-shift] * neighbours
+        neighbours = (run_index[..., shift:] - run_index[..., :-shift]) == shift
+        after = forward[..., shift:] * neighbours
+        before = backward[..., :-shift] * neighbours
         forward, backward = forward.clone(), backward.clone()
-        forward[:, :-shift] = torch.maximum(forward[:, :-shift], after)
-        backward[:, shift:] = torch.maximum(backward[:, shift:], before)
+        forward[..., :-shift] = torch.maximum(forward[..., :-shift], after)
+        backward[..., shift:] = torch.maximum(backward[..., shift:], before)
         covered += shift
     return torch.maximum(forward, backward)
 

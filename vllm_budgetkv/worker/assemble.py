@@ -69,6 +69,7 @@ def rotaries_of(model: torch.nn.Module, layer_index: Mapping[str, int]) -> dict[
         ValueError: an embedding has no table of cosines and sines to read.
     """
     found = {}
+    known: dict[int, Rotary] = {}
     for module in model.modules():
         embedding = getattr(module, "rotary_emb", None)
         if embedding is None:
@@ -76,7 +77,10 @@ def rotaries_of(model: torch.nn.Module, layer_index: Mapping[str, int]) -> dict[
         for child in module.children():
             layer = layer_index.get(getattr(child, "layer_name", ""))
             if layer is not None:
-                found[layer] = _rotary(embedding)
+                # one object for all layers that share an embedding, so that they turn at once
+                if id(embedding) not in known:
+                    known[id(embedding)] = _rotary(embedding)
+                found[layer] = known[id(embedding)]
     return found
 
 

@@ -15,6 +15,7 @@ from vllm_budgetkv.rotation import rotate
 from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Self
 
 
@@ -70,11 +71,15 @@ class ProbeBank:
 
     def plan_write(self, token_indices: list[int]) -> BankWrite:
         """Reserve ring places for the text tokens of a step (the last `capacity` of them)."""
+        (write,) = plan_writes([(self, token_indices)])
+        return write
+
+    def _claim(self, token_indices: list[int]) -> tuple[list[int], list[int]]:
+        """The tokens that enter, and their places."""
         kept = token_indices[-self.capacity :]
         ring = [(self.num_written + i) % self.capacity for i in range(len(kept))]
         self.num_written += len(kept)
-        device = self.positions.device
-        return BankWrite(upload(kept, torch.int64, device), upload(ring, torch.int64, device))
+        return kept, ring
 
     def write_positions(self, write: BankWrite, positions: torch.Tensor) -> None:
         """Store the rotary positions of a step's text tokens; `positions` is int64 [T]."""
@@ -97,22 +102,35 @@ class ProbeBank:
         clone.positions = self.positions.clone()
         return clone
 
-    def probe(self, layer: int, next_position: torch.Tensor, rotary: Rotary | None) -> torch.Tensor:
+    def probe(
+        self, layers: int | slice, next_position: torch.Tensor, rotary: Rotary | None
+    ) -> torch.Tensor:
         """The bank's queries as if they were asked right behind the cached tokens.
 
         Args:
-            layer: layer index.
+            layers: index of a layer, or L of them.
             next_position: int64 scalar, rotary position of the next text token.
-            rotary: the layer's rotary embedding; None for a model without one.
+            rotary: rotary embedding of these layers; None for a model without one.
 
         Returns:
-            [size, Hq, D], oldest first, each at `next_position` plus its rank.
+            [size, Hq, D] or [L, size, Hq, D], oldest first, each at `next_position` plus its rank.
         """
         first = self.num_written - self.size
         rank = torch.arange(self.size, device=self.positions.device)
         index = (first + rank) % self.capacity
-        queries = self.queries[layer, index]
+        queries = self.queries[layers].index_select(-3, index)
         if rotary is None:
             return queries
         distance = next_position + rank - self.positions[index]
         return rotate(queries, distance, rotary.inv_freq, rotary.is_neox)
+
+
+def plan_writes(banks: Sequence[tuple[ProbeBank, list[int]]]) -> list[BankWrite]:
+    """`ProbeBank.plan_write` for several banks of one device, in one copy to it."""
+    if not banks:
+        return []
+    parts = [part for bank, token_indices in banks for part in bank._claim(token_indices)]
+    numbers = [number for part in parts for number in part]
+    device = banks[0][0].positions.device
+    indices = upload(numbers, torch.int64, device).split([len(part) for part in parts])
+    return [BankWrite(*pair) for pair in zip(indices[::2], indices[1::2], strict=True)]

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from vllm_budgetkv.quota import Quota
-    from vllm_budgetkv.worker.bank import ProbeBank, Rotary
+    from vllm_budgetkv.worker.bank import Rotary
     from vllm_budgetkv.worker.requests import RequestState
     from vllm_budgetkv.worker.tables import HeadTables
+
+# of `Retention`, by what a row of them is
+TOKEN_FIELDS, HEAD_FIELDS = ("scores", "tiers"), ("budgets", "is_static")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Compressor:
     ) -> None:
         """Keep what the policy keeps of some layers and free the pages behind it.
 
-        The policy is asked layer by layer; the pages of all of them move together.
+        The policy is asked layer by layer unless it takes several; their pages move together.
 
         Args:
             request: the request; its `record` takes the time.
@@ -65,15 +68,16 @@ class Compressor:
         """
         started_seconds = time.perf_counter()
         tables, slot = self.tables, request.slot
-        seen = [self._observe(request, layer, longest_tokens, seen_tokens) for layer in layers]
+        seen = [
+            self._observe(request, group, longest_tokens, seen_tokens)
+            for group in self._groups(request, layers)
+        ]
         kept = [self.policy.retain(observation) for observation in seen]
         # neighbours in the tables, so that their heads are the rows of one view
         rows = slice(layers[0], layers[-1] + 1)
         table, lens = tables.page_table[slot, rows].flatten(0, 1), tables.lens[slot, rows].flatten()
-        scores, tiers, budgets, is_static = (
-            join([getattr(one, name) for one in kept])
-            for name in ("scores", "tiers", "budgets", "is_static")
-        )
+        scores, tiers = (join([getattr(one, name) for one in kept], 2) for name in TOKEN_FIELDS)
+        budgets, is_static = (join([getattr(one, name) for one in kept], 1) for name in HEAD_FIELDS)
         keep = ops.select(scores, tiers, lens, budgets)
         self._merge(request, layers, keep, seen, kept)
         stack = (tables.free_pages[slot], tables.num_free[slot : slot + 1])
@@ -85,6 +89,12 @@ class Compressor:
             tables.retrieves[slot, rows] = ~is_static
         request.record.compression_seconds += time.perf_counter() - started_seconds
 
+    def _groups(self, request: RequestState, layers: Sequence[int]) -> list[Sequence[int]]:
+        """Layers that the policy is asked about at once."""
+        if self.policy.takes_layers and request.layer_budgets is None:
+            return [layers]
+        return [[layer] for layer in layers]
+
     def _merge(
         self,
         request: RequestState,
@@ -95,12 +105,14 @@ class Compressor:
     ) -> None:
         """Merge what goes into what stays, a layer at a time, since its heads are compared."""
         tables, slot = self.tables, request.slot
-        parts = keep.chunk(len(layers))
-        for layer, part, observation, retention in zip(layers, parts, seen, kept, strict=True):
-            if retention.merge is not None:
-                where = (tables.page_table[slot, layer], tables.lens[slot, layer])
-                how = (retention.merge, observation.seen_tokens)
-                ops.merge(part, tables.pool, *where, observation.is_vision, *how)
+        mode = kept[0].merge
+        if mode is None:
+            return
+        is_vision = join([observation.is_vision for observation in seen], 2)
+        parts = zip(layers, keep.chunk(len(layers)), is_vision.chunk(len(layers)), strict=True)
+        for layer, part, of_vision in parts:
+            where = (tables.page_table[slot, layer], tables.lens[slot, layer])
+            ops.merge(part, tables.pool, *where, of_vision, mode, seen[0].seen_tokens)
 
     def compact_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""
@@ -135,49 +147,82 @@ class Compressor:
         return LayerBudgets(desired_tokens, quota.budget_tokens, quota.max_head_tokens)
 
     def _observe(
-        self, request: RequestState, layer: int, longest_tokens: int, seen_tokens: int
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        longest_tokens: int,
+        seen_tokens: int,
     ) -> Observation:
-        tables, policy = self.tables, self.policy
-        lens, pool = tables.lens[request.slot, layer], tables.pool
-        mass = topk_mass = value_norms = keys = contrast = frame_ids = patch_ids = None
-        if policy.needs_scores and request.bank is not None and request.bank.size:
-            scores = self._score(request, request.bank, layer, longest_tokens, seen_tokens)
-            mass, topk_mass, value_norms, positions = scores
-        else:
-            positions = self._gather(pool.positions, request, layer, longest_tokens, -1)
-        if policy.needs_value_norms and value_norms is None:
-            values = self._gather(pool.values, request, layer, longest_tokens, 0)
-            value_norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-        if policy.needs_keys:
-            keys = self._gather(pool.keys, request, layer, longest_tokens, 0)
-        if policy.needs_contrast:
-            table = tables.page_table[request.slot, layer]
-            contrast = ops.contrast(pool, table, lens, longest_tokens)
+        """What the policy is told of one layer, or of several at once."""
+        tables, policy, spans = self.tables, self.policy, request.spans
+        probes = self._probes(request, layers, seen_tokens)
+        measured = stack(
+            [
+                self._measure(request, layer, probe, longest_tokens)
+                for layer, probe in zip(layers, probes, strict=True)
+            ]
+        )
+        positions = measured["positions"]
+        frame_ids = patch_ids = None
         if policy.needs_frames:
-            frame_ids, patch_ids = request.spans.lookup_frames(positions)
-        span_ids, is_vision = request.spans.lookup(positions)
+            frame_ids, patch_ids = spans.lookup_frames(positions)
+        span_ids, is_vision = spans.lookup(positions)
+        where = (request.slot, place_of(layers))
         return Observation(
-            mass=mass,
-            topk_mass=topk_mass,
-            value_norms=value_norms,
-            positions=positions,
-            lens=lens,
+            **measured,
+            lens=tables.lens[where],
             is_vision=is_vision,
             span_ids=span_ids,
             seen_tokens=seen_tokens,
-            protected_position=request.spans.trailing_frame_start(seen_tokens),
-            budget_tokens=self._claim_tokens(request, layer),
+            protected_position=spans.trailing_frame_start(seen_tokens),
+            budget_tokens=self._claim_tokens(request, layers[0]),
             max_head_tokens=self.quota.max_head_tokens,
-            was_static=tables.is_static[request.slot, layer] if request.has_classes else None,
-            text_tokens=request.spans.count_text(seen_tokens),
-            span_tokens=request.spans.span_tokens(seen_tokens),
-            keys=keys,
-            contrast=contrast,
+            was_static=tables.is_static[where] if request.has_classes else None,
+            text_tokens=spans.count_text(seen_tokens),
+            span_tokens=spans.span_tokens(seen_tokens),
             frame_ids=frame_ids,
             patch_ids=patch_ids,
-            num_patches=request.spans.num_patches if policy.needs_frames else 0,
-            layer=layer,
+            num_patches=spans.num_patches if policy.needs_frames else 0,
+            layer=layers[0],
         )
+
+    def _measure(
+        self, request: RequestState, layer: int, probe: torch.Tensor | None, longest_tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """What is computed from the pages of one layer: fields of `Observation`."""
+        tables, policy, pool = self.tables, self.policy, self.tables.pool
+        if probe is not None:
+            found = self._score(request, probe, layer, longest_tokens)._asdict()
+        else:
+            positions = self._gather(pool.positions, request, layer, longest_tokens, -1)
+            found = {"positions": positions}
+        if policy.needs_value_norms and probe is None:
+            values = self._gather(pool.values, request, layer, longest_tokens, 0)
+            norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+            found["value_norms"] = norms
+        if policy.needs_keys:
+            found["keys"] = self._gather(pool.keys, request, layer, longest_tokens, 0)
+        if policy.needs_contrast:
+            where = (tables.page_table[request.slot, layer], tables.lens[request.slot, layer])
+            found["contrast"] = ops.contrast(pool, *where, longest_tokens)
+        return found
+
+    def _probes(
+        self, request: RequestState, layers: Sequence[int], seen_tokens: int
+    ) -> Sequence[torch.Tensor | None]:
+        """The request's probe in each layer, [M, Hq, D], turned to stand behind its tokens."""
+        bank = request.bank
+        if not self.policy.needs_scores or bank is None or not bank.size:
+            return [None] * len(layers)
+        assert request.position_offset is not None
+        position = request.position_offset + seen_tokens
+        # recent queries are used where they are; the axes of vision differ, so none could be turned
+        is_turned = self.policy.probe_source != "recent"
+        rotaries = [self.rotaries.get(layer) if is_turned else None for layer in layers]
+        if len(layers) > 1 and all(rotary is rotaries[0] for rotary in rotaries):
+            return bank.probe(place_of(layers), position, rotaries[0]).unbind()
+        pairs = zip(layers, rotaries, strict=True)
+        return [bank.probe(layer, position, rotary) for layer, rotary in pairs]
 
     def _claim_tokens(self, request: RequestState, layer: int) -> int:
         """Tokens per head, on average, that the layer may keep."""
@@ -186,20 +231,11 @@ class Compressor:
         return request.layer_budgets.claim(layer)
 
     def _score(
-        self,
-        request: RequestState,
-        bank: ProbeBank,
-        layer: int,
-        longest_tokens: int,
-        seen_tokens: int,
+        self, request: RequestState, probe: torch.Tensor, layer: int, longest_tokens: int
     ) -> ops.Scores:
-        """Attention of the request's probe to what the layer holds."""
-        assert request.position_offset is not None
-        # recent queries are used where they are; the axes of vision differ, so none could be turned
-        is_turned = self.policy.probe_source != "recent"
-        rotary = self.rotaries.get(layer) if is_turned else None
+        """Attention of a probe to what the layer holds."""
         return ops.score(
-            bank.probe(layer, request.position_offset + seen_tokens, rotary),
+            probe,
             self.tables.pool,
             self.tables.page_table[request.slot, layer],
             self.tables.lens[request.slot, layer],
@@ -230,6 +266,19 @@ class Compressor:
         return tokens.masked_fill(beyond.view(*beyond.shape, *[1] * (tokens.dim() - 2)), fill)
 
 
-def join(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Rows of all tensors; the tensor itself if there is but one."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+def place_of(layers: Sequence[int]) -> int | slice:
+    """Index of one layer in the tables, or a slice of neighbours."""
+    return layers[0] if len(layers) == 1 else slice(layers[0], layers[-1] + 1)
+
+
+def stack(layers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors of one layer as they are, of several with the layers in front."""
+    if len(layers) == 1:
+        return layers[0]
+    return {name: torch.stack([found[name] for found in layers]) for name in layers[0]}
+
+
+def join(tensors: list[torch.Tensor], num_dims: int) -> torch.Tensor:
+    """Rows of all tensors, with their layers and heads in one dimension in front."""
+    flat = [tensor.flatten(0, tensor.dim() - num_dims) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -29,6 +29,7 @@ class RequestRecord:
         heads: (layer, head) pairs of each class after prefill.
         static_heads: after prefill, per layer and head whether the head is static.
         kv_bytes: bytes of blocks, tables and probe bank at the peak.
+        compression_seconds: of the host; on a GPU the time that launching takes.
     """
 
     request_id: str

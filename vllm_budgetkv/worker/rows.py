@@ -44,15 +44,16 @@ class Rows:
         """Take over a batch. `starts` are the first tokens of the rows, and all tokens."""
         padding = len(self.slots) - len(plans)
         requests = [plan.request for plan in plans]
-        values: dict[str, Sequence[int]] = {
-            "slots": [request.slot for request in requests] + [0] * padding,
-            "query_start": [*starts, *[starts[-1]] * padding],
-            "first_position": [request.computed_tokens for request in requests] + [0] * padding,
-            "shared": [request.shared for request in requests] + [False] * padding,
-        }
-        for name, numbers in values.items():
-            field = getattr(self, name)
-            field.copy_(upload(numbers, field.dtype, field.device))
+        numbers = [
+            *[*(request.slot for request in requests), *[0] * padding],
+            *[*starts, *[starts[-1]] * padding],
+            *[*(request.computed_tokens for request in requests), *[0] * padding],
+            *[*(request.shared for request in requests), *[False] * padding],
+        ]
+        fields = (self.slots, self.query_start, self.first_position, self.shared)
+        uploaded = upload(numbers, torch.int32, self.slots.device)
+        for field, part in zip(fields, uploaded.split([*map(len, fields)]), strict=True):
+            field.copy_(part)
 
     def first(self, num_rows: int) -> Rows:
         """Views of the first rows."""

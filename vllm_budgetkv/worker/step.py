@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.quota import ceil_div
+from vllm_budgetkv.worker.bank import plan_writes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -201,14 +202,17 @@ class Step:
 
 
 def _bank_writes(plans: list[RowPlan], starts: list[int]) -> list[BankEntry]:
-    writes = []
+    entries = []
     for plan, start in zip(plans, starts, strict=False):
         bank = plan.request.bank
         if bank is not None and plan.bank_positions:
             shift = start - plan.request.computed_tokens
             tokens = [position + shift for position in plan.bank_positions]
-            writes.append((plan.request, bank, bank.plan_write(tokens)))
-    return writes
+            entries.append((plan.request, bank, tokens))
+    writes = plan_writes([(bank, tokens) for _, bank, tokens in entries])
+    return [
+        (request, bank, write) for (request, bank, _), write in zip(entries, writes, strict=True)
+    ]
 
 
 def _count_retrieving_rows(plans: list[RowPlan]) -> int:

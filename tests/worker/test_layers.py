@@ -1,0 +1,54 @@
+"""A compaction in decode asks the policy once for all layers, where the policy takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.worker.test_rehearsal import QUOTA, make_lab, serve
+from vllm_budgetkv.policy import HybridPolicy, Observation, Retention
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of dimensions of the positions that the policy is shown."""
+    dims: list[int] = []
+    retain = HybridPolicy.retain
+
+    def watched(self: HybridPolicy, observation: Observation) -> Retention:
+        dims.append(observation.positions.dim())
+        return retain(self, observation)
+
+    monkeypatch.setattr(HybridPolicy, "retain", watched)
+    return dims
+
+
+@pytest.mark.parametrize("options", [{}, {"force_class": "dynamic", "dynamic_unit_tokens": 4}])
+def test_the_same_as_layer_by_layer(monkeypatch: pytest.MonkeyPatch, options: Any) -> None:
+    dims = watch(monkeypatch)
+    at_once, at_once_lab = serve(lab := make_lab(**options)), lab
+    assert set(dims) == {2, 3}, "chunks are compressed one layer at a time"
+    num_calls = len(dims)
+
+    monkeypatch.setattr(HybridPolicy, "takes_layers", False)
+    one_by_one, lab = serve(lab := make_lab(**options)), lab
+    assert len(dims) - num_calls > num_calls
+    assert set(dims[num_calls:]) == {2}
+    for found, expected in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(found, expected)
+    for name in ("page_table", "lens", "num_free", "is_static", "retrieves"):
+        pair = (getattr(each.cache.tables, name) for each in (at_once_lab, lab))
+        assert torch.equal(*pair), name
+
+
+def test_layers_with_embeddings_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes of layers that turn differently are turned one by one; the answer is the same."""
+    shared, own = make_lab(), make_lab()
+    rotaries = own.cache.compressor.rotaries
+    copies = {layer: type(rotary)(*vars(rotary).values()) for layer, rotary in rotaries.items()}
+    assert len({id(rotary) for rotary in copies.values()}) == QUOTA.num_layers
+    monkeypatch.setattr(type(own.cache.compressor), "__setattr__", object.__setattr__)
+    own.cache.compressor.rotaries = copies  # type: ignore[misc]
+    for found, expected in zip(serve(own), serve(shared), strict=True):
+        assert torch.equal(found, expected)
