@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm import _custom_ops as vllm_ops
+from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_budgetkv.layout import PageLayout, PagePool
 from vllm_budgetkv.ops.attend import attend
@@ -82,8 +83,9 @@ def build(case: Case) -> tuple[Callable[[], None], Callable[[], None], torch.Ten
     layout = PageLayout(case.page_tokens, size, case.dtype)
     num_pages = rows * width * kv_heads
     pool = PagePool(torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8), layout)
-    # vLLM packs keys in its own order, so its cache is filled by its own op.
-    isa = "vec" if case.page_tokens % 32 == 0 else "vec16"
+    # what vLLM's own backend would take on this machine; it packs keys in an order of its own, so
+    # its cache is filled by its own op
+    isa = _get_attn_isa(case.dtype, case.page_tokens, size)
     tokens = rows * width * case.page_tokens
     key = torch.randn(tokens, kv_heads, size, dtype=case.dtype)
     value = torch.randn(tokens, kv_heads, size, dtype=case.dtype)
@@ -150,6 +152,8 @@ def main() -> None:
     if options.one_thread:
         torch.set_num_threads(1)
     torch.manual_seed(0)
+    # asks the system for the tiles of AMX, where vLLM's kernel would use them
+    torch.cpu._init_amx()
     ratios = {}
     for case in all_cases():
         if not case.name.startswith(options.only):
