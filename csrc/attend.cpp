@@ -18,6 +18,25 @@ namespace {
 constexpr int kDecodeSplitKeys = 1024;
 constexpr int kPrefillSplitKeys = 4096;
 
+// The functions that attend to prompts; decode is always `BUDGETKV_PICK`'s.
+struct Kernel {
+  int tile_queries;
+  int64_t scratch_floats;
+  bool (*split)(const AttendArgs&, const AttendTile&, int split, float* scratch);
+};
+
+Kernel prefill_kernel(const AttendArgs& args) {
+#if defined(__x86_64__)
+  // its softmax takes the largest product for the largest score
+  if (args.type == FloatType::kBfloat16 && current_isa() == Isa::kAmx && args.scale >= 0) {
+    return {amx::attend_tile_queries(), amx::attend_scratch_floats(args.head_size),
+            &amx::attend_split};
+  }
+#endif
+  return {BUDGETKV_PICK(attend_tile_queries)(),
+          BUDGETKV_PICK(attend_scratch_floats)(args.head_size), BUDGETKV_PICK(attend_split)};
+}
+
 struct Plan {
   std::vector<AttendTile> tiles;
   std::vector<std::pair<int, int>> splits;  // tile, split
@@ -25,11 +44,12 @@ struct Plan {
 };
 
 // The tiles of one batch row and KV head. `tile.first_visible` counts for the row's first token.
-void plan_head(Plan& plan, AttendTile tile, int num_tokens, int group, int head_size) {
+void plan_head(Plan& plan, AttendTile tile, int num_tokens, int group, int head_size,
+               int tile_queries) {
   const int num_queries = num_tokens * group;
   tile.is_decode = num_tokens == 1 && group <= kMaxDecodeGroup;
   tile.split_keys = tile.is_decode ? kDecodeSplitKeys : kPrefillSplitKeys;
-  const int step = tile.is_decode ? num_queries : BUDGETKV_PICK(attend_tile_queries)();
+  const int step = tile.is_decode ? num_queries : tile_queries;
   // Last tile first: it sees the most keys, and the longest work should start earliest.
   for (int first = (num_queries - 1) / step * step; first >= 0; first -= step) {
     tile.first_query = first;
@@ -59,7 +79,7 @@ void run_queue(int64_t count, int64_t scratch_floats, const Work& work) {
   });
 }
 
-void run(const AttendArgs& args, Plan& plan) {
+void run(const AttendArgs& args, const Kernel& prefill, Plan& plan) {
   const AlignedFloats partials(plan.partial_floats, kScratchAlignment);
   float* next = partials.data();
   std::vector<int> to_combine;
@@ -70,13 +90,16 @@ void run(const AttendArgs& args, Plan& plan) {
     next += int64_t{1} * tile.num_splits * tile.num_queries * (args.head_size + 2);
     to_combine.push_back(static_cast<int>(i));
   }
-  const int64_t scratch_floats = BUDGETKV_PICK(attend_scratch_floats)(args.head_size);
-  const auto split_kernel = BUDGETKV_PICK(attend_split);
+  const int64_t scratch_floats =
+      std::max(prefill.scratch_floats, BUDGETKV_PICK(attend_scratch_floats)(args.head_size));
+  const auto decode_kernel = BUDGETKV_PICK(attend_split);
   const auto combine_kernel = BUDGETKV_PICK(attend_combine);
   std::atomic<bool> found{true};
   run_queue(plan.splits.size(), scratch_floats, [&](int64_t i, float* scratch) {
-    const auto [tile, split] = plan.splits[i];
-    if (!split_kernel(args, plan.tiles[tile], split, scratch)) found = false;
+    const auto [index, split] = plan.splits[i];
+    const AttendTile& tile = plan.tiles[index];
+    const auto kernel = tile.is_decode ? decode_kernel : prefill.split;
+    if (!kernel(args, tile, split, scratch)) found = false;
   });
   TORCH_CHECK_INDEX(found, "attend: the page table of a row holds a page id outside the pool of ",
                     args.num_pages, " pages within the tokens that lens counts");
@@ -118,6 +141,7 @@ void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& v
   const auto lens_of = lens.accessor<int32_t, 2>();
   const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
   check_last_stride("table", table);
+  const Kernel prefill = prefill_kernel(args);
   Plan plan;
   for (int64_t row = 0; row < rows.size(); ++row) {
     const int num_tokens = rows.num_tokens(row);
@@ -134,10 +158,10 @@ void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& v
       tile.first_token = rows.first_token(row);
       tile.kv_head = head;
       tile.first_visible = num_keys - num_tokens + 1;
-      plan_head(plan, tile, num_tokens, args.group, args.head_size);
+      plan_head(plan, tile, num_tokens, args.group, args.head_size, prefill.tile_queries);
     }
   }
-  run(args, plan);
+  run(args, prefill, plan);
 }
 
 }  // namespace

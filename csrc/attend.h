@@ -56,6 +56,12 @@ BUDGETKV_DECLARE(int attend_tile_queries())
 BUDGETKV_DECLARE(int64_t attend_scratch_floats(int head_size))
 // Attends to the keys of one split; false if the table holds a page id that is not in the pool.
 BUDGETKV_DECLARE(bool attend_split(const AttendArgs&, const AttendTile&, int split, float* scratch))
+// Prefill of bfloat16 where `current_isa()` is kAmx; decode and the rest are AVX-512's.
+namespace amx {
+int attend_tile_queries();
+int64_t attend_scratch_floats(int head_size);
+bool attend_split(const AttendArgs&, const AttendTile&, int split, float* scratch);
+}  // namespace amx
 // Joins the partial results of a tile.
 BUDGETKV_DECLARE(void attend_combine(const AttendArgs&, const AttendTile&, float* scratch))
 

@@ -1,100 +1,10 @@
-// Attention of one tile of queries to one split of a head's keys, with an online softmax
-// (Milakov and Gimelshein, https://arxiv.org/abs/1805.02867). What prefill and decode share; their
-// inner loops are in attend_prefill.inl and attend_decode.inl.
+// Attention of one tile of queries to one split of a head's keys. The inner loops are in
+// attend_prefill.inl and attend_decode.inl.
 
-constexpr int kBlockKeys = 64;  // keys between two updates of the softmax
-constexpr int kMaxHeadSize = 256;
-constexpr float kInfinity = __builtin_inff();
-alignas(64) constexpr float kZeroRow[kMaxHeadSize] = {};
-
-// Result of a split before normalisation: query `q` has the weighted sum of values `sum[q * D]`,
-// the greatest score `peak[q]` and the total weight `total[q]`.
-struct Partial {
-  float* sum;
-  float* peak;
-  float* total;
-  Partial(float* base, int num_queries, int head_size)
-      : sum(base), peak(base + num_queries * head_size), total(peak + num_queries) {}
-};
-
-template <class T>
-BUDGETKV_INLINE const T* query_row(const AttendArgs& args, const AttendTile& tile, int query) {
-  const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
-  const int64_t token = tile.first_token + tile.token_of(query, args.group);
-  return static_cast<const T*>(args.query) + token * args.query_token_stride +
-         head * args.query_head_stride;
-}
-
-template <class T>
-BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, int query,
-                               const float* sum, float total) {
-  const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
-  const int64_t token = tile.first_token + tile.token_of(query, args.group);
-  T* out = static_cast<T*>(args.out) + token * args.out_token_stride + head * args.out_head_stride;
-  const Vec weight = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
-  for_each_vector(args.head_size, [&](int d, bool is_tail) {
-    store(out + d, load(sum + d, is_tail) * weight, is_tail);
-  });
-}
-
-// Where up to kBlockKeys tokens of a head lie; the arrays have room for whole vectors of keys.
-template <class T>
-struct Block {
-  int num_keys;
-  const T* keys[kBlockKeys];
-  const T* values[kBlockKeys];
-};
-
-// The block of tokens from `begin` on, none at or behind `end`. False if a page id is wild.
-template <class T>
-BUDGETKV_INLINE bool find_block(const AttendArgs& args, const AttendTile& tile, int begin, int end,
-                                Block<T>& block) {
-  const int in_page = args.page_tokens - 1;  // N is a power of two
-  const int shift = __builtin_ctz(args.page_tokens);
-  end = end < begin + kBlockKeys ? end : begin + kBlockKeys;
-  block.num_keys = end > begin ? end - begin : 0;
-  for (int key = begin; key < end;) {
-    const int64_t page = tile.pages[key >> shift];
-    if (page < 0 || page >= args.num_pages) return false;
-    int64_t offset = page * args.page_stride + (key & in_page) * args.head_size;
-    const int page_end = (key | in_page) + 1;
-    for (; key < end && key < page_end; ++key, offset += args.head_size) {
-      block.keys[key - begin] = static_cast<const T*>(args.keys) + offset;
-      block.values[key - begin] = static_cast<const T*>(args.values) + offset;
-    }
-  }
-  return true;
-}
-
-// Fetches `count` tokens of the next block while this one is computed: pages lie anywhere, so the
-// processor cannot guess where to read on.
-template <class T>
-BUDGETKV_INLINE void prefetch(const Block<T>& next, int first, int count, int size) {
-  constexpr int kLine = 64 / sizeof(T);
-  for (int i = first; i < first + count && i < next.num_keys; ++i) {
-    for (int d = 0; d < size; d += kLine) {
-      __builtin_prefetch(next.keys[i] + d, 0, 2);
-      __builtin_prefetch(next.values[i] + d, 0, 2);
-    }
-  }
-}
+#include "attend_tile.inl"
 
 #include "attend_decode.inl"
 #include "attend_prefill.inl"
-
-// Where the result of a split goes: to `out` if it is the only one.
-template <class T>
-BUDGETKV_INLINE void finish_split(const AttendArgs& args, const AttendTile& tile, int split,
-                                  const Partial& result) {
-  if (tile.num_splits == 1) {
-    for (int q = 0; q < tile.num_queries; ++q) {
-      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.total[q]);
-    }
-    return;
-  }
-  const int64_t size = static_cast<int64_t>(tile.num_queries) * (args.head_size + 2);
-  __builtin_memcpy(tile.partials + split * size, result.sum, size * sizeof(float));
-}
 
 template <class T>
 BUDGETKV_INLINE bool split_of_type(const AttendArgs& args, const AttendTile& tile, int split,

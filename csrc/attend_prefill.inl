@@ -102,25 +102,6 @@ BUDGETKV_INLINE void multiply_values(const float* const* v_rows, int d, const fl
   }
 }
 
-// Turns one vector of queries' scores into weights and moves its peak and total along. Returns the
-// factor by which what was summed before must shrink.
-BUDGETKV_INLINE Vec soften(float* scores, int stride, int num_keys, Vec& peak, Vec& total) {
-  Vec higher = peak;
-  for (int key = 0; key < num_keys; ++key) higher = max(higher, load(scores + key * stride));
-  // A query that has seen no key yet has the peak -inf: subtract 0 instead, to get weights of 0.
-  const Vec shift = select(higher == -kInfinity, Vec{}, higher);
-  const Vec decay = exp(peak - shift);
-  Vec sum = {};
-  for (int key = 0; key < num_keys; ++key) {
-    const Vec weight = exp(load(scores + key * stride) - shift);
-    store(scores + key * stride, weight);
-    sum += weight;
-  }
-  peak = higher;
-  total = total * decay + sum;
-  return decay;
-}
-
 template <class T, int kV>
 bool prefill(const AttendArgs& args, const AttendTile& tile, int begin, int end,
              const Partial& result, float* scratch) {

@@ -7,7 +7,8 @@
 
 namespace budgetkv {
 
-enum class Isa { kGeneric, kAvx2, kAvx512 };
+// In their order; each does what the ones before it do.
+enum class Isa { kGeneric, kAvx2, kAvx512, kAmx };
 
 // The best instruction set of this CPU, or what VLLM_BUDGETKV_ISA or set_isa asked for.
 Isa current_isa();
@@ -26,7 +27,7 @@ Isa current_isa();
   __VA_ARGS__;                \
   }
 #define BUDGETKV_PICK(function)                                              \
-  (::budgetkv::current_isa() == ::budgetkv::Isa::kAvx512 ? &avx512::function \
+  (::budgetkv::current_isa() >= ::budgetkv::Isa::kAvx512 ? &avx512::function \
    : ::budgetkv::current_isa() == ::budgetkv::Isa::kAvx2 ? &avx2::function   \
                                                          : &generic::function)
 #else

@@ -12,7 +12,7 @@ from vllm_budgetkv.ops import extension
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-INSTRUCTION_SETS = ("avx512", "avx2", "generic")
+INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
