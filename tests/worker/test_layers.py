@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
+from tests.policy.test_compile import OperationCounter
 from tests.worker.test_rehearsal import QUOTA, make_lab, serve
 from vllm_budgetkv.policy import HybridPolicy, Observation, Retention
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.worker.requests import RequestState
 
 
 def watch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -52,3 +56,24 @@ def test_layers_with_embeddings_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
     own.cache.compressor.rotaries = copies  # type: ignore[misc]
     for found, expected in zip(serve(own), serve(shared), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU each is a launch: `score` and `contrast` per layer, the rest once for all."""
+    counts = []
+    for at_once in (True, False):
+        monkeypatch.setattr(HybridPolicy, "takes_layers", at_once)
+        lab = make_lab()
+        compact_all = lab.cache.compressor.compact_all
+
+        def counted(request: RequestState, compact_all: Any = compact_all) -> None:
+            with OperationCounter() as counter:
+                compact_all(request)
+            counts[-1] = counter.count
+
+        monkeypatch.setattr(type(lab.cache.compressor), "compact_all", lambda self, r: counted(r))
+        counts.append(0)
+        serve(lab)
+        monkeypatch.undo()
+    assert 0 < counts[0] <= 183 + 2 * QUOTA.num_layers
+    assert counts[1] > 160 * QUOTA.num_layers
