@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numbers>
 #include <vector>
@@ -87,9 +88,12 @@ void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // 
   const int64_t num_queries = queries.size(0), num_rows = queries.size(1);
   const int64_t head_size = queries.size(2), group = num_queries / heads.size();
   const auto score_rows = BUDGETKV_PICK(score_rows);
-  at::parallel_for(0, num_queries, 1, [&](int64_t begin, int64_t end) {
+  // heads are ragged, so the threads take them from one queue
+  std::atomic<int64_t> next{0};
+  const int64_t num_threads = std::min<int64_t>(at::get_num_threads(), num_queries);
+  at::parallel_for(0, num_threads, 1, [&](int64_t, int64_t) {
     std::vector<float> logits;
-    for (int64_t q = begin; q < end; ++q) {
+    for (int64_t q = next++; q < num_queries; q = next++) {
       const Head& head = heads[q / group];
       if (head.num_tokens() == 0) continue;
       logits.resize(std::min(kRowTile, num_rows) * head.slots());

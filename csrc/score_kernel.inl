@@ -99,38 +99,60 @@ static void add_scaled(float* mass, const float* weights, Segment segment, float
   }
 }
 
-// Sum of the `count` largest weights, exact: a bisection on the bits of the threshold, because
-// floats from 0 to 1 order as their bits do. Ends early once a threshold splits off `count`.
-static float top_sum(const float* weights, Segment segment, int64_t count) {
-  int32_t low = 0, high = bitcast<int32_t>(1.0f) + 1;  // at least, and fewer than, `count` reach it
-  int64_t reached = 0;
-  while (high - low > 1 && reached != count) {
-    const int32_t middle = low + (high - low) / 2;
-    Int hits = Int{};
-    for (int64_t i = 0; i < segment.padded(); i += kLanes) {
-      hits -= bitcast<Int>(load(weights + i)) >= middle;
-    }
-    reached = 0;
-    for (int lane = 0; lane < kLanes; ++lane) reached += hits[lane];
-    (reached >= count ? low : high) = middle;
+// How many weights reach a threshold, which is the bits of one: floats from 0 to 1 order as they
+// do.
+static int64_t count_reaching(const float* weights, Segment segment, int32_t threshold) {
+  Int hits = Int{};
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+    hits -= bitcast<Int>(load(weights + i)) >= threshold;
   }
-  const int32_t threshold = reached == count ? low : high;
+  int64_t reached = 0;
+  for (int lane = 0; lane < kLanes; ++lane) reached += hits[lane];
+  return reached;
+}
+
+// Sum of the `count` largest weights, exact: a search for the bits of a threshold that splits them
+// off, or of the two between which they tie. It starts from `guess`, the threshold of the row
+// before, and leaves its own there; it steps away until it has a threshold on both sides, then
+// goes where a straight line through their counts hits `count`, and to the middle in turn.
+static float top_sum(const float* weights, Segment segment, int64_t count, int32_t* guess) {
+  int32_t low = 0, high = bitcast<int32_t>(1.0f) + 1;  // at least, and fewer than, `count` reach it
+  int64_t above_low = segment.padded(), above_high = 0;
+  bool has_low = false, has_high = false;
+  int32_t tried = *guess > low && *guess < high ? *guess : high - 1, step = 1 << 19;
+  int64_t reached = count_reaching(weights, segment, tried);
+  for (bool halves = false; reached != count; halves = !halves) {
+    if (reached > count) {
+      low = tried, above_low = reached, has_low = true;
+    } else {
+      high = tried, above_high = reached, has_high = true;
+    }
+    const int64_t gap = int64_t{high} - low;
+    if (gap <= 1) break;
+    int64_t next = low + gap / 2;
+    if (!(has_low && has_high) && gap > 2 * int64_t{step}) {
+      next = has_low ? low + int64_t{step} : high - int64_t{step};
+      step = step < 1 << 26 ? step * 4 : step;
+    } else if (!halves) {
+      next = low + gap * (above_low - count) / (above_low - above_high);
+    }
+    tried = static_cast<int32_t>(next <= low ? low + 1 : next >= high ? high - 1 : next);
+    reached = count_reaching(weights, segment, tried);
+  }
+  const int32_t threshold = reached == count ? tried : high;
+  *guess = threshold;
   Vec sum = Vec{};
-  Int above = Int{};
   for (int64_t i = 0; i < segment.padded(); i += kLanes) {
     const Vec weight = load(weights + i);
-    const Int taken = bitcast<Int>(weight) >= threshold;
-    sum += select(taken, weight, Vec{});
-    above -= taken;
+    sum += select(bitcast<Int>(weight) >= threshold, weight, Vec{});
   }
-  int64_t taken = 0;
-  for (int lane = 0; lane < kLanes; ++lane) taken += above[lane];
+  const int64_t taken = reached == count ? count : above_high;
   // what is missing ties at the weight just below the threshold
   return reduce_add(sum) + static_cast<float>(count - taken) * bitcast<float>(low);
 }
 
 // Adds one row's probabilities to `mass`; returns its top-k mass.
-static float score_row(const ScoreTask& task, float* logits) {
+static float score_row(const ScoreTask& task, float* logits, int32_t* guess) {
   const Segment sinks = task.sinks, rest = task.rest;
   float *rest_logits = logits + sinks.padded(), *rest_mass = task.mass + sinks.padded();
   // each segment has a maximum of its own: next to strong sinks the rest would vanish
@@ -143,12 +165,13 @@ static float score_row(const ScoreTask& task, float* logits) {
   add_scaled(task.mass, logits, sinks, gaps[0] / total);
   add_scaled(rest_mass, rest_logits, rest, gaps[1] / total);
   if (rest.num_tokens <= task.top_k) return 1.0f;
-  return top_sum(rest_logits, rest, task.top_k) / rest_sum;
+  return top_sum(rest_logits, rest, task.top_k, guess) / rest_sum;
 }
 
 float score_rows(const ScoreTask& task) {
   const int64_t padded = task.sinks.padded() + task.rest.padded();
   float topk_mass = 0.0f;
+  int32_t guess = 0;
   for (int64_t first = 0; first < task.num_rows; first += kRowTile) {
     const int64_t left = task.num_rows - first, rows = left < kRowTile ? left : kRowTile;
     const float* queries = task.queries + first * task.head_size;
@@ -156,7 +179,9 @@ float score_rows(const ScoreTask& task) {
       multiply(task.packed + slot * task.head_size, queries, rows, task, task.logits + slot,
                padded);
     }
-    for (int64_t r = 0; r < rows; ++r) topk_mass += score_row(task, task.logits + r * padded);
+    for (int64_t r = 0; r < rows; ++r) {
+      topk_mass += score_row(task, task.logits + r * padded, &guess);
+    }
   }
   return topk_mass;
 }
