@@ -21,8 +21,8 @@ MUTATIONS = (
     Mutation(
         "hybrid: the keys most like the others stay",
         "policy/unlike.py",
-        "argsort(-1, descending=True)",
-        "argsort(-1, descending=False)",
+        "topk(count, dim=-1)",
+        "topk(count, dim=-1, largest=False)",
     ),
     Mutation(
         "graphs: a chunk of one token counts as decode",

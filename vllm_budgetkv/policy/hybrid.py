@@ -106,10 +106,12 @@ class HybridPolicy(Policy):
         if observation.mass is None or self._options.unlike_share == 0:
             return tiers
         assert observation.contrast is not None
-        caps = _share_of_open(budgets, tiers, self._options.unlike_share)
+        share = self._options.unlike_share
+        caps = _share_of_open(budgets, tiers, share)
         # on a dynamic head each of them takes its whole unit along
         caps = caps.where(is_static, caps // self._options.dynamic_unit_tokens)
-        unlike = most_unlike(observation.contrast, tiers == Tier.SCORED, caps)
+        max_tokens = observation.max_head_tokens * round(share * RATIO_UNIT) // RATIO_UNIT
+        unlike = most_unlike(observation.contrast, tiers == Tier.SCORED, caps, max_tokens)
         return tiers.masked_fill_(unlike, Tier.UNLIKE)
 
 
