@@ -34,20 +34,26 @@ alignas(64) constexpr uint16_t kLaced[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4, 
 // Scratch of one split. Sizes in 32-bit words.
 struct Workspace {
   int depths, columns;  // chunks of 32 and matrices of 16 head elements
+  int64_t num_words = 0;
   uint32_t *queries, *weights, *keys, *values;
   float *scores, *sums;
+  // Without `base` it only counts its words.
   Workspace(float* base, int head_size)
       : depths((head_size + kDepth - 1) / kDepth), columns((head_size + kSide - 1) / kSide) {
-    queries = reinterpret_cast<uint32_t*>(base);             // [depths, query matrices]
-    weights = queries + depths * kQueryMatrices * kMatrix;   // [key chunks, query matrices]
-    keys = weights + kKeyChunks * kQueryMatrices * kMatrix;  // [kBlockKeys, depths * 32 bfloat16]
-    values = keys + kBlockKeys * depths * kSide;             // [key chunks, columns]
-    scores = reinterpret_cast<float*>(values + kKeyChunks * columns * kMatrix);
-    sums = scores + kBlockKeys * kTileQueries;  // [kTileQueries, columns * 16]
-  }
-  static int64_t words(int head_size) {
-    const Workspace empty(nullptr, head_size);
-    return empty.sums - static_cast<float*>(nullptr) + kTileQueries * empty.columns * kSide;
+    const auto take = [&](int64_t words) {
+      float* at = base == nullptr ? nullptr : base + num_words;
+      num_words += words;
+      return at;
+    };
+    const auto take_packed = [&](int64_t words) {
+      return reinterpret_cast<uint32_t*>(take(words));
+    };
+    queries = take_packed(int64_t{depths} * kQueryMatrices * kMatrix);  // [depths, query matrices]
+    weights = take_packed(kKeyChunks * kQueryMatrices * kMatrix);   // [key chunks, query matrices]
+    keys = take_packed(int64_t{kBlockKeys} * depths * kSide);       // [kBlockKeys, depths * 32]
+    values = take_packed(int64_t{kKeyChunks} * columns * kMatrix);  // [key chunks, columns]
+    scores = take(kBlockKeys * kTileQueries);                       // [kBlockKeys, kTileQueries]
+    sums = take(int64_t{kTileQueries} * columns * kSide);           // [kTileQueries, columns * 16]
   }
 };
 
@@ -339,7 +345,7 @@ BUDGETKV_INLINE bool prefill(const AttendArgs& args, const AttendTile& tile, int
 int attend_tile_queries() { return kTileQueries; }
 
 int64_t attend_scratch_floats(int head_size) {
-  return kTileQueries * (head_size + 2) + kLanes + Workspace::words(head_size);
+  return kTileQueries * (head_size + 2) + kLanes + Workspace(nullptr, head_size).num_words;
 }
 
 bool attend_split(const AttendArgs& args, const AttendTile& tile, int split, float* scratch) {

@@ -1,4 +1,5 @@
-// The instruction sets that every vectorised kernel is compiled for, and the one in use.
+// The instruction sets that every vectorised kernel is compiled for, and the one in use. With AMX,
+// kernels are those of AVX-512, but for what kernels_amx.cpp has.
 //
 // A kernel lives in a `<op>_kernel.inl` that `kernels_avx512.cpp`, `kernels_avx2.cpp` and
 // `kernels_generic.cpp` each compile into a namespace of their own. Its functions are declared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,10 +39,7 @@ def policy(bench: Bench) -> Iterator[Row]:
     forward_seconds = flops / bench.ceilings.matmul_flops_per_second
     compiled = torch.compile(retain, fullgraph=True, dynamic=True)
     for name, function in (("plain", retain), ("compiled", compiled)):
-
-        def run(function: object = function) -> object:
-            return function(observation)  # type: ignore[operator]
-
+        run = partial(function, observation)
         case = f"{name}, {model.name}, {HELD_TOKENS:,} tokens"
         row = measure_row(bench, "policy", case, run, counted)
         figures = {

@@ -97,6 +97,14 @@ def test_a_pool_of_one_quota_is_enough() -> None:
     rehearse(make_lab(pool_blocks=QUOTA.blocks).cache)
 
 
+def test_a_smaller_pool_is_left_alone() -> None:
+    """It took blocks with negative numbers, which a GPU would not have refused."""
+    lab = make_lab(pool_blocks=QUOTA.blocks - 1)
+    before = lab.pool.raw.clone()
+    rehearse(lab.cache)
+    assert torch.equal(lab.pool.raw, before)
+
+
 def test_warm_up_requests_leave_no_record() -> None:
     """vLLM sends requests of its own through the worker before it serves any client."""
     lab = make_lab()

@@ -6,7 +6,7 @@ Ratios enter as multiples of 1/1024.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vllm_budgetkv.policy.options import PolicyOptions
 
 RATIO_UNIT = 1024
+
+Count = TypeVar("Count", int, torch.Tensor)
 
 
 def allocate(
@@ -96,6 +98,11 @@ def _pooled_counts(
     best = keys.topk(min(total_tokens, keys.shape[-1]), sorted=False).indices
     heads = torch.div(best, max(num_tokens, 1), rounding_mode="floor")
     return torch.zeros_like(dynamic).scatter_add_(-1, heads, torch.ones_like(heads))
+
+
+def share_of(tokens: Count, share: float) -> Count:
+    """That share of the tokens, rounded down."""
+    return tokens * round(share * RATIO_UNIT) // RATIO_UNIT
 
 
 def slack(budgets: torch.Tensor, caps: torch.Tensor, total_tokens: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm_budgetkv.policy.base import Observation, Policy, Retention, Tier
-from vllm_budgetkv.policy.budgets import RATIO_UNIT, allocate
+from vllm_budgetkv.policy.budgets import allocate, share_of
 from vllm_budgetkv.policy.classify import classify
 from vllm_budgetkv.policy.importance import importance
 from vllm_budgetkv.policy.pins import Pins
@@ -110,12 +110,12 @@ class HybridPolicy(Policy):
         caps = _share_of_open(budgets, tiers, share)
         # on a dynamic head each of them takes its whole unit along
         caps = caps.where(is_static, caps // self._options.dynamic_unit_tokens)
-        max_tokens = observation.max_head_tokens * round(share * RATIO_UNIT) // RATIO_UNIT
-        unlike = most_unlike(observation.contrast, tiers == Tier.SCORED, caps, max_tokens)
+        most = share_of(observation.max_head_tokens, share)
+        unlike = most_unlike(observation.contrast, tiers == Tier.SCORED, caps, most)
         return tiers.masked_fill_(unlike, Tier.UNLIKE)
 
 
 def _share_of_open(budgets: torch.Tensor, tiers: torch.Tensor, share: float) -> torch.Tensor:
     """That share of the tokens that raised ones leave in each head's budget, int [H]."""
     open_tokens = (budgets - (tiers > Tier.SCORED).sum(dim=-1)).clamp(min=0)
-    return open_tokens * round(share * RATIO_UNIT) // RATIO_UNIT
+    return share_of(open_tokens, share)

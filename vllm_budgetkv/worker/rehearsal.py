@@ -29,6 +29,8 @@ def rehearse(cache: BudgetCache) -> None:
 
     Twice: with a probe from the start, as a look-ahead leaves one, and without. Tokens are random,
     and nothing is reported. Must run before the first request: it uses the last blocks of the pool.
+    A pool of less than a quota is left alone: vLLM starts with one only if every request fits it,
+    and then nothing is ever compressed.
 
     Args:
         cache: of a policy that compresses; as empty behind it as before, but for the content of
@@ -37,6 +39,8 @@ def rehearse(cache: BudgetCache) -> None:
     quota, tables = cache.quota, cache.tables
     device, slots = tables.lens.device, cache.slots
     num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
+    if num_blocks < quota.blocks:
+        return
     blocks = range(num_blocks - quota.blocks, num_blocks)
     chunks = list(_chunks(cache))
     prompt_tokens = sum(chunks)
