@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.policy.options import PolicyOptions
+from vllm_budgetkv.policy.probe_source import ChatTemplate
 from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class BudgetConfig:
                 "--kv-lookahead-source must be 'question', 'text' or 'template'; got "
                 f"{self.lookahead_source!r}"
             )
-        if POLICIES[self.policy].probe_source == "template" and not self.lookahead:
+        if POLICIES[self.policy].probe_source is ChatTemplate and not self.lookahead:
             raise ValueError(
                 f"--kv-policy {self.policy} asks with what runs ahead: remove --no-kv-lookahead"
             )
@@ -194,13 +195,15 @@ class BudgetConfig:
     @property
     def looks_ahead(self) -> bool:
         policy = POLICIES[self.policy]
-        return self.lookahead and policy.needs_scores and policy.probe_source != "recent"
+        return self.lookahead and policy.needs_scores and policy.probe_source.runs_ahead
 
     @property
     def lookahead_limit_tokens(self) -> int:
         """Most text tokens, the last of the prompt, that run ahead."""
-        sources = (self.lookahead_source, POLICIES[self.policy].probe_source)
-        return self.template_tokens if "template" in sources else self.lookahead_tokens
+        asks_template = POLICIES[self.policy].probe_source is ChatTemplate
+        if asks_template or self.lookahead_source == "template":
+            return self.template_tokens
+        return self.lookahead_tokens
 
     @property
     def lookahead_enough_tokens(self) -> int:

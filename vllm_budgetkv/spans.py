@@ -94,14 +94,6 @@ class PromptSpans:
             ranges.append(TokenRange(start, item.stop))
         return tuple(ranges)
 
-    @cached_property
-    def text_ranges(self) -> tuple[TokenRange, ...]:
-        """Text spans of the prompt that are not empty, in order."""
-        starts = [0, *(vision.stop for vision in self.vision_ranges)]
-        stops = [*(vision.start for vision in self.vision_ranges), self.prompt_tokens]
-        spans = (TokenRange(*span) for span in zip(starts, stops, strict=True))
-        return tuple(span for span in spans if span.start < span.stop)
-
     @property
     def end_of_vision(self) -> int:
         """Position behind the last vision token; 0 without vision."""

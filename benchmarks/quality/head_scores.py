@@ -51,7 +51,7 @@ def measure(model: str, count: int) -> list[list[float]]:
     lab = Lab(Setup(model=model, budget={"policy": "full"}))
     examples = [e for task in TASKS for e in make_examples(task, LENGTH_TOKENS, count)]
     with closing(lab):
-        scale = cache_of(lab).compressor.scales[0]
+        scale = cache_of(lab).layers.reader.scales[0]
         recorder = PrefillRecorder(lab, lambda spans: [spans.prompt_tokens - 1], takes_cache=True)
         with recorder:
             outcomes = lab.ask(examples)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from benchmarks.quality.lab import Lab
     from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.cache import BudgetCache
+    from vllm_budgetkv.worker.probes import Probes
     from vllm_budgetkv.worker.requests import RequestState, RowPlan
-    from vllm_budgetkv.worker.slots import Slots
 
 T = TypeVar("T")
 
@@ -74,13 +74,14 @@ def _worker_of(lab: Lab) -> Any:
 
 
 @contextmanager
-def before_admission(lab: Lab, see: Callable[[Slots, SchedulerOutput], None]) -> Iterator[None]:
+def before_admission(lab: Lab, see: Callable[[Probes, SchedulerOutput], None]) -> Iterator[None]:
     """Show every step to `see` before the lab's worker follows it, when seeds are not taken yet."""
-    slots = cache_of(lab).slots
+    cache = cache_of(lab)
+    slots, probes = cache.slots, cache.layers.probes
     follow = slots.follow
 
     def see_and_follow(scheduled: SchedulerOutput) -> None:
-        see(slots, scheduled)
+        see(probes, scheduled)
         follow(scheduled)
 
     slots.follow = see_and_follow
@@ -145,7 +146,7 @@ class PrefillRecorder:
         context = _worker_of(lab).vllm_config.compilation_config.static_forward_context
         self._layers = {
             index: context[name].register_forward_pre_hook
-            for name, index in self._cache.layer_index.items()
+            for name, index in self._cache.layers.index.items()
         }
         self._choose, self._takes_cache = choose, takes_cache
         self._pieces: dict[str, _Pieces] = defaultdict(_Pieces)
@@ -189,7 +190,7 @@ class PrefillRecorder:
             return
         for plan, start in zip(step.plans, step.starts, strict=False):
             request = plan.request
-            if not _is_client_prefill(self._cache, plan):
+            if not _is_client_prefill(plan):
                 continue
             # behind a preemption the output so far is prefilled too
             first = request.computed_tokens
@@ -258,7 +259,7 @@ class KeptRecorder:
     def _see_end(self, model: torch.nn.Module, args: Any, output: Any) -> None:
         step = self._cache.step
         for plan in step.plans if step else ():
-            if plan.ends_prefill and _is_client_prefill(self._cache, plan):
+            if plan.ends_prefill and _is_client_prefill(plan):
                 self._kept[plan.request.request_id] = held_positions(self._cache, plan.request)
 
 
@@ -276,8 +277,7 @@ def held_positions(cache: BudgetCache, request: RequestState) -> torch.Tensor:
     return held
 
 
-def _is_client_prefill(cache: BudgetCache, plan: RowPlan) -> bool:
+def _is_client_prefill(plan: RowPlan) -> bool:
     """Whether a client's prompt runs in this row, and not a look-ahead or decode."""
     request = plan.request
-    is_client = cache.slots.parent_of(request.request_id) is None
-    return is_client and request.in_prefill(request.computed_tokens)
+    return request.parent_id is None and request.in_prefill(request.computed_tokens)

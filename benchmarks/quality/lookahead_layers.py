@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
-    from vllm_budgetkv.worker.slots import Slots
+    from vllm_budgetkv.worker.probes import Probes
 
 
 class PartialBank(ProbeBank):
@@ -83,7 +83,7 @@ def template_bank(setup: Setup, example: Example) -> ProbeBank:
     """
     banks: list[ProbeBank] = []
     lab = Lab(replace(setup, budget=setup.budget | {"lookahead_source": "template"}))
-    with closing(lab), before_admission(lab, lambda slots, _: banks.extend(slots.seeds.values())):
+    with closing(lab), before_admission(lab, lambda probes, _: banks.extend(probes.seeds.values())):
         lab.ask([example])
     if not banks:
         raise ValueError(
@@ -95,12 +95,12 @@ def template_bank(setup: Setup, example: Example) -> ProbeBank:
 
 def parting(
     layers: Collection[int], template: ProbeBank
-) -> Callable[[Slots, SchedulerOutput], None]:
+) -> Callable[[Probes, SchedulerOutput], None]:
     """What replaces every seed by one that only some layers use; for `before_admission`."""
 
-    def part(slots: Slots, _: SchedulerOutput) -> None:
-        for request_id, seed in slots.seeds.items():
+    def part(probes: Probes, _: SchedulerOutput) -> None:
+        for request_id, seed in probes.seeds.items():
             if not isinstance(seed, PartialBank):
-                slots.seeds[request_id] = PartialBank.of(seed, layers, template)
+                probes.seed(request_id, PartialBank.of(seed, layers, template))
 
     return part

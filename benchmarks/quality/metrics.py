@@ -250,7 +250,7 @@ def full_prefills(setup: Setup, examples: Sequence[Example]) -> tuple[list[Prefi
         ) as recorder,
     ):
         lab.ask(examples)
-        scales = cache_of(lab).compressor.scales
+        scales = cache_of(lab).layers.reader.scales
     return recorder.prefills(), [scales[layer] for layer in sorted(scales)]
 
 

@@ -14,7 +14,8 @@ from benchmarks.quality.inside import PrefillRecorder, before_admission, client_
 from benchmarks.quality.lab import Lab
 from vllm_budgetkv.config import BudgetConfig
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.worker.bank import ProbeBank
+from vllm_budgetkv.policy.probe_source import PromptText
+from vllm_budgetkv.worker.bank import BankShape, ProbeBank
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.quality.inside import Prefill
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
-    from vllm_budgetkv.worker.slots import Slots
+    from vllm_budgetkv.worker.probes import Probes
 
 
 def ask_with_oracle(setup: Setup, examples: Sequence[Example]) -> list[Outcome]:
@@ -63,10 +64,10 @@ def question_banks(setup: Setup, examples: Sequence[Example]) -> list[ProbeBank]
     """
     config = BudgetConfig.from_mapping(setup.budget)
     policy = POLICIES[config.policy]
-    if not policy.needs_scores or policy.probe_source != "text":
+    if not policy.needs_scores or policy.probe_source is not PromptText:
         raise ValueError(
             f"policy {config.policy} does not score by the text of the prompt, so an oracle cannot "
-            "ask in its place: choose a policy whose probe_source is 'text'"
+            "ask in its place: choose a policy whose probe_source is PromptText"
         )
     lab = Lab(replace(setup, budget={"policy": "full"}))
     with (
@@ -83,14 +84,9 @@ def question_banks(setup: Setup, examples: Sequence[Example]) -> list[ProbeBank]
 def bank_of(prefill: Prefill, capacity: int) -> ProbeBank:
     """A bank that holds the recorded queries, oldest first."""
     num_layers, num_queries, num_query_heads, head_size = prefill.queries.shape
-    bank = ProbeBank(
-        num_layers,
-        capacity,
-        num_query_heads,
-        head_size,
-        prefill.queries.dtype,
-        prefill.queries.device,
-    )
+    queries = prefill.queries
+    shape = BankShape(num_layers, num_query_heads, head_size, queries.dtype, queries.device)
+    bank = ProbeBank(shape, capacity)
     write = bank.plan_write(list(range(num_queries)))
     bank.write_positions(write, prefill.rotary_positions)
     for layer in range(num_layers):
@@ -98,15 +94,15 @@ def bank_of(prefill: Prefill, capacity: int) -> ProbeBank:
     return bank
 
 
-def seeding(lab: Lab, banks: Sequence[ProbeBank]) -> Callable[[Slots, SchedulerOutput], None]:
+def seeding(lab: Lab, banks: Sequence[ProbeBank]) -> Callable[[Probes, SchedulerOutput], None]:
     """What gives the next requests of a lab these banks as seeds, one each, in the order of asking.
 
     For `before_admission`.
     """
     first = lab.llm.request_counter.counter
 
-    def seed(slots: Slots, scheduled: SchedulerOutput) -> None:
+    def seed(probes: Probes, scheduled: SchedulerOutput) -> None:
         for new in scheduled.scheduled_new_reqs:
-            slots.seeds[new.req_id] = banks[client_number(new.req_id) - first]
+            probes.seed(new.req_id, banks[client_number(new.req_id) - first])
 
     return seed

@@ -7,7 +7,7 @@ OUT is a file of `torch.save`.
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +25,15 @@ from benchmarks.quality.inside import (
 from benchmarks.quality.lab import Lab, Outcome, Setup
 from benchmarks.quality.metrics import QUERY_TOKENS
 from benchmarks.quality.suite import Example, make_examples
+from vllm_budgetkv.policy.probe_source import PromptText
 from vllm_budgetkv.worker.bank import ProbeBank
+from vllm_budgetkv.worker.probes import Probes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from vllm_budgetkv.worker.cache import BudgetCache
+    from vllm_budgetkv.worker.requests import RequestState
 
 PAGE_TOKENS = 8
 PROBE_TOKENS = 16
@@ -72,7 +77,7 @@ class End:
         self._outputs.clear()
         for plan in step.plans if step else ():
             request, tables = plan.request, self._cache.tables
-            if not plan.ends_prefill or "#" in request.request_id:
+            if not plan.ends_prefill or request.parent_id is not None:
                 continue
             pages = tables.page_table[request.slot].long()
             self.found[request.request_id] = {
@@ -82,8 +87,25 @@ class End:
                 "values": tables.pool.values[pages].flatten(2, 3),
                 "is_static": tables.is_static[request.slot].clone(),
                 "outputs": torch.stack([out[-QUERY_TOKENS:] for out in outputs]),
-                "scales": self._cache.compressor.scales,
+                "scales": self._cache.layers.reader.scales,
             }
+
+
+class PrefillBanks(Probes):
+    """Banks of every prompt, also where no policy asks."""
+
+    def plan(self, request: RequestState, start: int, stop: int) -> Sequence[int]:
+        if not request.in_prefill(start):
+            return []
+        if request.bank is None:
+            request.ask_with(self.new_bank())
+        return PromptText.positions(request.spans, start, stop, self.options, is_seeded=False)
+
+
+def keep_banks(cache: BudgetCache) -> None:
+    """Let a cache whose policy asks nothing keep queries all the same."""
+    arguments = {f.name: getattr(cache.layers.probes, f.name) for f in fields(Probes) if f.init}
+    cache.layers = replace(cache.layers, probes=PrefillBanks(**arguments))
 
 
 class WatchedLab(Lab):
@@ -96,9 +118,7 @@ class WatchedLab(Lab):
         end = End(self)
         if not compresses:
             # the engine's own banks, which a full cache does not need, say what the seeds must be
-            cache_of(self)._needs_bank = lambda request, _: request.in_prefill(
-                request.computed_tokens
-            )
+            keep_banks(cache_of(self))
         with (
             PrefillRecorder(
                 self,

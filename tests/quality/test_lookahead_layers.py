@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ import torch
 from benchmarks.quality import inside
 from benchmarks.quality.inside import before_admission
 from benchmarks.quality.lookahead_layers import PartialBank, parting
-from vllm_budgetkv.worker.bank import ProbeBank
+from vllm_budgetkv.worker.bank import BankShape, ProbeBank
 
 NUM_LAYERS = 3
 
 
 def make_bank(num_tokens: int, first: float) -> ProbeBank:
     """The query of token t in layer l is `first` + 10 l + t."""
-    bank = ProbeBank(NUM_LAYERS, 8, 1, 2, torch.float32, torch.device("cpu"))
+    bank = ProbeBank(BankShape(NUM_LAYERS, 1, 2, torch.float32, torch.device("cpu")), 8)
     write = bank.plan_write(list(range(num_tokens)))
     bank.write_positions(write, torch.arange(num_tokens))
     for layer in range(NUM_LAYERS):
@@ -60,20 +61,25 @@ def test_all_ask_alike_once_the_question_is_read(seed: ProbeBank, template: Prob
 def test_seeds_are_parted_before_requests_take_them(
     seed: ProbeBank, template: ProbeBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    class Probes:
+        seeds = {"a": seed}
+
+        def seed(self, request_id: str, bank: ProbeBank) -> None:
+            self.seeds[request_id] = bank
+
     class Slots:
-        def __init__(self) -> None:
-            self.seeds = {"a": seed}
-            self.taken: list[ProbeBank] = []
+        taken: ClassVar[list[ProbeBank]] = []
 
         def follow(self, _: object) -> None:
-            self.taken.append(self.seeds["a"].copy())
+            self.taken.append(probes.seeds["a"].copy())
 
-    slots = Slots()
-    monkeypatch.setattr(inside, "cache_of", lambda _: SimpleNamespace(slots=slots))
+    slots, probes = Slots(), Probes()
+    cache = SimpleNamespace(slots=slots, layers=SimpleNamespace(probes=probes))
+    monkeypatch.setattr(inside, "cache_of", lambda _: cache)
     with before_admission(SimpleNamespace(), parting((0,), template)):
         slots.follow(None)
         slots.follow(None)
-    slots.seeds["a"] = seed
+    probes.seed("a", seed)
     slots.follow(None)
     assert [len(asked(bank, 1)) for bank in slots.taken] == [2, 2, 4]
     assert [len(asked(bank, 0)) for bank in slots.taken] == [4, 4, 4]

@@ -26,7 +26,7 @@ def test_a_bank_holds_the_queries_in_order() -> None:
 
 @pytest.mark.parametrize("policy", ["window", "snapkv", "streammem"])
 def test_a_policy_that_does_not_ask_the_question_is_refused(policy: str) -> None:
-    with pytest.raises(ValueError, match="choose a policy whose probe_source is 'text'"):
+    with pytest.raises(ValueError, match="choose a policy whose probe_source is PromptText"):
         question_banks(Setup(model="none", budget={"policy": policy, "page_quota": 40}), [])
 
 

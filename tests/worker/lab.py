@@ -13,15 +13,15 @@ from tests.policy.factories import head_scores_file
 from vllm_budgetkv.layout import PageLayout, PagePool
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 from vllm_budgetkv.worker.bank import Rotary
-from vllm_budgetkv.worker.cache import BudgetCache
-from vllm_budgetkv.worker.compressor import Compressor
-from vllm_budgetkv.worker.slots import Slots
-from vllm_budgetkv.worker.step import Step
-from vllm_budgetkv.worker.tables import HeadTables
+from vllm_budgetkv.worker.build import Model, Rules, build_cache
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.policy import Policy
     from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.worker.cache import BudgetCache
     from vllm_budgetkv.worker.report import RequestRecord
+    from vllm_budgetkv.worker.requests import RequestState
+    from vllm_budgetkv.worker.step import Step
 
 LOOKAHEAD = "#ahead"
 
@@ -113,54 +113,48 @@ class Lab:
         num_pages = pool_blocks * self.layers * heads
         raw = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8)
         self.pool = PagePool(raw, layout)
-        self.pool.poison()
         self.free_blocks = list(range(pool_blocks))
         self.finished: list[RequestRecord] = []
-        self.cache = self._make_cache(policy, num_slots)
+        self.cache = self.make_cache(policy, num_slots)
         # per (request, layer): [prompt and output tokens, 2 (K, V), H, D]
         self.shadow: dict[tuple[str, int], torch.Tensor] = {}
         self.gone: set[str] = set()
 
-    def _make_cache(self, policy: str, num_slots: int) -> BudgetCache:
-        quota = self.quota
-        tables = HeadTables.empty(
-            self.pool,
-            num_slots=num_slots,
-            num_layers=self.layers,
-            num_heads=self.heads,
-            width_pages=quota.table_width_pages,
-            quota_blocks=quota.blocks if quota.compresses else 0,
-            device=torch.device("cpu"),
-        )
-        inv_freq = self.rope_base ** -torch.linspace(0, 1, self.head_size // 2)
-        compressor = Compressor(
-            tables=tables,
-            policy=make_policy(policy, self.options, quota.page_tokens),
-            options=self.options,
-            quota=quota,
-            scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
-            rotaries=dict.fromkeys(range(self.layers), Rotary(inv_freq, True)),
-            poison=True,
-        )
-        slots = Slots(
-            tables=tables,
-            quota=quota,
-            policy_name=policy,
-            block_bytes=self.layers * self.heads * self.pool.layout.page_bytes,
-            parent_of=parent_of,
-            poison=True,
-            on_finished=self.finished.append,
-        )
-        return BudgetCache(
-            quota=quota,
-            tables=tables,
-            slots=slots,
-            compressor=compressor,
-            num_query_heads=self.heads * self.group,
-            check_ledger=True,
-            reports=True,
+    def make_cache(self, policy: str, num_slots: int) -> BudgetCache:
+        """The cache that a worker would build."""
+        model = Model(
+            pool=self.pool,
             layer_index={f"layer{i}": i for i in range(self.layers)},
+            scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
+            rotaries=self.rotaries(),
+            num_query_heads=self.heads * self.group,
+            num_heads=self.heads,
         )
+        rules = Rules(
+            policy=make_policy(policy, self.options, self.quota.page_tokens),
+            options=self.options,
+            quota=self.quota,
+            num_slots=num_slots,
+            check_ledger=True,
+        )
+        return build_cache(model, rules, parent_of, self.finished.append)
+
+    def rotaries(self) -> dict[int, Rotary]:
+        """The embedding of each layer; all share one."""
+        return dict.fromkeys(range(self.layers), self.rotary)
+
+    @property
+    def rotary(self) -> Rotary:
+        """How the lab's queries and keys are turned."""
+        return Rotary(self.rope_base ** -torch.linspace(0, 1, self.head_size // 2), True)
+
+    @property
+    def policy(self) -> Policy:
+        return self.cache.layers.compressor.policy
+
+    def state(self, client: Client) -> RequestState:
+        """What the worker knows of a client that holds a slot."""
+        return self.cache.slots.requests[client.request_id]
 
     # --- what the engine core does -------------------------------------------------------------
 
@@ -207,7 +201,7 @@ class Lab:
         for client, num_tokens in work.items():
             self._schedule(scheduled, client, num_tokens)
         self.cache.begin_step(scheduled)
-        step = self._forward(work) if work else None
+        step = self.forward(work) if work else None
         self.cache.end_step()
         for client, num_tokens in work.items():
             client.computed_tokens += num_tokens
@@ -244,11 +238,10 @@ class Lab:
 
     # --- what the model does --------------------------------------------------------------------
 
-    def _forward(self, work: dict[Client, int]) -> Step:
+    def forward(self, work: dict[Client, int]) -> Step:
         rows = sorted(work, key=lambda client: work[client])
         starts = torch.tensor([0, *(work[c] for c in rows)]).cumsum(0)
-        step = Step.build(self.cache, [c.request_id for c in rows], starts)
-        self.cache.step = step
+        step = self.cache.open_step([c.request_id for c in rows], starts)
         positions = [torch.arange(work[c]) + c.computed_tokens for c in rows]
         step.see_positions(torch.cat(positions).expand(3, -1))
         for layer in range(self.layers):
@@ -270,7 +263,7 @@ class Lab:
 
     def run_layer(self, step: Step, layer: int, *tensors: torch.Tensor) -> None:
         """What the model's layer calls with query, key, value and out."""
-        step.run_layer(f"layer{layer}", *tensors, self.head_size**-0.5)
+        step.run_layer(f"layer{layer}", *tensors)
 
     def project(
         self, client: Client, layer: int, first: int, count: int

@@ -67,15 +67,15 @@ class Scripted(Lab):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         index = torch.arange(first, first + count)
         query, key, value = self.script[layer][:, self.place_in_script(client, index)]
-        rotary = self.cache.compressor.rotaries[layer]
+        rotary = self.rotary
         query, key = (rotate(x, index, rotary.inv_freq, rotary.is_neox) for x in (query, key))
         return query, key[:, : self.heads].contiguous(), value[:, : self.heads].contiguous()
 
     def see(self, client: Client, layer: int, out: torch.Tensor) -> None:
         self.outputs.setdefault(client.request_id, []).append(out.clone())
 
-    def _forward(self, work: dict[Client, int]) -> Step:
-        step = super()._forward(work)
+    def forward(self, work: dict[Client, int]) -> Step:
+        step = super().forward(work)
         self.steps.append(step)
         return step
 

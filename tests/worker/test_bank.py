@@ -10,14 +10,15 @@ from tests.worker.scripted import Scripted
 from vllm_budgetkv.policy import PolicyOptions
 from vllm_budgetkv.quota import Quota
 from vllm_budgetkv.rotation import rotate
-from vllm_budgetkv.worker.bank import BankWrite, ProbeBank, Rotary
+from vllm_budgetkv.worker.bank import BankShape, BankWrite, ProbeBank, Rotary
 
 LAYERS, CAPACITY, QUERY_HEADS, HEAD_SIZE = 2, 4, 3, 32
 INV_FREQ = 100.0 ** -torch.linspace(0, 1, HEAD_SIZE // 2)
 
 
 def make_bank() -> ProbeBank:
-    return ProbeBank(LAYERS, CAPACITY, QUERY_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
+    shape = BankShape(LAYERS, QUERY_HEADS, HEAD_SIZE, torch.float32, torch.device("cpu"))
+    return ProbeBank(shape, CAPACITY)
 
 
 def numbered(first: int, count: int) -> torch.Tensor:
@@ -174,7 +175,7 @@ def test_a_stored_query_is_the_one_of_its_position() -> None:
 def test_text_before_the_video_does_not_replace_a_seed() -> None:
     lab, client = make_lab()
     run_ahead(lab, client)
-    seed = lab.cache.slots.seeds["video"]
+    seed = lab.cache.layers.probes.seeds["video"]
     stored = seed.queries.clone()
     # the last 8 of the look-ahead's 12 tokens
     assert sorted(seed.positions.tolist()) == list(range(4, 12))
@@ -208,7 +209,7 @@ def test_a_seed_leaves_with_its_request() -> None:
     lab.step({client: 24})
     lab.give_blocks(client)
     lab.step({}, finished=("video",))
-    assert not lab.cache.slots.seeds
+    assert not lab.cache.layers.probes.seeds
 
 
 @pytest.mark.parametrize("policy", ["hybrid", "window"])

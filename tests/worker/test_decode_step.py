@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +14,9 @@ from tests.worker.lab import Client, Feature, Lab
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.policy import PolicyOptions
 from vllm_budgetkv.quota import Quota
-from vllm_budgetkv.worker.step import Step
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.worker.step import Step
 
 QUOTA = Quota(blocks=12, page_tokens=8, num_layers=3, chunk_tokens=24, decode_interval_tokens=16)
 OPTIONS = PolicyOptions(sink_tokens=2, window_tokens=8, probe_tokens=8, force_class="dynamic")
@@ -63,7 +65,7 @@ class Replayed(Lab):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__("hybrid", QUOTA, pool_blocks=40, options=OPTIONS, **kwargs)
-        self.captured = Step.to_capture(self.cache, CAPTURED_ROWS)
+        self.captured = self.cache.step_to_capture(CAPTURED_ROWS)
         heads = (self.heads * self.group, self.heads, self.heads, self.heads * self.group)
         self.tensors = [torch.zeros(CAPTURED_ROWS, count, self.head_size) for count in heads]
         self.num_replays = 0
@@ -147,7 +149,7 @@ def test_capturing_changes_nothing(num_rows: int) -> None:
     lab.step({client: 20})
     tables = lab.cache.tables
     before = [lab.pool.raw.clone(), tables.page_table.clone(), tables.lens.clone()]
-    captured = Step.to_capture(lab.cache, num_rows)
+    captured = lab.cache.step_to_capture(num_rows)
     for layer in range(QUOTA.num_layers):
         Lab.run_layer(lab, captured, layer, *(x[:num_rows] for x in lab.tensors))
     after = [lab.pool.raw, tables.page_table, tables.lens]
@@ -156,13 +158,12 @@ def test_capturing_changes_nothing(num_rows: int) -> None:
 
 def test_a_graph_has_no_more_rows_than_requests_have_slots() -> None:
     with pytest.raises(ValueError, match="graph of 7 rows was asked for, but --max-num-seqs is 6"):
-        Step.to_capture(Replayed().cache, 7)
+        Replayed().cache.step_to_capture(7)
 
 
 def test_the_builder_offers_it_to_vllm() -> None:
     lab = Replayed()
-    builder = object.__new__(BudgetMetadataBuilder)
-    builder._cache = None
+    builder = BudgetMetadataBuilder(None, [], None, torch.device("cpu"))
     assert builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3)) is None, "not bound yet"
     builder.bind(lab.cache, lambda common: [])
     step = builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3))

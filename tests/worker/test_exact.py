@@ -39,7 +39,7 @@ def test_dynamic_heads_that_read_all_pages_are_dense_attention(group: int) -> No
     )
     lab.reads_all_pages = True
     client = lab.run(video_client(), outputs=30)
-    assert lab.cache.tables.retrieves[lab.slot(client)].all()
+    assert lab.cache.tables.is_retrieving[lab.slot(client)].all()
     retrieving = [step for step in lab.steps if step.num_retrieving_rows]
     assert len(retrieving) == 29
 
@@ -268,4 +268,4 @@ def test_a_preempted_request_gives_up_its_slot() -> None:
     lab.give_blocks(second)
     lab.step({first: 24}, finished=("second",))
     lab.run(first, outputs=2)
-    assert lab.cache.slots.records["first"].preemptions == 1
+    assert lab.cache.reports.records["first"].preemptions == 1

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from tests.policy.test_compile import OperationCounter
+from tests.worker.lab import Lab
 from tests.worker.test_rehearsal import QUOTA, make_lab, serve
 from vllm_budgetkv.policy import HybridPolicy, Observation, Retention
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.worker.bank import Rotary
     from vllm_budgetkv.worker.requests import RequestState
 
 
@@ -41,21 +44,25 @@ def test_the_same_as_layer_by_layer(monkeypatch: pytest.MonkeyPatch, options: An
     assert set(dims[num_calls:]) == {2}
     for found, expected in zip(at_once, one_by_one, strict=True):
         assert torch.equal(found, expected)
-    for name in ("page_table", "lens", "num_free", "is_static", "retrieves"):
+    for name in ("page_table", "lens", "num_free", "is_static", "is_retrieving"):
         pair = (getattr(each.cache.tables, name) for each in (at_once_lab, lab))
         assert torch.equal(*pair), name
 
 
-def test_layers_with_embeddings_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_embeddings_of_their_own() -> None:
     """Probes of layers that turn differently are turned one by one; the answer is the same."""
-    shared, own = make_lab(), make_lab()
-    rotaries = own.cache.compressor.rotaries
-    copies = {layer: type(rotary)(*vars(rotary).values()) for layer, rotary in rotaries.items()}
-    assert len({id(rotary) for rotary in copies.values()}) == QUOTA.num_layers
-    monkeypatch.setattr(type(own.cache.compressor), "__setattr__", object.__setattr__)
-    own.cache.compressor.rotaries = copies  # type: ignore[misc]
+    shared, own = make_lab(), make_lab(kind=OwnEmbeddings)
+    rotaries = own.cache.layers.probes.rotaries.values()
+    assert len({id(rotary) for rotary in rotaries}) == QUOTA.num_layers
     for found, expected in zip(serve(own), serve(shared), strict=True):
         assert torch.equal(found, expected)
+
+
+class OwnEmbeddings(Lab):
+    """Every layer has an embedding of its own, though all turn alike."""
+
+    def rotaries(self) -> dict[int, Rotary]:
+        return {layer: replace(self.rotary) for layer in range(self.layers)}
 
 
 def test_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +71,16 @@ def test_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     for at_once in (True, False):
         monkeypatch.setattr(HybridPolicy, "takes_layers", at_once)
         lab = make_lab()
-        compact_all = lab.cache.compressor.compact_all
+        compress_all = lab.cache.layers.compressor.compress_all
 
-        def counted(request: RequestState, compact_all: Any = compact_all) -> None:
+        def counted(request: RequestState, compress_all: Any = compress_all) -> None:
             with OperationCounter() as counter:
-                compact_all(request)
+                compress_all(request)
             counts[-1] = counter.count
 
-        monkeypatch.setattr(type(lab.cache.compressor), "compact_all", lambda self, r: counted(r))
+        monkeypatch.setattr(
+            type(lab.cache.layers.compressor), "compress_all", lambda self, r: counted(r)
+        )
         counts.append(0)
         serve(lab)
         monkeypatch.undo()

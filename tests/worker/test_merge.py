@@ -37,13 +37,14 @@ class MergingLab(Lab):
     Keys lie around a few directions, so that there is something to merge.
     """
 
-    def _make_cache(self, policy: str, num_slots: int) -> BudgetCache:
+    def make_cache(self, policy: str, num_slots: int) -> BudgetCache:
         self.num_changed = 0
         if policy == "hybrid":
             self.options = replace(self.options, merge="value")
         self.mode = MODES[policy]
-        cache = super()._make_cache(policy, num_slots)
-        cache.compressor = WatchedCompressor(**vars(cache.compressor), lab=self)
+        cache = super().make_cache(policy, num_slots)
+        watched = WatchedCompressor(**vars(cache.layers.compressor), lab=self)
+        cache.layers = replace(cache.layers, compressor=watched)
         return cache
 
     def project(
@@ -94,16 +95,11 @@ class WatchedCompressor(Compressor):
     lab: MergingLab
 
     def compress(
-        self,
-        request: RequestState,
-        layers: Sequence[int],
-        longest_tokens: int,
-        seen_tokens: int,
-        last: bool,
+        self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
     ) -> None:
         client, heads = Client(request.request_id, 0), range(self.lab.heads)
         before = [[self.lab.held(client, layer, head) for head in heads] for layer in layers]
-        super().compress(request, layers, longest_tokens, seen_tokens, last)
+        super().compress(request, layers, num_tokens, last)
         for layer, held in zip(layers, before, strict=True):
             self.lab.merge_shadow((request.request_id, layer), held)
 

@@ -39,7 +39,7 @@ def watch_probes(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 def watch_observations(monkeypatch: pytest.MonkeyPatch, lab: Scripted) -> list[Observation]:
     seen: list[Observation] = []
-    policy = lab.cache.compressor.policy
+    policy = lab.policy
     retain = policy.retain
 
     def spy(observation: Observation) -> Any:
@@ -98,7 +98,7 @@ def test_the_template_is_turned_to_the_end_of_each_chunk(monkeypatch: pytest.Mon
     probes = watch_probes(monkeypatch)
     lab.run(client, outputs=1)
     raw = lab.script[0][0, :3]
-    rotary = lab.cache.compressor.rotaries[0]
+    rotary = lab.rotary
     for chunk, probe in enumerate(probes[:: lab.layers]):
         stop = 24 * (chunk + 4)
         place = torch.arange(stop, stop + 3)
@@ -189,7 +189,7 @@ def test_layers_hold_what_the_policy_wants(policy: str) -> None:
     lab, client = make_lab(policy), video_client()
     lab.run(client, outputs=1)
     sizes = (lab.layers, lab.heads, lab.quota.budget_tokens)
-    desired = lab.cache.compressor.policy.layer_budgets(*sizes)
+    desired = lab.policy.layer_budgets(*sizes)
     assert desired is not None and len(set(desired)) == lab.layers
     for outputs in (1, 26):
         lab.run(client, outputs=outputs)

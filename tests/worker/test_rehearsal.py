@@ -20,9 +20,11 @@ COMPRESSING = sorted(name for name, policy in POLICIES.items() if policy.compres
 SHADOWED = [name for name in COMPRESSING if not name.startswith("lookm-")]
 
 
-def make_lab(policy: str = "hybrid", pool_blocks: int = 40, **options: Any) -> Lab:
+def make_lab(
+    policy: str = "hybrid", pool_blocks: int = 40, kind: type[Lab] = Lab, **options: Any
+) -> Lab:
     chosen = PolicyOptions(sink_tokens=2, window_tokens=8, probe_tokens=8, **options)
-    return Lab(policy, QUOTA, pool_blocks=pool_blocks, options=chosen)
+    return kind(policy, QUOTA, pool_blocks=pool_blocks, options=chosen)
 
 
 def serve(lab: Lab) -> list[torch.Tensor]:
@@ -39,12 +41,13 @@ def serve(lab: Lab) -> list[torch.Tensor]:
 def test_the_cache_is_empty_again(policy: str) -> None:
     lab, untouched = make_lab(policy), make_lab(policy)
     rehearse(lab.cache)
-    for name in ("page_table", "lens", "num_free", "retrieves", "is_static"):
+    for name in ("page_table", "lens", "num_free", "is_retrieving", "is_static"):
         pair = (getattr(lab.cache.tables, name), getattr(untouched.cache.tables, name))
         assert torch.equal(*pair), name
-    assert all(field.isnan().all() for field in (lab.pool.keys, lab.pool.values, lab.pool.scores))
-    slots = lab.cache.slots
-    assert not (slots.requests or slots.spans or slots.seeds or slots.records or lab.finished)
+    assert all(field.isnan().all() for field in (lab.pool.keys, lab.pool.values))
+    slots, records = lab.cache.slots, lab.cache.reports.records
+    assert not (slots.requests or slots.spans or lab.cache.layers.probes.seeds)
+    assert not (records or lab.finished)
     assert lab.cache.step is None and not lab.cache.plans
 
 
@@ -108,10 +111,9 @@ def test_a_smaller_pool_is_left_alone() -> None:
 def test_warm_up_requests_leave_no_record() -> None:
     """vLLM sends requests of its own through the worker before it serves any client."""
     lab = make_lab()
-    lab.cache.slots.has_clients = False
-    lab.step({Client("_warmup_0_", 2): 2})
-    lab.step({}, finished=("_warmup_0_",))
-    lab.cache.slots.has_clients = True
+    with lab.cache.reports.paused():
+        lab.step({Client("_warmup_0_", 2): 2})
+        lab.step({}, finished=("_warmup_0_",))
     lab.step({Client("text", 2): 2})
     lab.step({}, finished=("text",))
     assert [record.request_id for record in lab.finished] == ["text"]

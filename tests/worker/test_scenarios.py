@@ -61,8 +61,7 @@ def play(lab: Lab, num_steps: int) -> None:
         if len(clients) < 4 and chance.random() < 0.5:
             client = make_client(lab, f"request{number}")
             long = not lab.quota.fits(client.prompt_tokens)
-            policy = lab.cache.compressor.policy
-            looks_ahead = policy.needs_scores and policy.probe_source != "recent"
+            looks_ahead = lab.policy.needs_scores and lab.policy.probe_source.runs_ahead
             if long and looks_ahead and chance.random() < 0.5:
                 ahead = Client(client.request_id + LOOKAHEAD, min(5, lab.quota.chunk_tokens))
                 lab.step({ahead: ahead.prompt_tokens})
@@ -115,12 +114,14 @@ def play_scenarios(policy: str, seeds: range) -> None:
 
 def assert_empty(lab: Lab) -> None:
     """Nothing of any request is left."""
-    slots = lab.cache.slots
-    assert not slots.requests and not slots.records and not slots.spans
-    assert all(name + LOOKAHEAD not in slots.seeds for name in lab.gone)
+    slots, seeds = lab.cache.slots, lab.cache.layers.probes.seeds
+    assert not slots.requests and not slots.spans and not lab.cache.reports.records
+    assert all(name + LOOKAHEAD not in seeds for name in lab.gone)
     tables = lab.cache.tables
     assert (tables.page_table == -1).all() and (tables.lens == 0).all()
-    assert (tables.num_free == 0).all() and tables.is_static.all() and not tables.retrieves.any()
+    assert (
+        (tables.num_free == 0).all() and tables.is_static.all() and not tables.is_retrieving.any()
+    )
     for record in lab.finished:
         assert record.peak_blocks <= lab.quota.blocks
 

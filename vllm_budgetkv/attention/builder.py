@@ -53,9 +53,7 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
             return None
         query_start = common_attn_metadata.query_start_loc_cpu
         row_ids = self._row_ids(common_attn_metadata)
-        step = Step.build(self._cache, row_ids, query_start[: len(row_ids) + 1])
-        self._cache.step = step
-        return step
+        return self._cache.open_step(row_ids, query_start[: len(row_ids) + 1])
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -63,4 +61,4 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         """The decode step that a graph of so many rows replays."""
         if self._cache is None:
             return None
-        return Step.to_capture(self._cache, common_attn_metadata.num_reqs)
+        return self._cache.step_to_capture(common_attn_metadata.num_reqs)

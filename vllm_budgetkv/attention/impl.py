@@ -80,5 +80,5 @@ class BudgetAttention(AttentionImpl[Step]):
         if attn_metadata is None:
             return output.zero_()
         out = output.view(-1, self.num_heads, self.head_size)
-        attn_metadata.run_layer(layer.layer_name, query, key, value, out, self.scale)
+        attn_metadata.run_layer(layer.layer_name, query, key, value, out)
         return output

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_budgetkv.policy.base import Observation, Policy, ProbeSource, Retention
+from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.budgets import allocate
 from vllm_budgetkv.policy.importance import pooled_attention
+from vllm_budgetkv.policy.probe_source import RecentTokens
 from vllm_budgetkv.policy.uniform import keep_uniform
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class AdaSnapKVPolicy(Policy):
 
     name: ClassVar[str] = "ada-snapkv"
     needs_scores: ClassVar[bool] = True
-    probe_source: ClassVar[ProbeSource] = "recent"
+    probe_source = RecentTokens
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:

@@ -11,20 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 
+from vllm_budgetkv.policy.probe_source import ProbeSource, PromptText
+
 if TYPE_CHECKING:
     import torch
 
     from vllm_budgetkv.policy.options import PolicyOptions
 
-
-ProbeSource = Literal["text", "template", "recent"]
-"""Which queries score the cache.
-
-- text: the last text tokens; a look-ahead runs them before a long prompt.
-- template: the last tokens of the prompt, those of the chat template alone; also run ahead, and
-  nothing that comes later replaces them.
-- recent: the last tokens of each step whatever they are; there is no look-ahead.
-"""
 
 MergeMode = Literal["average", "pivot", "weighted", "value"]
 """How tokens that are dropped are merged into kept ones; `ops.merge` has the formulas."""
@@ -149,7 +142,7 @@ class Policy(Protocol):
     """What the user types."""
     needs_scores: ClassVar[bool]
     """Whether the probe must be scored before `retain` is called."""
-    probe_source: ClassVar[ProbeSource] = "text"
+    probe_source: ClassVar[type[ProbeSource]] = PromptText
     """Whose queries are the probe; without meaning if no scores are needed."""
     needs_value_norms: ClassVar[bool] = False
     """Whether `value_norms` are needed also without a probe."""

@@ -9,10 +9,10 @@ from vllm_budgetkv.policy.base import (
     MergeMode,
     Observation,
     Policy,
-    ProbeSource,
     Retention,
     Tier,
 )
+from vllm_budgetkv.policy.probe_source import RecentTokens
 from vllm_budgetkv.policy.uniform import keep_uniform
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class LookMPolicy(Policy):
 
     name: ClassVar[str] = "lookm"
     needs_scores: ClassVar[bool] = True
-    probe_source: ClassVar[ProbeSource] = "recent"
+    probe_source = RecentTokens
     compresses: ClassVar[bool] = True
     merge: ClassVar[MergeMode | None] = None
     """How dropped tokens are merged into kept ones."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_budgetkv.policy.base import Observation, Policy, ProbeSource, Retention
+from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.importance import pooled_attention
+from vllm_budgetkv.policy.probe_source import RecentTokens
 from vllm_budgetkv.policy.uniform import keep_uniform
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class SnapKVPolicy(Policy):
 
     name: ClassVar[str] = "snapkv"
     needs_scores: ClassVar[bool] = True
-    probe_source: ClassVar[ProbeSource] = "recent"
+    probe_source = RecentTokens
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from vllm_budgetkv.policy.base import Observation, Policy, ProbeSource, Retention
+from vllm_budgetkv.policy.base import Observation, Policy, Retention
 from vllm_budgetkv.policy.importance import pooled_attention
+from vllm_budgetkv.policy.probe_source import ChatTemplate
 from vllm_budgetkv.policy.uniform import keep_uniform
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class StreamMemPolicy(Policy):
 
     name: ClassVar[str] = "streammem"
     needs_scores: ClassVar[bool] = True
-    probe_source: ClassVar[ProbeSource] = "template"
+    probe_source = ChatTemplate
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:

@@ -1,27 +1,20 @@
-"""Put the worker's cache together once vLLM has allocated its buffer and loaded its model."""
+"""The engine's model as the cache sees it: one pool, layers by index, heads, scales, rotations."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
-from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.rotation import inverse_frequencies
 from vllm_budgetkv.worker.bank import Rotary
-from vllm_budgetkv.worker.cache import BudgetCache
-from vllm_budgetkv.worker.compressor import Compressor
-from vllm_budgetkv.worker.slots import Slots
-from vllm_budgetkv.worker.tables import HeadTables
+from vllm_budgetkv.worker.build import Model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
-    from vllm_budgetkv.config import BudgetConfig
     from vllm_budgetkv.quota import Quota
-    from vllm_budgetkv.worker.report import RequestRecord
 
 
 def pool_of(
@@ -107,51 +100,16 @@ def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     return shapes.pop()
 
 
-def _make_compressor(
-    config: BudgetConfig,
-    quota: Quota,
-    tables: HeadTables,
-    layers: Mapping[str, Any],
-    layer_index: Mapping[str, int],
-    model: torch.nn.Module,
-) -> Compressor:
-    options = config.policy_options()
-    policy = make_policy(config.policy, options, quota.page_tokens)
-    turns_probe = policy.needs_scores and policy.probe_source != "recent"
-    compressor = Compressor(
-        tables=tables,
-        policy=policy,
-        options=options,
-        quota=quota,
-        scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
-        rotaries=rotaries_of(model, layer_index) if turns_probe else {},
-        poison=config.check_ledger,
-    )
-    if quota.compresses:
-        compressor.new_layer_budgets()  # refuses a model that does not fit before any request
-    return compressor
-
-
-def make_cache(
-    *,
-    config: BudgetConfig,
-    quota: Quota,
-    layers: Mapping[str, Any],
-    model: torch.nn.Module,
-    max_num_seqs: int,
-    parent_of: Callable[[str], str | None],
-    writes_report: bool,
-) -> BudgetCache:
-    """Build the cache of one worker.
+def model_of(
+    layers: Mapping[str, Any], model: torch.nn.Module, quota: Quota, *, turns_probe: bool
+) -> Model:
+    """What the cache must know of the engine's model, whose buffer is allocated.
 
     Args:
-        config: the user's options.
-        quota: what one request may hold.
-        layers: vLLM's attention layers by name, with `kv_cache`, `impl` and head counts.
+        layers: the engine's attention layers by name, with `kv_cache`, `impl` and head counts.
         model: for its rotary embeddings.
-        max_num_seqs: requests that may hold a slot at once.
-        parent_of: id of the request that a look-ahead runs for, or None.
-        writes_report: whether this rank appends to the report file.
+        quota: for as many layers.
+        turns_probe: whether queries are turned, so that the embeddings must be understood.
 
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
@@ -160,39 +118,11 @@ def make_cache(
     views = {name: layer.kv_cache for name, layer in layers.items()}
     dtype = next(iter(views.values())).dtype
     pool, layer_index = pool_of(views, PageLayout(quota.page_tokens, head_size, dtype))
-    if config.check_ledger:
-        pool.poison()
-    tables = HeadTables.empty(
-        pool,
-        num_slots=max_num_seqs,
-        num_layers=quota.num_layers,
-        num_heads=num_heads,
-        width_pages=quota.table_width_pages,
-        quota_blocks=quota.blocks if quota.compresses else 0,
-        device=pool.raw.device,
-    )
-    compressor = _make_compressor(config, quota, tables, layers, layer_index, model)
-
-    def finish(record: RequestRecord) -> None:
-        if config.report_file and writes_report:
-            record.append_to(Path(config.report_file))
-
-    slots = Slots(
-        tables=tables,
-        quota=quota,
-        policy_name=config.policy,
-        block_bytes=quota.num_layers * num_heads * pool.layout.page_bytes,
-        parent_of=parent_of,
-        poison=config.check_ledger,
-        on_finished=finish,
-    )
-    return BudgetCache(
-        quota=quota,
-        tables=tables,
-        slots=slots,
-        compressor=compressor,
-        num_query_heads=num_query_heads,
-        check_ledger=config.check_ledger,
-        reports=bool(config.report_file) and writes_report,
+    return Model(
+        pool=pool,
         layer_index=layer_index,
+        scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
+        rotaries=rotaries_of(model, layer_index) if turns_probe else {},
+        num_query_heads=num_query_heads,
+        num_heads=num_heads,
     )

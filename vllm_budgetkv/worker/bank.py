@@ -35,31 +35,42 @@ class BankWrite:
     ring_index: torch.Tensor
 
 
+@dataclass(frozen=True)
+class BankShape:
+    """What a bank holds of each query.
+
+    Args:
+        num_layers: layers (L).
+        num_query_heads: query heads of this rank (Hq).
+        head_size: D.
+        dtype, device: of the queries.
+    """
+
+    num_layers: int
+    num_query_heads: int
+    head_size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def queries(self, num_layers: int, count: int) -> torch.Tensor:
+        """[num_layers, count, Hq, D], zeros."""
+        shape = (num_layers, count, self.num_query_heads, self.head_size)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+
 class ProbeBank:
     """A ring of the last `capacity` text queries.
 
     Args:
-        num_layers: layers (L).
+        shape: of its queries.
         capacity: probe queries (M).
-        num_query_heads: query heads of this rank (Hq).
-        head_size: D.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        capacity: int,
-        num_query_heads: int,
-        head_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        shape = (num_layers, capacity, num_query_heads, head_size)
-        self.queries = torch.zeros(shape, dtype=dtype, device=device)
-        self.positions = torch.zeros(capacity, dtype=torch.int64, device=device)
+    def __init__(self, shape: BankShape, capacity: int) -> None:
+        self.queries = shape.queries(shape.num_layers, capacity)
+        self.positions = torch.zeros(capacity, dtype=torch.int64, device=shape.device)
         self.capacity = capacity
         self.num_written = 0
-        self.is_seeded = False
 
     @property
     def size(self) -> int:

@@ -6,70 +6,53 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.ops import backend
-from vllm_budgetkv.worker.bank import ProbeBank
 from vllm_budgetkv.worker.ledger import check_slot
-from vllm_budgetkv.worker.report import record_kept
 from vllm_budgetkv.worker.requests import RequestState, RowPlan
-from vllm_budgetkv.worker.rows import DecodeBuffers, Rows
+from vllm_budgetkv.worker.step import Step, count_retrieving_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    import torch
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from vllm_budgetkv.quota import Quota
-    from vllm_budgetkv.worker.compressor import Compressor
+    from vllm_budgetkv.worker.report import Reports
+    from vllm_budgetkv.worker.rows import Rows
     from vllm_budgetkv.worker.slots import Slots
-    from vllm_budgetkv.worker.step import Step
+    from vllm_budgetkv.worker.step import Layers
     from vllm_budgetkv.worker.tables import HeadTables
 
 
 @dataclass
 class BudgetCache:
-    """Everything that the worker holds under the quota.
+    """Everything that the worker holds under quotas. A step is planned, opened, run and ended here.
 
     Args:
-        quota: what one request may hold.
-        tables: page tables and the pool.
         slots: the requests.
-        compressor: compresses one layer of one request.
-        num_query_heads: query heads of this rank (Hq).
-        check_ledger: check every slot after every step.
-        reports: whether records note which tokens were kept.
-        layer_index: index in the pool of each layer, by vLLM's name.
+        layers: what the layers of every step work with.
         rows: rows of the current batch; there are as many as slots.
-        buffers: what a decode step writes for itself.
+        reports: told of every client request.
+        check_ledger: check every slot after every step.
         plans: what each request does in the current step, by id.
         step: the current batch; None between batches.
     """
 
-    quota: Quota
-    tables: HeadTables
     slots: Slots
-    compressor: Compressor
-    num_query_heads: int
+    layers: Layers
+    rows: Rows
+    reports: Reports
     check_ledger: bool
-    reports: bool
-    layer_index: dict[str, int]
-    rows: Rows = field(init=False)
-    buffers: DecodeBuffers = field(init=False)
-    plans: dict[str, RowPlan] = field(default_factory=dict)
-    step: Step | None = None
+    plans: dict[str, RowPlan] = field(default_factory=dict, init=False)
+    step: Step | None = field(default=None, init=False)
 
-    def __post_init__(self) -> None:
-        num_rows = len(self.tables.num_free)
-        self.rows = Rows.empty(num_rows, self.tables.lens.device)
-        self.buffers = DecodeBuffers.empty(
-            self.tables,
-            num_rows,
-            self.num_query_heads,
-            keeps_queries=self.quota.compresses and self.compressor.policy.needs_scores,
-        )
+    @property
+    def tables(self) -> HeadTables:
+        return self.layers.tables
 
     @property
     def compiles(self) -> bool:
         """Whether the first long request would wait for kernels to be compiled."""
-        return self.quota.compresses and backend.of(self.tables.lens) == "triton"
+        return self.layers.compressor.policy.compresses and backend.of(self.tables.lens) == "triton"
 
     @property
     def has_chunks(self) -> bool:
@@ -88,6 +71,58 @@ class BudgetCache:
             for request_id, num_tokens in num_tokens_of.items()
         }
 
+    def open_step(self, row_ids: Sequence[str], query_start: torch.Tensor) -> Step:
+        """Order the plans as the batch's rows; a decode step takes its pages.
+
+        Args:
+            row_ids: request id of each row; all have a plan.
+            query_start: int [R + 1] on the host.
+        """
+        plans = [self.plans[request_id] for request_id in row_ids]
+        starts = query_start.tolist()
+        self.rows.fill(plans, starts)
+        rows = self.rows.first(len(plans))
+        is_decode = all(plan.is_decode for plan in plans)
+        if is_decode:
+            self.tables.reserve(rows)
+            rows.shared.zero_()
+        # what a decode step leaves behind is counted in rows
+        first_tokens = range(len(plans)) if is_decode else starts
+        self.step = Step(
+            layers=self.layers,
+            plans=plans,
+            starts=starts,
+            rows=rows,
+            is_decode=is_decode,
+            writes=self.layers.probes.open_writes(plans, first_tokens),
+            num_retrieving_rows=count_retrieving_rows(plans),
+        )
+        return self.step
+
+    def step_to_capture(self, num_rows: int) -> Step:
+        """A decode step of any `num_rows` requests: its layers read the tensors of the cache.
+
+        Until a step is opened, its rows have no tokens and change nothing.
+
+        Raises:
+            ValueError: the cache has room for fewer rows.
+        """
+        if num_rows > (capacity := len(self.rows.slots)):
+            raise ValueError(
+                f"a graph of {num_rows} rows was asked for, but --max-num-seqs is {capacity}: "
+                "lower --max-cudagraph-capture-size"
+            )
+        self.rows.fill([], [0])
+        return Step(
+            layers=self.layers,
+            plans=[],
+            starts=range(num_rows + 1),
+            rows=self.rows.first(num_rows),
+            is_decode=True,
+            writes=[],
+            num_retrieving_rows=num_rows if self.layers.reader.choice else 0,
+        )
+
     def end_step(self) -> None:
         """Advance every request that ran, and check the ledger if asked to.
 
@@ -100,99 +135,47 @@ class BudgetCache:
                 "plugin: it does not serve this model runner; start without --kv-policy"
             )
         if self.step is not None:
-            self.step.finish()
+            self.step.close()
         for plan in self.plans.values():
             self._advance(plan)
         self.plans = {}
         self.step = None
         if self.check_ledger:
             for request in self.slots.requests.values():
-                check_slot(
-                    self.tables, request.slot, request.blocks, request.shared, self.quota.blocks
-                )
+                check_slot(self.tables, request)
 
     def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
         start_tokens = request.computed_tokens
         stop_tokens = start_tokens + num_tokens
+        quota, compressor = request.quota, self.layers.compressor
         plan = RowPlan(request, num_tokens)
         if request.in_prefill(start_tokens):
-            plan.compress = self.quota.compresses_after(stop_tokens, request.prefill_tokens)
-            if plan.compress and not request.shared:
+            plan.compress = quota.compresses_after(stop_tokens, request.prefill_tokens)
+            if plan.compress:
                 self._share(request)
         else:
             held_tokens = None if request.shared else start_tokens
-            if self.quota.compacts_before_decode(request.grown_tokens, held_tokens):
-                if not request.shared:
-                    self._share(request)
-                self.compressor.compact_all(request)
-        plan.bank_positions = self._bank_positions(request, start_tokens, stop_tokens)
+            if quota.compacts_before_decode(request.grown_tokens, held_tokens):
+                self._share(request)
+                compressor.compress_all(request)
+        plan.bank_positions = self.layers.probes.plan(request, start_tokens, stop_tokens)
         return plan
 
     def _share(self, request: RequestState) -> None:
-        self.slots.share(request)
-        request.layer_budgets = self.compressor.new_layer_budgets()
-
-    def _bank_positions(self, request: RequestState, start: int, stop: int) -> list[int]:
-        """Positions of this step's tokens whose queries join the request's bank."""
-        if not self._needs_bank(request, stop):
-            return []
-        spans, options = request.spans, self.compressor.options
-        source = self.compressor.policy.probe_source
-        is_seeded = request.request_id in self.slots.seeds
-        if request.bank is None:
-            request.bank = self.new_bank()
-        if source == "recent":
-            return list(range(max(start, stop - options.probe_tokens), stop))
-        if source == "template":
-            template = spans.last_text_positions(0, spans.prompt_tokens, options.template_tokens)
-            return [] if is_seeded else [p for p in template if start <= p < stop]
-        if is_seeded:
-            # the look-ahead's queries already stand for all text before the last vision token
-            start = max(start, spans.end_of_vision)
-        return spans.last_text_positions(start, stop, options.probe_tokens)
-
-    def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
-        compressor = self.compressor
-        if not (self.quota.compresses and compressor.policy.needs_scores):
-            return False
-        if self.slots.parent_of(request.request_id) is not None or request.is_long(self.quota):
-            return True
-        if compressor.policy.probe_source == "template":
-            # its queries pass once, long before the output of a short prompt needs them
-            return True
-        # a short prompt needs probes only once its output comes near the quota
-        return stop_tokens + compressor.options.probe_tokens > self.quota.tokens
-
-    def new_bank(self) -> ProbeBank:
-        """An empty bank for one request."""
-        layout, options = self.tables.pool.layout, self.compressor.options
-        is_template = self.compressor.policy.probe_source == "template"
-        return ProbeBank(
-            self.tables.num_layers,
-            options.template_tokens if is_template else options.probe_tokens,
-            self.num_query_heads,
-            layout.head_size,
-            layout.dtype,
-            self.tables.lens.device,
-        )
+        """Let a request's heads share its pages from its first compression on."""
+        if not request.shared:
+            self.tables.share(request.slot, request.blocks, request.computed_tokens)
+            request.share(self.layers.compressor.new_layer_budgets(request.quota))
 
     def _advance(self, plan: RowPlan) -> None:
-        request = plan.request
-        was_prefill = request.in_prefill(request.computed_tokens)
-        request.computed_tokens += plan.num_tokens
-        request.grown_tokens += plan.num_tokens
-        ends_prefill = was_prefill and not request.in_prefill(request.computed_tokens)
+        request, ends_prefill = plan.request, plan.ends_prefill
+        request.advance(plan.num_tokens)
         if plan.compress:
-            self.compressor.finish(request, last=ends_prefill)
-        extra_bytes = self.tables.slot_bytes + (request.bank.nbytes if request.bank else 0)
-        request.record.observe(len(request.blocks), extra_bytes)
-        if ends_prefill:
-            self._end_prefill(request)
-
-    def _end_prefill(self, request: RequestState) -> None:
-        parent_id = self.slots.parent_of(request.request_id)
-        if parent_id is not None:
+            self.layers.compressor.finished(request, last=ends_prefill)
+        if not ends_prefill:
+            return
+        if request.parent_id is None:
+            self.reports.prefilled(request)
+        else:
             assert request.bank is not None
-            self.slots.seeds[parent_id] = request.bank
-        elif self.reports and request.request_id in self.slots.records:
-            record_kept(request, self.tables)
+            self.layers.probes.seed(request.parent_id, request.bank)

@@ -9,7 +9,7 @@ import torch
 from vllm_budgetkv.worker.tables import NO_PAGE, HeadTables
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from vllm_budgetkv.worker.requests import RequestState
 
 
 def held_pages(tables: HeadTables, slot: int) -> torch.Tensor:
@@ -20,21 +20,20 @@ def held_pages(tables: HeadTables, slot: int) -> torch.Tensor:
     return tables.page_table[slot][column < num_pages[..., None]]
 
 
-def check_slot(
-    tables: HeadTables, slot: int, blocks: Sequence[int], shared: bool, quota_blocks: int
-) -> None:
-    """Check one slot against the blocks that its request holds.
+def check_slot(tables: HeadTables, request: RequestState) -> None:
+    """Check the tables of one request against the blocks that it holds.
 
     Raises:
         RuntimeError: more blocks than the quota, or a head-page lost, foreign or held twice.
     """
+    slot, blocks, quota_blocks = request.slot, request.blocks, request.quota.blocks
     if len(blocks) > quota_blocks:
         raise RuntimeError(f"slot {slot} holds {len(blocks)} blocks, its quota is {quota_blocks}")
     held = held_pages(tables, slot)
     if (held == NO_PAGE).any():
         raise RuntimeError(f"slot {slot}: a head is longer than its page table")
     owned = tables.pages_of(blocks).flatten()
-    if not shared:
+    if not request.shared:
         if not torch.isin(held, owned).all() or held.unique().numel() != held.numel():
             raise RuntimeError(f"slot {slot}: a head holds a page that is not its own")
         return

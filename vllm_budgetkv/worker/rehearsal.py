@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.spans import PromptSpans, VisionItem
-from vllm_budgetkv.worker.step import Step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +35,7 @@ def rehearse(cache: BudgetCache) -> None:
         cache: of a policy that compresses; as empty behind it as before, but for the content of
             those blocks, which is NaN if the cache poisons what is free.
     """
-    quota, tables = cache.quota, cache.tables
+    quota, tables, probes = cache.slots.quota, cache.tables, cache.layers.probes
     device, slots = tables.lens.device, cache.slots
     num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
     if num_blocks < quota.blocks:
@@ -47,21 +46,22 @@ def rehearse(cache: BudgetCache) -> None:
     video = VisionItem(0, prompt_tokens - TEXT_TOKENS, "video", FRAME_TOKENS)
     generator = torch.Generator(device).manual_seed(0)
     for has_probe in (True, False):
-        slots.spans[REQUEST_ID] = PromptSpans(prompt_tokens, (video,), device)
+        slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device))
         if has_probe:
-            slots.seeds[REQUEST_ID] = seed = cache.new_bank()
+            seed = probes.new_bank()
             seed.queries.normal_(generator=generator)
             seed.plan_write(list(range(seed.capacity)))
+            probes.seed(REQUEST_ID, seed)
         slots.admit(REQUEST_ID, prompt_tokens, list(blocks), 0)
         # one token more than decode appends between two compactions
         for num_tokens in (*chunks, *[1] * (quota.decode_interval_tokens + 1)):
             _run_step(cache, num_tokens, generator)
-        slots.finish(REQUEST_ID)
+        slots.end(REQUEST_ID)
 
 
 def _chunks(cache: BudgetCache) -> Iterator[int]:
     """Whole chunks until a head may hold its most, one more, and an odd one as prompts end on."""
-    quota = cache.quota
+    quota = cache.slots.quota
     longest_tokens = max(quota.tokens, quota.max_head_tokens)
     for _ in range(-(-longest_tokens // quota.chunk_tokens) + 1):
         yield quota.chunk_tokens
@@ -72,11 +72,11 @@ def _chunks(cache: BudgetCache) -> Iterator[int]:
 def _run_step(cache: BudgetCache, num_tokens: int, generator: torch.Generator) -> None:
     """One step in which the rehearsing request alone gets `num_tokens` tokens."""
     cache.plan_step({REQUEST_ID: num_tokens})
-    cache.step = step = Step.build(cache, [REQUEST_ID], torch.tensor([0, num_tokens]))
+    step = cache.open_step([REQUEST_ID], torch.tensor([0, num_tokens]))
     first = cache.slots.requests[REQUEST_ID].computed_tokens
     device, layout = cache.tables.lens.device, cache.tables.pool.layout
     step.see_positions(torch.arange(first, first + num_tokens, device=device))
-    heads = (cache.num_query_heads, cache.tables.num_heads, cache.tables.num_heads)
+    num_query_heads, num_heads = cache.layers.probes.shape.num_query_heads, cache.tables.num_heads
     query, key, value = (
         torch.randn(
             num_tokens,
@@ -86,9 +86,9 @@ def _run_step(cache: BudgetCache, num_tokens: int, generator: torch.Generator) -
             dtype=layout.dtype,
             device=device,
         )
-        for count in heads
+        for count in (num_query_heads, num_heads, num_heads)
     )
     out = torch.empty_like(query)
-    for name, layer in cache.layer_index.items():
-        step.run_layer(name, query, key, value, out, cache.compressor.scales[layer])
+    for name in cache.layers.index:
+        step.run_layer(name, query, key, value, out)
     cache.end_step()

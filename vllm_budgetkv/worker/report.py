@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_budgetkv.quota import ceil_div
+
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.worker.requests import RequestState
     from vllm_budgetkv.worker.tables import HeadTables
 
@@ -51,26 +56,89 @@ class RequestRecord:
     static_heads: list[list[bool]] = field(default_factory=list)
     frames: list[dict[str, Any]] = field(default_factory=list)
 
-    def observe(self, num_blocks: int, extra_bytes: int) -> None:
-        """Note what the request holds at this instant."""
-        self.peak_blocks = max(self.peak_blocks, num_blocks)
-        self.kv_bytes = max(self.kv_bytes, num_blocks * self.block_bytes + extra_bytes)
-
-    def leave(self, seen_tokens: int) -> None:
-        """Note how long the request is when it gives up its slot."""
-        # the last sampled token was never computed
-        self.output_tokens = max(0, seen_tokens + 1 - self.prompt_tokens)
-        self.full_cache_blocks = -(-seen_tokens // self.page_tokens)
-
     def append_to(self, path: Path) -> None:
         """Write the record as one line of JSON behind the file's others."""
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(self)) + "\n")
 
 
-def record_kept(request: RequestState, tables: HeadTables) -> None:
-    """Count what each class of head holds after prefill. Reads the device; only for reports."""
-    record, slot = request.record, request.slot
+@dataclass
+class Reports:
+    """The records of unfinished client requests. Every number of a record is written here.
+
+    Args:
+        policy_name: for the records.
+        block_bytes: bytes of a block of this rank.
+        tables: page tables.
+        on_finished: gets the record of every client request that ended; None if nobody reads them.
+        records: by request id.
+        is_paused: whether new requests are no client's, as while the worker warms up.
+    """
+
+    policy_name: str
+    block_bytes: int
+    tables: HeadTables
+    on_finished: Callable[[RequestRecord], None] | None
+    records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
+    is_paused: bool = field(default=False, init=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Requests that arrive inside are no client's."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    def open(
+        self, request_id: str, quota: Quota, prompt_tokens: int, frames: list[dict[str, Any]]
+    ) -> None:
+        """A client's request arrived."""
+        if self.is_paused or self.on_finished is None:
+            return
+        self.records[request_id] = RequestRecord(
+            request_id=request_id,
+            policy=self.policy_name,
+            quota_blocks=quota.blocks,
+            page_tokens=quota.page_tokens,
+            prompt_tokens=prompt_tokens,
+            block_bytes=self.block_bytes,
+            frames=frames,
+        )
+
+    def left(self, request: RequestState, *, is_preempted: bool) -> None:
+        """A request gives up its slot; the blocks that it holds now are the most it had there."""
+        record = self.records.get(request.request_id)
+        if record is None:
+            return
+        num_blocks = len(request.blocks)
+        extra_bytes = self.tables.slot_bytes + (request.bank.nbytes if request.bank else 0)
+        record.peak_blocks = max(record.peak_blocks, num_blocks)
+        record.kv_bytes = max(record.kv_bytes, num_blocks * self.block_bytes + extra_bytes)
+        # the last sampled token was never computed
+        record.output_tokens = max(0, request.computed_tokens + 1 - record.prompt_tokens)
+        record.full_cache_blocks = ceil_div(request.computed_tokens, record.page_tokens)
+        record.compressions += request.compressions
+        record.compression_seconds += request.compression_seconds
+        record.preemptions += is_preempted
+
+    def prefilled(self, request: RequestState) -> None:
+        """The prompt of a request is in the cache. Reads the device."""
+        record = self.records.get(request.request_id)
+        if record is not None:
+            _record_kept(record, request, self.tables)
+
+    def close(self, request_id: str) -> None:
+        """A request ended."""
+        record = self.records.pop(request_id, None)
+        if record is not None and self.on_finished is not None:
+            self.on_finished(record)
+
+
+def _record_kept(record: RequestRecord, request: RequestState, tables: HeadTables) -> None:
+    """Count what each class of head holds after prefill."""
+    slot = request.slot
     page_tokens = tables.pool.layout.page_tokens
     length = request.prefill_tokens
     record.static_heads = tables.is_static[slot].tolist()

@@ -7,30 +7,34 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from vllm_budgetkv.layer_budgets import LayerBudgets
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.bank import ProbeBank
-    from vllm_budgetkv.worker.report import RequestRecord
 
 
 @dataclass
 class RequestState:
-    """One request that has a slot.
+    """One request that has a slot. It changes through its own methods alone.
 
     Args:
         request_id: its id in the engine.
         slot: its row of the tables.
+        quota: what it may hold.
         prefill_tokens: tokens to prefill; after a preemption the prompt and the output so far.
         spans: which prompt positions are vision and which text.
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
+        parent_id: the request that it runs ahead of; None for a client's request.
         shared: whether its head-pages are shared between its heads (else identity).
         grown_tokens: tokens appended since its last compression.
-        has_classes: whether its heads have been classified.
-        retrieves: whether its digests are valid, so that decode may read some pages only.
+        compressions: how often all its layers were compressed.
+        compression_seconds: of the host; on a GPU the time that launching takes.
+        has_digests: whether its digests are valid, so that decode may read some pages only.
         bank: its probe queries; None until it needs some.
         position_offset: int64 scalar on the device: what the rotary position of its next token is
             beyond the token's index. Text alone follows the prompt, so decode leaves it.
@@ -39,32 +43,87 @@ class RequestState:
 
     request_id: str
     slot: int
+    quota: Quota
     prefill_tokens: int
     spans: PromptSpans
     blocks: list[int]
     computed_tokens: int
-    record: RequestRecord
-    shared: bool = False
-    grown_tokens: int = 0
-    has_classes: bool = False
-    retrieves: bool = False
+    parent_id: str | None = None
     bank: ProbeBank | None = None
-    position_offset: torch.Tensor | None = None
-    layer_budgets: LayerBudgets | None = None
+    shared: bool = field(default=False, init=False)
+    grown_tokens: int = field(default=0, init=False)
+    compressions: int = field(default=0, init=False)
+    compression_seconds: float = field(default=0.0, init=False)
+    has_digests: bool = field(default=False, init=False)
+    position_offset: torch.Tensor | None = field(default=None, init=False)
+    layer_budgets: LayerBudgets | None = field(default=None, init=False)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its heads have been classified."""
+        return self.compressions > 0
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the prompt will not fit the quota, so that its chunks are compressed."""
+        return self.quota.compresses and not self.quota.fits(self.prefill_tokens)
 
     def in_prefill(self, start_tokens: int) -> bool:
         return start_tokens < self.prefill_tokens
 
-    def is_long(self, quota: Quota) -> bool:
-        """Whether the prompt will not fit the quota, so that its chunks are compressed."""
-        return quota.compresses and not quota.fits(self.prefill_tokens)
-
-    def longest_head_tokens(self, quota: Quota, num_tokens: int) -> int:
+    def longest_head_tokens(self, num_tokens: int) -> int:
         """Upper bound of any head's length once `num_tokens` more are appended."""
         seen_tokens = self.computed_tokens + num_tokens
         if not self.has_classes:
             return seen_tokens
-        return min(seen_tokens, quota.max_head_tokens + self.grown_tokens + num_tokens)
+        return min(seen_tokens, self.quota.max_head_tokens + self.grown_tokens + num_tokens)
+
+    def grow(self, blocks: Sequence[int]) -> None:
+        """Hold more blocks.
+
+        Raises:
+            RuntimeError: it holds its whole quota already.
+        """
+        if self.shared:
+            raise RuntimeError(
+                f"request {self.request_id} shares its head-pages, so it already holds its quota "
+                f"of {self.quota.blocks} blocks, but it was given {len(blocks)} more"
+            )
+        self.blocks += blocks
+
+    def share(self, layer_budgets: LayerBudgets | None) -> None:
+        """Leave the identity state, before the first compression."""
+        self.shared = True
+        self.layer_budgets = layer_budgets
+
+    def ask_with(self, bank: ProbeBank) -> None:
+        """Keep probe queries in `bank` from now on."""
+        self.bank = bank
+
+    def stand_at(self, position_offset: torch.Tensor) -> None:
+        """Note how far rotary positions are beyond the indices of the next tokens."""
+        self.position_offset = position_offset
+
+    def claim_tokens(self, layer: int) -> int:
+        """Tokens per head, on average, that a layer may keep of the compression that begins."""
+        if self.layer_budgets is None:
+            return self.quota.budget_tokens
+        return self.layer_budgets.claim(layer)
+
+    def spend(self, seconds: float) -> None:
+        """Add to the time that its compressions took."""
+        self.compression_seconds += seconds
+
+    def advance(self, num_tokens: int) -> None:
+        """Tokens were appended to every head."""
+        self.computed_tokens += num_tokens
+        self.grown_tokens += num_tokens
+
+    def compressed(self, *, has_digests: bool) -> None:
+        """All layers were compressed."""
+        self.grown_tokens = 0
+        self.compressions += 1
+        self.has_digests = has_digests
 
 
 @dataclass
@@ -81,7 +140,7 @@ class RowPlan:
     request: RequestState
     num_tokens: int
     compress: bool = False
-    bank_positions: list[int] = field(default_factory=list)
+    bank_positions: Sequence[int] = ()
 
     @property
     def stop_tokens(self) -> int:

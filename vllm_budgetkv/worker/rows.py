@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv.ops import BatchRows
 from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_budgetkv.worker.requests import RowPlan
-    from vllm_budgetkv.worker.tables import HeadTables
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch. Behind the last request stand rows without tokens, in slot 0.
+class Rows(BatchRows):
+    """Rows of a batch. Behind the last request stand rows without tokens, in slot 0."""
 
-    Args:
-        slots: int32 [R].
-        query_start: int32 [R + 1], first query token of each row.
-        first_position: int32 [R], position in its request of each row's first token.
-        shared: bool [R], rows that take their pages from a free stack as they append.
-    """
-
-    slots: torch.Tensor
-    query_start: torch.Tensor
-    first_position: torch.Tensor
-    shared: torch.Tensor
+    __slots__ = ()
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device) -> Rows:
@@ -50,9 +38,8 @@ class Rows:
             *[*(request.computed_tokens for request in requests), *[0] * padding],
             *[*(request.shared for request in requests), *[False] * padding],
         ]
-        fields = (self.slots, self.query_start, self.first_position, self.shared)
         uploaded = upload(numbers, torch.int32, self.slots.device)
-        for field, part in zip(fields, uploaded.split([*map(len, fields)]), strict=True):
+        for field, part in zip(self, uploaded.split([*map(len, self)]), strict=True):
             field.copy_(part)
 
     def first(self, num_rows: int) -> Rows:
@@ -71,42 +58,4 @@ class Rows:
             self.query_start[num_rows:] - num_rows,
             self.first_position[num_rows:],
             self.shared[num_rows:],
-        )
-
-
-@dataclass(frozen=True)
-class DecodeBuffers:
-    """What a decode step writes for itself.
-
-    Args:
-        read_table: int32 [R, H, W], pages that each row's heads read in one layer.
-        read_lens: int32 [R, H], tokens in them.
-        numbers: int32 [R + 1], 0, 1, 2, ...: each row's own place in these two.
-        queries: [L, R, Hq, D], queries of every layer; L is 0 where no policy asks for them.
-    """
-
-    read_table: torch.Tensor
-    read_lens: torch.Tensor
-    numbers: torch.Tensor
-    queries: torch.Tensor
-
-    @classmethod
-    def empty(
-        cls, tables: HeadTables, num_rows: int, num_query_heads: int, keeps_queries: bool
-    ) -> DecodeBuffers:
-        layout, device = tables.pool.layout, tables.lens.device
-        _, num_layers, num_heads, width_pages = tables.page_table.shape
-        num_kept = num_layers if keeps_queries else 0
-        return cls(
-            read_table=tables.page_table.new_empty(num_rows, num_heads, width_pages),
-            read_lens=tables.lens.new_empty(num_rows, num_heads),
-            numbers=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
-            queries=torch.empty(
-                num_kept,
-                num_rows,
-                num_query_heads,
-                layout.head_size,
-                dtype=layout.dtype,
-                device=device,
-            ),
         )

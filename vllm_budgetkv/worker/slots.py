@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from vllm_budgetkv.spans import PromptSpans
 from vllm_budgetkv.vision import frame_records, vision_items
-from vllm_budgetkv.worker.report import RequestRecord
 from vllm_budgetkv.worker.requests import RequestState
 
 if TYPE_CHECKING:
@@ -16,7 +15,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
-    from vllm_budgetkv.worker.bank import ProbeBank
+    from vllm_budgetkv.worker.probes import Probes
+    from vllm_budgetkv.worker.report import Reports
     from vllm_budgetkv.worker.tables import HeadTables
 
 
@@ -26,31 +26,23 @@ class Slots:
 
     Args:
         tables: page tables; rows are claimed and released here.
-        quota: what one request may hold.
-        policy_name: for the records.
-        block_bytes: bytes of a block of this rank.
+        quota: what a request may hold.
+        probes: keep the seeds of requests that are to come.
+        reports: told of every client request.
         parent_of: id of the request that a look-ahead runs for; None for a client's request.
         poison: fill the pages of a private request with NaN when it goes.
-        on_finished: gets the record of every client request that ended.
-        has_clients: whether new requests are a client's; False while the worker warms up.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
-        records: of every unfinished client request.
-        seeds: banks that look-aheads filled, by the id of the request they are for.
     """
 
     tables: HeadTables
     quota: Quota
-    policy_name: str
-    block_bytes: int
+    probes: Probes
+    reports: Reports
     parent_of: Callable[[str], str | None]
     poison: bool
-    on_finished: Callable[[RequestRecord], None]
-    has_clients: bool = True
-    requests: dict[str, RequestState] = field(default_factory=dict)
-    spans: dict[str, PromptSpans] = field(default_factory=dict)
-    records: dict[str, RequestRecord] = field(default_factory=dict)
-    seeds: dict[str, ProbeBank] = field(default_factory=dict)
+    requests: dict[str, RequestState] = field(default_factory=dict, init=False)
+    spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._free = list(reversed(range(self.tables.lens.shape[0])))
@@ -58,9 +50,9 @@ class Slots:
     def follow(self, scheduled: SchedulerOutput) -> None:
         """Do what the scheduler did: end, preempt, admit, resume and grow requests."""
         for request_id in scheduled.finished_req_ids:
-            self.finish(request_id)
+            self.end(request_id)
         for request_id in scheduled.preempted_req_ids or ():
-            self._preempt(request_id)
+            self._release(request_id, is_preempted=True)
         for new in scheduled.scheduled_new_reqs:
             self._admit_new(new)
         cached = scheduled.scheduled_cached_reqs
@@ -69,28 +61,21 @@ class Slots:
             blocks = list(new_blocks[0]) if new_blocks else []
             if request_id in cached.resumed_req_ids:
                 self._resume(request_id, cached, index, blocks)
-            else:
-                self._grow(request_id, blocks)
+            elif blocks:
+                self._grow(self.requests[request_id], blocks)
 
-    def finish(self, request_id: str) -> None:
-        """Forget a request and hand on its record, if it has one."""
-        self._release(request_id)
+    def end(self, request_id: str) -> None:
+        """Forget a request."""
+        self._release(request_id, is_preempted=False)
         self.spans.pop(request_id, None)
-        self.seeds.pop(request_id, None)
-        record = self.records.pop(request_id, None)
-        if record is not None:
-            self.on_finished(record)
+        self.probes.forget(request_id)
+        self.reports.close(request_id)
 
-    def _preempt(self, request_id: str) -> None:
-        self._release(request_id)
-        if request_id in self.records:
-            self.records[request_id].preemptions += 1
-
-    def _release(self, request_id: str) -> None:
+    def _release(self, request_id: str, *, is_preempted: bool) -> None:
         request = self.requests.pop(request_id, None)
         if request is None:
             return
-        request.record.leave(request.computed_tokens)
+        self.reports.left(request, is_preempted=is_preempted)
         if self.poison and request.shared:
             self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
         self.tables.release(request.slot)
@@ -100,10 +85,11 @@ class Slots:
         request_id = new.req_id
         if request_id not in self.spans:
             items = tuple(vision_items(new.mm_features))
-            device = self.tables.lens.device
-            self.spans[request_id] = PromptSpans(new.prompt_len, items, device)
-            if self.has_clients and self.parent_of(request_id) is None:
-                self.records[request_id] = self._new_record(request_id, new)
+            spans = PromptSpans(new.prompt_len, items, self.tables.lens.device)
+            self.introduce(request_id, spans)
+            if self.parent_of(request_id) is None:
+                frames = frame_records(new.mm_features)
+                self.reports.open(request_id, self.quota, new.prompt_len, frames)
         # runner V2 resumes a preempted request as a new one whose prefill includes its output
         prefill_tokens = max(new.prompt_len, len(new.prefill_token_ids or ()))
         self.admit(request_id, prefill_tokens, list(new.block_ids[0]), new.num_computed_tokens)
@@ -114,53 +100,32 @@ class Slots:
         prefill_tokens = self.spans[request_id].prompt_tokens + cached.num_output_tokens[index]
         self.admit(request_id, prefill_tokens, blocks, cached.num_computed_tokens[index])
 
+    def introduce(self, request_id: str, spans: PromptSpans) -> None:
+        """Note where the text of a request is, before it is admitted for the first time."""
+        self.spans[request_id] = spans
+
     def admit(
         self, request_id: str, prefill_tokens: int, blocks: list[int], computed_tokens: int
     ) -> None:
-        """Give a request whose `spans` are known a slot; a seed of it is its first bank."""
-        self._release(request_id)
+        """Give a request that was introduced a slot; a seed of it is its first bank."""
+        # runner V2 may resume a request that it never said was preempted
+        self._release(request_id, is_preempted=True)
         slot = self._free.pop()
-        request = RequestState(
+        self.requests[request_id] = RequestState(
             request_id=request_id,
             slot=slot,
+            quota=self.quota,
             prefill_tokens=prefill_tokens,
             spans=self.spans[request_id],
             blocks=blocks,
             computed_tokens=computed_tokens,
-            record=self.records.get(request_id) or self._new_record(request_id, None),
+            parent_id=self.parent_of(request_id),
+            bank=self.probes.seed_of(request_id),
         )
-        seed = self.seeds.get(request_id)
-        if seed is not None:
-            # a copy, so that a preempted request starts again with the look-ahead's queries
-            request.bank = seed.copy()
-        self.requests[request_id] = request
         self.tables.extend_identity(slot, 0, blocks)
         self.tables.set_identity_length(slot, computed_tokens)
 
-    def _grow(self, request_id: str, blocks: list[int]) -> None:
-        if not blocks:
-            return
-        request = self.requests[request_id]
-        if request.shared:
-            raise RuntimeError(
-                f"request {request_id} shares its head-pages, so it already holds its quota of "
-                f"{self.quota.blocks} blocks, but it was given {len(blocks)} more"
-            )
-        self.tables.extend_identity(request.slot, len(request.blocks), blocks)
-        request.blocks += blocks
-
-    def _new_record(self, request_id: str, new: NewRequestData | None) -> RequestRecord:
-        return RequestRecord(
-            request_id=request_id,
-            policy=self.policy_name,
-            quota_blocks=self.quota.blocks,
-            page_tokens=self.quota.page_tokens,
-            prompt_tokens=self.spans[request_id].prompt_tokens,
-            block_bytes=self.block_bytes,
-            frames=frame_records(new.mm_features) if new else [],
-        )
-
-    def share(self, request: RequestState) -> None:
-        """Turn a request from identity to shared, before its first compression."""
-        self.tables.share(request.slot, request.blocks, request.computed_tokens)
-        request.shared = True
+    def _grow(self, request: RequestState, blocks: list[int]) -> None:
+        first_block = len(request.blocks)
+        request.grow(blocks)
+        self.tables.extend_identity(request.slot, first_block, blocks)

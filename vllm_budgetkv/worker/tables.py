@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +30,7 @@ class HeadTables:
         lens: int32 [S, L, H], tokens.
         free_pages: int32 [S, F], a stack per slot.
         num_free: int32 [S].
-        retrieves: bool [S, L, H], heads that read only some of their pages in decode.
+        is_retrieving: bool [S, L, H], heads that read only some of their pages in decode.
         is_static: bool [S, L, H], class of each head.
     """
 
@@ -38,38 +39,37 @@ class HeadTables:
     lens: torch.Tensor
     free_pages: torch.Tensor
     num_free: torch.Tensor
-    retrieves: torch.Tensor
+    is_retrieving: torch.Tensor
     is_static: torch.Tensor
 
     @classmethod
     def empty(
-        cls,
-        pool: PagePool,
-        *,
-        num_slots: int,
-        num_layers: int,
-        num_heads: int,
-        width_pages: int,
-        quota_blocks: int,
-        device: torch.device,
+        cls, pool: PagePool, *, shape: tuple[int, int, int], width_pages: int, quota_blocks: int
     ) -> HeadTables:
-        """Tables of `num_slots` free slots."""
-        per_head = (num_slots, num_layers, num_heads)
-        stack_pages = quota_blocks * num_layers * num_heads
+        """Tables of free slots.
 
-        def ids(*shape: int, fill: int) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=torch.int32, device=device)
+        Args:
+            pool: the head-pages.
+            shape: slots, layers and KV heads.
+            width_pages: entries of a head's page table.
+            quota_blocks: most blocks whose pages a request shares; 0 where none does.
+        """
+        num_slots, num_layers, num_heads = shape
+        stack_pages, device = quota_blocks * num_layers * num_heads, pool.raw.device
+
+        def ids(*sizes: int, fill: int) -> torch.Tensor:
+            return torch.full(sizes, fill, dtype=torch.int32, device=device)
 
         def flags(fill: bool) -> torch.Tensor:
-            return torch.full(per_head, fill, dtype=torch.bool, device=device)
+            return torch.full(shape, fill, dtype=torch.bool, device=device)
 
         return cls(
             pool=pool,
-            page_table=ids(*per_head, width_pages, fill=NO_PAGE),
-            lens=ids(*per_head, fill=0),
+            page_table=ids(*shape, width_pages, fill=NO_PAGE),
+            lens=ids(*shape, fill=0),
             free_pages=ids(num_slots, stack_pages, fill=NO_PAGE),
             num_free=ids(num_slots, fill=0),
-            retrieves=flags(False),
+            is_retrieving=flags(False),
             is_static=flags(True),
         )
 
@@ -81,11 +81,49 @@ class HeadTables:
     def num_heads(self) -> int:
         return self.lens.shape[2]
 
+    @cached_property
+    def _layers(self) -> list[ops.PagedHeads]:
+        """Made once: a decode step asks for them in every layer."""
+        pairs = zip(self.page_table.unbind(1), self.lens.unbind(1), strict=True)
+        return [ops.PagedHeads(self.pool, *pair) for pair in pairs]
+
+    @cached_property
+    def all_layers(self) -> ops.PagedHeads:
+        """[S, L * H, W]: the heads of all layers of all slots, layer by layer."""
+        return ops.PagedHeads(self.pool, self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
+
+    @cached_property
+    def stack(self) -> ops.FreeStack:
+        """The free stacks of all slots."""
+        return ops.FreeStack(self.free_pages, self.num_free)
+
+    def layer(self, layer: int) -> ops.PagedHeads:
+        """[S, H, W]: the heads of one layer of all slots."""
+        return self._layers[layer]
+
+    def of(self, slot: int, layers: int | Sequence[int]) -> ops.PagedHeads:
+        """[H, W]: the heads of one layer of one request, or of neighbouring layers, one by one.
+
+        Args:
+            slot: the request's slot.
+            layers: one, or several that follow one another; then H runs over all of their heads.
+        """
+        table, lens = self.page_table[slot], self.lens[slot]
+        if isinstance(layers, int):
+            return ops.PagedHeads(self.pool, table[layers], lens[layers])
+        rows = slice(layers[0], layers[-1] + 1)
+        assert rows.stop - rows.start == len(layers)
+        return ops.PagedHeads(self.pool, table[rows].flatten(0, 1), lens[rows].flatten())
+
+    def stack_of(self, slot: int) -> ops.FreeStack:
+        """The free stack of one request."""
+        return ops.FreeStack(self.free_pages[slot], self.num_free[slot : slot + 1])
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of all tables of one slot."""
         tensors = [self.page_table, self.lens, self.free_pages, self.num_free]
-        tensors += [self.retrieves, self.is_static]
+        tensors += [self.is_retrieving, self.is_static]
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
     def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
@@ -122,21 +160,14 @@ class HeadTables:
         self.free_pages[slot, : free.numel()] = free
         self.num_free[slot] = free.numel()
 
-    def reserve(self, slots: torch.Tensor, shared: torch.Tensor) -> None:
-        """Take the pages of the next token of every head of all layers of some slots.
-
-        Args:
-            slots: int32 [R].
-            shared: bool [R], rows that take them from their free stack; others have theirs.
-        """
-        all_heads = (self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
-        stack = (self.free_pages, self.num_free)
-        ops.reserve(*all_heads, *stack, slots, shared, self.pool.layout.page_tokens)
+    def reserve(self, rows: ops.BatchRows) -> None:
+        """Take the pages of the next token of every head of all layers of some rows."""
+        ops.reserve(self.all_layers, self.stack, rows)
 
     def release(self, slot: int) -> None:
         """Forget everything of a slot."""
         self.page_table[slot] = NO_PAGE
         self.lens[slot] = 0
         self.num_free[slot] = 0
-        self.retrieves[slot] = False
+        self.is_retrieving[slot] = False
         self.is_static[slot] = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -13,13 +14,15 @@ from vllm_budgetkv import platforms
 from vllm_budgetkv.activation import config_of, resolve_quota
 from vllm_budgetkv.attention.backend import BudgetBackend
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
+from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import parent_of
-from vllm_budgetkv.worker.assemble import make_cache
+from vllm_budgetkv.worker.assemble import model_of
+from vllm_budgetkv.worker.build import Rules, build_cache
 from vllm_budgetkv.worker.graphs import keep_chunks_out
 from vllm_budgetkv.worker.rehearsal import rehearse
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -64,15 +67,7 @@ class BudgetWorker(Worker):
         super().initialize_from_config(kv_cache_config)
         (group,) = kv_cache_config.kv_cache_groups
         context = self.vllm_config.compilation_config.static_forward_context
-        self.budget_cache = make_cache(
-            config=self._config,
-            quota=self._quota,
-            layers={name: context[name] for name in group.layer_names},
-            model=self.model_runner.get_model(),
-            max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
-            parent_of=parent_of,
-            writes_report=self.rank == 0,
-        )
+        self.budget_cache = self._make_cache({name: context[name] for name in group.layer_names})
         for attn_group in self.model_runner.attn_groups[0]:
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)
@@ -82,14 +77,31 @@ class BudgetWorker(Worker):
             self._see_positions, with_kwargs=True
         )
 
+    def _make_cache(self, layers: Mapping[str, Any]) -> BudgetCache:
+        config, quota = self._config, self._quota
+        options = config.policy_options()
+        policy = make_policy(config.policy, options, quota.page_tokens)
+        turns_probe = policy.needs_scores and policy.probe_source.runs_ahead
+        report = Path(config.report_file) if config.report_file and self.rank == 0 else None
+        return build_cache(
+            model_of(layers, self.model_runner.get_model(), quota, turns_probe=turns_probe),
+            Rules(
+                policy=policy,
+                options=options,
+                quota=quota,
+                num_slots=self.vllm_config.scheduler_config.max_num_seqs,
+                check_ledger=config.check_ledger,
+            ),
+            parent_of,
+            (lambda record: record.append_to(report)) if report else None,
+        )
+
     def compile_or_warm_up_model(self) -> CompilationTimes:
         # what warms up, vLLM's own requests too, is no client's
-        self.budget_cache.slots.has_clients = False
-        if self.budget_cache.compiles:
-            rehearse(self.budget_cache)
-        times = super().compile_or_warm_up_model()
-        self.budget_cache.slots.has_clients = True
-        return times
+        with self.budget_cache.reports.paused():
+            if self.budget_cache.compiles:
+                rehearse(self.budget_cache)
+            return super().compile_or_warm_up_model()
 
     def _row_ids(self, common: CommonAttentionMetadata) -> Sequence[str]:
         """Request id of each row of the batch that the runner is preparing."""
