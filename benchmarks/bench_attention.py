@@ -22,7 +22,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_budgetkv.layout import PageLayout, PagePool
-from vllm_budgetkv.ops.attend import attend
+from vllm_budgetkv.ops import BatchRows, PagedHeads, attend
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -97,13 +97,15 @@ def build(case: Case) -> tuple[Callable[[], None], Callable[[], None], torch.Ten
     head_ids = torch.arange(kv_heads, dtype=torch.int32)
     table = blocks[:, None, :] * kv_heads + head_ids[None, :, None]
     head_lens = lens[:, None].expand(rows, kv_heads).contiguous()
-    row_slots = torch.arange(rows, dtype=torch.int32)
+    heads = PagedHeads(pool, table, head_lens)
+    row_slots, own_pages = torch.arange(rows, dtype=torch.int32), torch.zeros(rows).bool()
+    batch = BatchRows(row_slots, starts, lens - case.tokens, own_pages)
     plan = vllm_ops.cpu_attn_get_scheduler_metadata(
         rows, q_heads, kv_heads, size, lens, case.dtype, starts, True, -1, isa, True
     )
 
     def run_ours() -> None:
-        attend(query, pool, table, head_lens, row_slots, starts, ours, scale)
+        attend(query, heads, batch, ours, scale)
 
     def run_vllm() -> None:
         vllm_ops.cpu_attention_with_kv_cache(

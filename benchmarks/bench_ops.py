@@ -15,7 +15,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
-from vllm_budgetkv.ops import compact, contrast, digest, retrieve, score, select
+from vllm_budgetkv.ops import (
+    BatchRows,
+    FreeStack,
+    PageChoice,
+    PagedHeads,
+    append,
+    compact,
+    contrast,
+    digest,
+    retrieve,
+    score,
+    select,
+)
+from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
@@ -24,11 +37,13 @@ from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.reference.select import select as select_reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
 HEADS, GROUP, HEAD_SIZE, TOKENS, PROBE_ROWS, PAGE_TOKENS = 4, 4, 64, 3000, 32, 16
+CHUNK_TOKENS = 1024
 WIDTH = -(-TOKENS // PAGE_TOKENS)
 OPS = {
+    "append": (append, append_reference),
     "score": (score, score_reference),
     "contrast": (contrast, contrast_reference),
     "select": (select, select_reference),
@@ -52,27 +67,48 @@ def make_pool(dtype: torch.dtype) -> PagePool:
 
 
 def arguments(op: str, pool: PagePool) -> tuple[object, ...]:
-    """Fresh arguments of one op: `compact` mutates its tables and stack."""
+    """Fresh arguments of one op: `append` and `compact` mutate their tables and stack."""
     generator = torch.Generator().manual_seed(1)
     shape = PROBE_ROWS, HEADS * GROUP, HEAD_SIZE
     probe = torch.randn(shape, generator=generator).to(pool.layout.dtype)
     scores = torch.rand(HEADS, TOKENS, generator=generator)
     table = torch.arange(HEADS * WIDTH, dtype=torch.int32).view(HEADS, WIDTH)
-    lens = torch.full((HEADS,), TOKENS, dtype=torch.int32)
-    row = torch.zeros(1, dtype=torch.int32)
-    if op == "score":
-        return probe, pool, table, lens, HEAD_SIZE**-0.5, TOKENS // 10, 4, TOKENS
-    if op == "contrast":
-        return pool, table, lens, TOKENS
-    if op == "select":
-        return scores, (scores * 9 % 3).to(torch.uint8), lens, lens // 2
-    if op == "compact":
-        return scores > 0.5, None, pool, table, lens, torch.zeros(HEADS * WIDTH).int(), row, False
-    if op == "digest":
-        return pool, table, lens
-    dynamic, out = torch.ones(1, HEADS, dtype=torch.bool), torch.empty_like(table)[None]
-    tables = (table[None], lens[None], row, dynamic)
-    return probe[:1], pool, *tables, 0.4, 1, 2, out, torch.empty_like(lens)[None]
+    heads = PagedHeads(pool, table, torch.full((HEADS,), TOKENS, dtype=torch.int32))
+    stack = FreeStack(torch.zeros(HEADS * WIDTH).int(), torch.zeros(1, dtype=torch.int32))
+    match op:
+        case "score":
+            return probe, heads, HEAD_SIZE**-0.5, TOKENS // 10, 4, TOKENS
+        case "contrast":
+            return heads, TOKENS
+        case "select":
+            return scores, (scores * 9 % 3).to(torch.uint8), heads.lens, heads.lens // 2
+        case "compact":
+            return scores > 0.5, heads, stack, False
+        case "digest":
+            return (heads,)
+    # the rest take all slots: there is one
+    layer = PagedHeads(pool, table[None], heads.lens[None])
+    if op == "append":
+        return append_arguments(layer, stack)
+    read = PagedHeads(pool, torch.empty_like(layer.table), torch.empty_like(layer.lens))
+    dynamic = torch.ones(1, HEADS, dtype=torch.bool)
+    return probe[:1], layer, one_row(1), dynamic, PageChoice(0.4, 1, 2), read
+
+
+def one_row(num_tokens: int) -> BatchRows:
+    """Of the request in slot 0, whose table names its pages."""
+    zero = torch.zeros(1, dtype=torch.int32)
+    return BatchRows(zero, torch.tensor([0, num_tokens]).int(), zero, torch.tensor([False]))
+
+
+def append_arguments(layer: PagedHeads, stack: FreeStack) -> tuple[object, ...]:
+    """A chunk into heads that hold the rest already."""
+    generator = torch.Generator().manual_seed(2)
+    shape = (2, CHUNK_TOKENS, HEADS, HEAD_SIZE)
+    key, value = torch.randn(shape, generator=generator).to(layer.pool.layout.dtype)
+    stacks = FreeStack(stack.free_pages[None], stack.num_free)
+    heads = layer._replace(lens=layer.lens - CHUNK_TOKENS)
+    return key, value, heads, stacks, one_row(CHUNK_TOKENS)
 
 
 def outcome(run: Callable[..., object], op: str, pool: PagePool) -> list[object]:
@@ -81,8 +117,14 @@ def outcome(run: Callable[..., object], op: str, pool: PagePool) -> list[object]
     inputs = arguments(op, copy)
     result = run(*inputs)
     tensors = result if isinstance(result, tuple) else (result, *inputs)
-    fields = (copy.keys, copy.values, copy.digests, copy.positions, copy.scores)
-    return [each for each in (*tensors, *fields) if isinstance(each, torch.Tensor)]
+    fields = (copy.keys, copy.values, copy.digests, copy.positions)
+    return [each for each in (*flat(tensors), *fields) if isinstance(each, torch.Tensor)]
+
+
+def flat(values: Iterable[object]) -> Iterator[object]:
+    """What is in views too."""
+    for value in values:
+        yield from flat(value) if isinstance(value, tuple) else (value,)
 
 
 def call_ms(run: Callable[..., object], op: str, pool: PagePool) -> float:

@@ -95,9 +95,9 @@ struct Field {
 };
 
 void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& keys,
-            const at::Tensor& values, const at::Tensor& positions, const at::Tensor& scores,
-            const at::Tensor& table, const at::Tensor& lens, const at::Tensor& free_pages,
-            const at::Tensor& num_free, const at::Tensor& slots, const at::Tensor& query_start,
+            const at::Tensor& values, const at::Tensor& positions, const at::Tensor& table,
+            const at::Tensor& lens, const at::Tensor& free_pages, const at::Tensor& num_free,
+            const at::Tensor& slots, const at::Tensor& query_start,
             const at::Tensor& first_position, const at::Tensor& shared) {
   check_pool_field("keys", keys);
   check_pool_field("values", values);
@@ -114,8 +114,8 @@ void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& ke
   const BatchRows rows("append", slots, query_start, table.size(0), key.size(0));
   const std::vector<HeadWrite> writes = plan(tables, rows, first_position, shared);
 
-  const Field from_key(key), from_value(value), to_key(keys), to_value(values);
-  const Field to_position(positions), to_score(scores);
+  const Field from_key(key), from_value(value);
+  const Field to_key(keys), to_value(values), to_position(positions);
   const int64_t row_bytes = keys.size(2) * keys.element_size();
   // a decode step writes a few tokens: waking a thread would cost more than copying them
   const int64_t num_writes = writes.size();
@@ -131,7 +131,6 @@ void append(const at::Tensor& key, const at::Tensor& value, const at::Tensor& ke
         std::memcpy(to_key.at(page, in_page), from_key.at(token, write.head), row_bytes);
         std::memcpy(to_value.at(page, in_page), from_value.at(token, write.head), row_bytes);
         std::memcpy(to_position.at(page, in_page), &position, sizeof(position));
-        std::memset(to_score.at(page, in_page), 0, sizeof(float));
       }
     }
   });
@@ -168,9 +167,8 @@ void reserve(const at::Tensor& table, const at::Tensor& lens, const at::Tensor& 
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "append(Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-      "Tensor(d!) scores, Tensor(e!) table, Tensor(f!) lens, Tensor free_pages, "
-      "Tensor(g!) num_free, Tensor slots, Tensor query_start, Tensor first_position, "
-      "Tensor shared) -> ()");
+      "Tensor(d!) table, Tensor(e!) lens, Tensor free_pages, Tensor(f!) num_free, Tensor slots, "
+      "Tensor query_start, Tensor first_position, Tensor shared) -> ()");
   m.def(
       "reserve(Tensor(a!) table, Tensor lens, Tensor free_pages, Tensor(b!) num_free, "
       "Tensor slots, Tensor shared, int page_tokens) -> ()");

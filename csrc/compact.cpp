@@ -34,16 +34,15 @@ struct TokenField {
 
 struct Pages {
   Pages(const at::Tensor& keys, const at::Tensor& values, const at::Tensor& positions,
-        const at::Tensor& scores, const at::Tensor& digests)
+        const at::Tensor& digests)
       : keys(keys),
         values(values),
         positions(positions),
-        scores(scores),
         digests(digests),
         dtype(keys.scalar_type()),
         page_tokens(keys.size(1)),
         head_size(keys.size(2)) {}
-  TokenField keys, values, positions, scores, digests;
+  TokenField keys, values, positions, digests;
   at::ScalarType dtype;
   int64_t page_tokens, head_size;
 };
@@ -52,12 +51,10 @@ using TableRow = at::TensorAccessor<int32_t, 1>;
 
 // Moves runs of survivors that stay within one page on both sides. A target never lies behind its
 // source, so moving in order is safe, and memmove covers the overlap within a page.
-void move_survivors(const bool* keep, int64_t num_tokens, const TableRow& table, const Pages& pages,
-                    bool move_scores) {
+void move_survivors(const bool* keep, int64_t num_tokens, const TableRow& table,
+                    const Pages& pages) {
   const int64_t n = pages.page_tokens;
-  const std::array<const TokenField*, 4> fields = {&pages.keys, &pages.values, &pages.positions,
-                                                   &pages.scores};
-  const size_t num_fields = move_scores ? 4 : 3;
+  const std::array<const TokenField*, 3> fields = {&pages.keys, &pages.values, &pages.positions};
   int64_t source = std::find(keep, keep + num_tokens, false) - keep;
   int64_t target = source;
   while (source < num_tokens) {
@@ -67,23 +64,12 @@ void move_survivors(const bool* keep, int64_t num_tokens, const TableRow& table,
     }
     const int64_t limit = std::min({num_tokens - source, n - source % n, n - target % n});
     const int64_t run = std::find(keep + source, keep + source + limit, false) - (keep + source);
-    for (size_t f = 0; f < num_fields; ++f) {
-      std::memmove(fields[f]->at(table[target / n], target % n),
-                   fields[f]->at(table[source / n], source % n), run * fields[f]->token_bytes);
+    for (const TokenField* field : fields) {
+      std::memmove(field->at(table[target / n], target % n),
+                   field->at(table[source / n], source % n), run * field->token_bytes);
     }
     source += run;
     target += run;
-  }
-}
-
-void write_scores(const bool* keep, const float* scores, int64_t num_tokens, const TableRow& table,
-                  const Pages& pages) {
-  int64_t target = 0;
-  for (int64_t i = 0; i < num_tokens; ++i) {
-    if (!keep[i]) continue;
-    const int64_t page = table[target / pages.page_tokens];
-    std::memcpy(pages.scores.at(page, target % pages.page_tokens), scores + i, sizeof(float));
-    ++target;
   }
 }
 
@@ -102,7 +88,6 @@ void poison_slots(const Pages& pages, int64_t page, int64_t begin) {
   const int64_t count = pages.page_tokens - begin;
   fill_nan(pages.keys.at(page, begin), count * pages.head_size, pages.dtype);
   fill_nan(pages.values.at(page, begin), count * pages.head_size, pages.dtype);
-  fill_nan(pages.scores.at(page, begin), count, at::kFloat);
   auto* positions = reinterpret_cast<int32_t*>(pages.positions.at(page, begin));
   std::fill_n(positions, count, std::numeric_limits<int32_t>::max());
 }
@@ -135,12 +120,10 @@ std::vector<int64_t> count_survivors(const at::Tensor& keep,
 
 }  // namespace
 
-void compact(const at::Tensor& keep_in,                   // bool [H, n]
-             const std::optional<at::Tensor>& scores_in,  // float32 [H, n]
-             const at::Tensor& keys,                      // [P, N, D], as values
+void compact(const at::Tensor& keep_in,  // bool [H, n]
+             const at::Tensor& keys,     // [P, N, D], as values
              const at::Tensor& values,
              const at::Tensor& positions,   // int32 [P, N]
-             const at::Tensor& scores,      // float32 [P, N]
              const at::Tensor& digests,     // [P, 2, D]
              const at::Tensor& table_in,    // int32 [H, W]
              const at::Tensor& lens_in,     // int32 [H]
@@ -148,8 +131,7 @@ void compact(const at::Tensor& keep_in,                   // bool [H, n]
              const at::Tensor& num_free,    // int32 [1]
              bool poison) {
   const at::Tensor keep = keep_in.contiguous();
-  const at::Tensor new_scores = scores_in ? scores_in->contiguous() : at::Tensor();
-  const Pages pages(keys, values, positions, scores, digests);
+  const Pages pages(keys, values, positions, digests);
   auto table = table_in.accessor<int32_t, 2>();
   auto lens = lens_in.accessor<int32_t, 1>();
   auto stack = free_pages.accessor<int32_t, 1>();
@@ -161,11 +143,7 @@ void compact(const at::Tensor& keep_in,                   // bool [H, n]
   at::parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
       const bool* row = keep.const_data_ptr<bool>() + h * num_tokens;
-      move_survivors(row, lens[h], table[h], pages, !scores_in);
-      if (scores_in) {
-        const float* row_scores = new_scores.const_data_ptr<float>() + h * num_tokens;
-        write_scores(row, row_scores, lens[h], table[h], pages);
-      }
+      move_survivors(row, lens[h], table[h], pages);
       const int64_t tail = survivors[h] % n;
       if (poison && tail) poison_slots(pages, table[h][survivors[h] / n], tail);
     }
@@ -182,9 +160,9 @@ void compact(const at::Tensor& keep_in,                   // bool [H, n]
 
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
-      "compact(Tensor keep, Tensor? new_scores, Tensor(a!) keys, Tensor(b!) values, "
-      "Tensor(c!) positions, Tensor(d!) scores, Tensor(e!) digests, Tensor(f!) table, "
-      "Tensor(g!) lens, Tensor(h!) free_pages, Tensor(i!) num_free, bool poison) -> ()");
+      "compact(Tensor keep, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
+      "Tensor(d!) digests, Tensor(e!) table, Tensor(f!) lens, Tensor(g!) free_pages, "
+      "Tensor(h!) num_free, bool poison) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(budgetkv, CPU, m) { m.impl("compact", &compact); }

@@ -5,11 +5,11 @@ Legend: P pages in the pool, N tokens of a page, D head size.
 A head-page holds N tokens of one layer and one KV head. It is a struct, so that everything a
 policy needs of a token travels with the token and is charged to the pool:
 
-    K [N, D] | V [N, D] | centre [D] | radius [D] | position int32 [N] | score float32 [N] | pad
+    K [N, D] | V [N, D] | centre [D] | radius [D] | position int32 [N] | pad
 
 K, V, centre and radius have the cache dtype. `centre` and `radius` are the page's digest.
-`position` is the logical index of the token in its request; `score` is the last score that a
-policy gave it. Pages are multiples of 256 bytes, so every field starts on a 16-byte boundary.
+`position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
+every field starts on a 16-byte boundary.
 """
 
 from __future__ import annotations
@@ -71,12 +71,8 @@ class PageLayout:
         return self.digest_offset_bytes + 2 * self.head_size * self.dtype.itemsize
 
     @property
-    def score_offset_bytes(self) -> int:
-        return self.position_offset_bytes + 4 * self.page_tokens
-
-    @property
     def page_bytes(self) -> int:
-        used_bytes = self.score_offset_bytes + 4 * self.page_tokens
+        used_bytes = self.position_offset_bytes + 4 * self.page_tokens
         return -(-used_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
 
     @property
@@ -130,12 +126,6 @@ class PagePool:
         layout = self.layout
         return self._field(layout.position_offset_bytes, (layout.page_tokens,), torch.int32)
 
-    @cached_property
-    def scores(self) -> torch.Tensor:
-        """float32 [P, N]: the last score of each token."""
-        layout = self.layout
-        return self._field(layout.score_offset_bytes, (layout.page_tokens,), torch.float32)
-
     def _field(self, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size_bytes = dtype.itemsize
         for extent in shape:
@@ -154,4 +144,3 @@ class PagePool:
         self.values[selection] = torch.nan
         self.digests[selection] = torch.nan
         self.positions[selection] = torch.iinfo(torch.int32).max
-        self.scores[selection] = torch.nan

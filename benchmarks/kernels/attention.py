@@ -36,7 +36,7 @@ RAGGED_DECODES = ((16, 3000), (64, 3000), (16, LONG_TOKENS))
 BUDGETS = (0.05, 0.1, 0.2)
 BUDGET_ROWS = 16
 RETRIEVALS = ((16, LONG_TOKENS), (64, 3000), (1, LONG_TOKENS), (4, 131072))
-SINK_PAGES, WINDOW_PAGES = 1, 2
+CHOICE = ops.PageChoice(RETRIEVAL_RATIO, sink_pages=1, window_pages=2)
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,12 @@ class Attention:
 def attention(bench: Bench, model: ModelShape, lens: torch.Tensor, tokens: int = 1) -> Attention:
     """`attend` for `tokens` queries of every row, over a new cache with these lengths."""
     cache = build_cache(lens, bench.layout(model), bench.device)
-    rows = len(lens)
-    query = bench.randn(rows * tokens, model.heads, model.head_size)
+    rows = bench.rows(len(lens), tokens)
+    query = bench.randn(len(lens) * tokens, model.heads, model.head_size)
     batch, out = Batch(query, cache, tokens), torch.full_like(query, torch.nan)
-    slots, starts = bench.arange(rows), bench.arange(rows + 1) * tokens
 
     def run() -> None:
-        ops.attend(query, cache.pool, cache.table, cache.lens, slots, starts, out, batch.scale)
+        ops.attend(query, cache.heads, rows, out, batch.scale)
 
     return Attention(model, batch, out, run)
 
@@ -167,19 +166,15 @@ class Retrieval:
 def retrieval(bench: Bench, dense: Attention) -> Retrieval:
     """Every head retrieves."""
     batch, cache = dense.batch, dense.batch.cache
-    slots, starts = bench.arange(batch.rows), bench.arange(batch.rows + 1)
+    rows, chosen = bench.rows(batch.rows), cache.room_to_choose()
     dynamic = torch.ones_like(cache.lens, dtype=torch.bool)
-    chosen, chosen_lens = torch.empty_like(cache.table), torch.empty_like(cache.lens)
-    numbers = (RETRIEVAL_RATIO, SINK_PAGES, WINDOW_PAGES)
 
     def choose() -> None:
-        tables = (cache.table, cache.lens, slots, dynamic)
-        ops.retrieve(batch.query, cache.pool, *tables, *numbers, chosen, chosen_lens)
+        ops.retrieve(batch.query, cache.heads, rows, dynamic, CHOICE, chosen)
 
     def run() -> None:
         choose()
-        rows = (chosen, chosen_lens, slots, starts)
-        ops.attend(batch.query, cache.pool, *rows, dense.out, batch.scale)
+        ops.attend(batch.query, chosen, rows, dense.out, batch.scale)
 
     return Retrieval(choose, run)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.ops import FreeStack, PagedHeads
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,26 @@ class Cache:
     lens: torch.Tensor
     free_pages: torch.Tensor
     num_free: torch.Tensor
+
+    @property
+    def heads(self) -> PagedHeads:
+        """Of all slots."""
+        return PagedHeads(self.pool, self.table, self.lens)
+
+    @property
+    def stack(self) -> FreeStack:
+        """Of all slots."""
+        return FreeStack(self.free_pages, self.num_free)
+
+    def heads_of(self, slot: int) -> PagedHeads:
+        return PagedHeads(self.pool, self.table[slot], self.lens[slot])
+
+    def stack_of(self, slot: int) -> FreeStack:
+        return FreeStack(self.free_pages[slot], self.num_free[slot : slot + 1])
+
+    def room_to_choose(self) -> PagedHeads:
+        """What `retrieve` fills where every slot is a row."""
+        return PagedHeads(self.pool, torch.empty_like(self.table), torch.empty_like(self.lens))
 
     @property
     def head_tokens(self) -> int:
@@ -101,13 +122,11 @@ def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor, poison: bool)
     held = table[is_held].long()
     pool.positions.fill_(torch.iinfo(torch.int32).max)
     pool.positions[held] = token.int().expand(*table.shape, page_tokens)[is_held]
-    pool.scores.fill_(0.5)
     if poison:
         empty = torch.ones(pool.num_pages, page_tokens, dtype=torch.bool, device=device)
         empty[held] = (token >= lens[..., None, None])[is_held]
         for field in (pool.keys, pool.values):
             field.masked_fill_(empty[..., None], torch.nan)
-        pool.scores.masked_fill_(empty, torch.nan)
 
 
 def equal_lens(rows: int, heads: int, tokens: int) -> torch.Tensor:

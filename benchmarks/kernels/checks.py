@@ -121,6 +121,13 @@ def _same_caches(op: str, actual: Cache, expected: Cache) -> Iterator[Verdict]:
     yield same_bits(op, "pages", actual.pool.raw, expected.pool.raw)
 
 
+def two_rows(first_tokens: int, device: torch.device) -> ops.BatchRows:
+    """Slot 1 with some tokens, slot 0 with one; both take pages of their free stacks."""
+    starts = int32(0, first_tokens, first_tokens + 1, device=device)
+    shared = torch.tensor([True, True], device=device)
+    return ops.BatchRows(int32(1, 0, device=device), starts, int32(40, 90, device=device), shared)
+
+
 def int32(*values: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=device)
 
@@ -130,13 +137,10 @@ def _check_append(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     device, layout = cache.table.device, cache.pool.layout
     tokens = sizes.chunk_tokens + 1
     key = torch.randn(tokens, sizes.heads, sizes.head_size, device=device).to(layout.dtype)
-    shared = torch.tensor([True, True], device=device)
-    starts = int32(0, sizes.chunk_tokens, tokens, device=device)
-    rows = (int32(1, 0, device=device), starts, int32(40, 90, device=device), shared)
+    rows = two_rows(sizes.chunk_tokens, device)
     expected = cache.clone()
     for op, target in ((ops.append, cache), (append_reference, expected)):
-        tables = (target.table, target.lens, target.free_pages, target.num_free)
-        op(key, -key, target.pool, *tables, *rows)
+        op(key, -key, target.heads, target.stack, rows)
     yield from _same_caches("append", cache, expected)
 
 
@@ -145,10 +149,11 @@ def _check_reserve(cache: Cache) -> Iterator[Verdict]:
     device, page_tokens = cache.table.device, cache.pool.layout.page_tokens
     every_second = cache.lens[:, ::2]
     every_second.sub_(every_second % page_tokens).clamp_(min=page_tokens)
-    rows = (int32(1, 0, device=device), torch.tensor([True, False], device=device), page_tokens)
+    rows = two_rows(1, device)
+    rows.shared[1] = False
     expected = cache.clone()
     for op, target in ((ops.reserve, cache), (reserve_reference, expected)):
-        op(target.table, target.lens, target.free_pages, target.num_free, *rows)
+        op(target.heads, target.stack, rows)
     yield from _same_caches("reserve", cache, expected)
 
 
@@ -160,10 +165,9 @@ def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     for what, tokens in (("decode", 1), ("chunk", max(2, min(sizes.chunk_tokens, shortest)))):
         shape = (tokens + 1, sizes.heads * sizes.group, sizes.head_size)
         query = torch.randn(shape, device=device).to(layout.dtype)
-        rows = (int32(1, 0, device=device), int32(0, tokens, tokens + 1, device=device))
         actual, rounded = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
         exact = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
-        arguments = (query, cache.pool, cache.table, cache.lens, *rows)
+        arguments = (query, cache.heads, two_rows(tokens, device))
         ops.attend(*arguments, actual, scale)
         attend_reference(*arguments, rounded, scale)
         attend_reference(*arguments, exact, scale, torch.float64)
@@ -176,7 +180,7 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     shape = (sizes.probe_rows, sizes.heads * sizes.group, sizes.head_size)
     probe = torch.randn(shape, device=device).to(layout.dtype)
     numbers = (sizes.head_size**-0.5, max(4, sizes.mean_tokens // 10), 4, int(cache.lens[0].max()))
-    arguments = (probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
+    arguments = (probe, cache.heads_of(0), *numbers)
     actual, expected = ops.score(*arguments), ops.Scores(*score_reference(*arguments))
     yield same_bits("score", "positions", actual.positions, expected.positions)
     for name in ("mass", "topk_mass", "value_norms"):
@@ -187,8 +191,7 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
 
 def _check_contrast(cache: Cache) -> Iterator[Verdict]:
     """Against float64; the reference in float32 sets the budget."""
-    tables = (cache.table[0], cache.lens[0])
-    arguments = (cache.pool, *tables, int(cache.lens[0].max()))
+    arguments = (cache.heads_of(0), int(cache.lens[0].max()))
     exact = contrast_reference(*arguments, torch.float64)
     pair = (ops.contrast(*arguments), contrast_reference(*arguments))
     yield within_budget("contrast", "contrast", *pair, exact)
@@ -209,16 +212,15 @@ def _check_compact(cache: Cache) -> Iterator[Verdict]:
     scores = torch.rand(len(lens), int(lens.max()), device=device)
     expected = cache.clone()
     for op, target in ((ops.compact, cache), (compact_reference, expected)):
-        tables = (target.table[0], target.lens[0], target.free_pages[0], target.num_free[:1])
-        op(scores > 0.5, scores, target.pool, *tables, False)
+        op(scores > 0.5, target.heads_of(0), target.stack_of(0), False)
     yield from _same_caches("compact", cache, expected)
 
 
 def _check_digest(cache: Cache) -> Iterator[Verdict]:
     """Against the reference, which sums in another order: one rounding step more."""
     expected = cache.clone()
-    ops.digest(cache.pool, cache.table[0], cache.lens[0])
-    digest_reference(expected.pool, expected.table[0], expected.lens[0])
+    ops.digest(cache.heads_of(0))
+    digest_reference(expected.heads_of(0))
     wanted = expected.pool.digests.double()
     error = (cache.pool.digests.double() - wanted).abs().max().item()
     allowed = 2 * torch.finfo(cache.pool.layout.dtype).eps * wanted.abs().max().item()
@@ -228,14 +230,15 @@ def _check_digest(cache: Cache) -> Iterator[Verdict]:
 def _check_retrieve(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     """The same numbers of pages, and as good ones: at a tie of roundings either page will do."""
     device, layout = cache.table.device, cache.pool.layout
-    rows, numbers = int32(1, 0, device=device), (0.4, 1, 2)
+    rows, choice = two_rows(1, device), ops.PageChoice(0.4, 1, 2)
     shape = (2, sizes.heads * sizes.group, sizes.head_size)
     query = torch.randn(shape, device=device).to(layout.dtype)
     dynamic = torch.ones(2, sizes.heads, dtype=torch.bool, device=device)
     found = []
     for op in (ops.retrieve, retrieve_reference):
         out = (torch.full_like(cache.table, 2**30), torch.full_like(cache.lens, -7))
-        op(query, cache.pool, cache.table, cache.lens, rows, dynamic, *numbers, *out)
+        read = ops.PagedHeads(cache.pool, *out)
+        op(query, cache.heads, rows, dynamic, choice, read)
         found.append(out)
     (table, lens), (wanted_table, wanted_lens) = found
     yield same_bits("retrieve", "lens", lens, wanted_lens)
@@ -252,8 +255,7 @@ def _check_merge(cache: Cache) -> Iterator[Verdict]:
     is_vision = torch.rand(shape, device=device) < 0.7
     before, expected = cache.clone(), cache.clone()
     for op, target in ((ops.merge, cache), (merge_reference, expected)):
-        tables = (target.table[0], target.lens[0], is_vision, "value", shape[1], -1.0)
-        op(keep, target.pool, *tables)
+        op(keep, target.heads_of(0), is_vision, "value", shape[1], -1.0)
     yield same_bits("merge", "keys", cache.pool.keys, before.pool.keys)
     held = ~expected.pool.values.isnan()
     wanted = expected.pool.values[held].double()

@@ -48,21 +48,16 @@ class Layers:
 
     def score(self, layer: int) -> ops.Scores:
         numbers = (self.probe.shape[2] ** -0.5, round(TOP_K_SHARE * HELD_TOKENS), SINK_TOKENS)
-        tables = (self.cache.table[layer], self.cache.lens[layer])
-        return ops.score(self.probe, self.cache.pool, *tables, *numbers, self.longest_tokens)
+        return ops.score(self.probe, self.cache.heads_of(layer), *numbers, self.longest_tokens)
 
     def contrast(self, layer: int) -> torch.Tensor:
-        tables = (self.cache.table[layer], self.cache.lens[layer])
-        return ops.contrast(self.cache.pool, *tables, self.longest_tokens)
+        return ops.contrast(self.cache.heads_of(layer), self.longest_tokens)
 
     def select(self, layer: int, scores: torch.Tensor) -> torch.Tensor:
         return ops.select(scores, self.tiers, self.cache.lens[layer], self.budgets[layer])
 
-    def compact(self, layer: int, keep: torch.Tensor, scores: torch.Tensor) -> None:
-        cache = self.cache
-        tables = (cache.table[layer], cache.lens[layer])
-        stack = (cache.free_pages[layer], cache.num_free[layer : layer + 1])
-        ops.compact(keep, scores, cache.pool, *tables, *stack, poison=False)
+    def compact(self, layer: int, keep: torch.Tensor) -> None:
+        ops.compact(keep, self.cache.heads_of(layer), self.cache.stack_of(layer), poison=False)
 
     def compress(self) -> None:
         """Score, contrast, select and compact every layer in turn, as between layers of a forward.
@@ -72,7 +67,7 @@ class Layers:
         for layer in range(len(self.cache.lens)):
             mass = self.score(layer).mass
             self.contrast(layer)
-            self.compact(layer, self.select(layer, mass), mass)
+            self.compact(layer, self.select(layer, mass))
 
 
 def make_layers(bench: Bench, model: ModelShape, count: int) -> Layers:
@@ -101,7 +96,7 @@ def _ops_of(bench: Bench, model: ModelShape) -> Iterator[Row]:
     scores = layers.score(0).mass
     keep = layers.select(0, scores)
     held, kept = cache.head_tokens, int(layers.budgets.sum())
-    one = (cache.pool, cache.table[0], cache.lens[0])
+    one = cache.heads_of(0)
     case = f"{model.name}, {HELD_TOKENS:,} tokens"
 
     scored = work.score(model, held, PROBE_TOKENS)
@@ -113,14 +108,14 @@ def _ops_of(bench: Bench, model: ModelShape) -> Iterator[Row]:
     selected = work.select(held)
     yield measure_row(bench, "select", case, lambda: layers.select(0, scores), selected)
     moved = work.compact(model, held, _moved_tokens(keep, cache.lens[0]))
-    calls = (lambda: layers.compact(0, keep, scores), moved, lambda: cache.restore(saved))
+    calls = (lambda: layers.compact(0, keep), moved, lambda: cache.restore(saved))
     yield measure_row(bench, "compact", case, *calls)
     cache.restore(saved)
     digested = work.digest(model, held, bench.page_tokens)
-    yield measure_row(bench, "digest", case, lambda: ops.digest(*one), digested)
+    yield measure_row(bench, "digest", case, lambda: ops.digest(one), digested)
     merged = work.merge(model, kept, held - kept, model.kv_heads)
     numbers = ("value", held, MERGE_THRESHOLD)
-    yield measure_row(bench, "merge", case, lambda: ops.merge(keep, *one, keep, *numbers), merged)
+    yield measure_row(bench, "merge", case, lambda: ops.merge(keep, one, keep, *numbers), merged)
 
 
 def _moved_tokens(keep: torch.Tensor, lens: torch.Tensor) -> int:
@@ -154,12 +149,11 @@ def reserves(bench: Bench) -> Row:
     # pages are not read, so small ones do
     layout = PageLayout(page_tokens, MIN_HEAD_SIZE, torch.bfloat16)
     cache = build_cache(lens, layout, bench.device, growth_tokens=1)
-    saved, slots = cache.snapshot(), bench.arange(DECODE_ROWS)
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    shared = torch.ones(DECODE_ROWS, dtype=torch.bool, device=bench.device)
+    saved, rows = cache.snapshot(), bench.rows(DECODE_ROWS)
+    rows.shared.fill_(True)
 
     def run() -> None:
-        ops.reserve(*tables, slots, shared, page_tokens)
+        ops.reserve(cache.heads, cache.stack, rows)
 
     case = f"{model.name}, {model.layers} layers, {DECODE_ROWS} rows"
     counted = work.reserve(DECODE_ROWS * heads)
@@ -170,15 +164,14 @@ def append_call(
     bench: Bench, model: ModelShape, cache: Cache, row_tokens: int
 ) -> Callable[[], None]:
     """`append` of `row_tokens` tokens to every slot, with pages of its free stack."""
-    rows = len(cache.lens)
-    key, value = (bench.randn(rows * row_tokens, model.kv_heads, model.head_size) for _ in range(2))
-    slots, starts = bench.arange(rows), bench.arange(rows + 1) * row_tokens
-    shared = torch.ones(rows, dtype=torch.bool, device=bench.device)
-    first = cache.lens[:, 0].clone()
+    count = len(cache.lens) * row_tokens
+    key, value = (bench.randn(count, model.kv_heads, model.head_size) for _ in range(2))
+    rows = bench.rows(len(cache.lens), row_tokens)
+    rows.first_position.copy_(cache.lens[:, 0])
+    rows.shared.fill_(True)
 
     def run() -> None:
-        tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-        ops.append(key, value, cache.pool, *tables, slots, starts, first, shared)
+        ops.append(key, value, cache.heads, cache.stack, rows)
 
     return run
 

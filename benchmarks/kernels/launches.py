@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.kernels import work
-from benchmarks.kernels.attention import SINK_PAGES, WINDOW_PAGES
+from benchmarks.kernels.attention import CHOICE
 from benchmarks.kernels.caches import Cache, build_cache, equal_lens
 from benchmarks.kernels.checks import Verdict, same_bits
 from benchmarks.kernels.compression import append_call, make_layers
@@ -64,17 +64,13 @@ def _decode_layer(
     out: torch.Tensor,
     append: Callable[[], None],
 ) -> Callable[[], None]:
-    slots, starts = bench.arange(len(out)), bench.arange(len(out) + 1)
+    rows, chosen = bench.rows(len(out)), cache.room_to_choose()
     dynamic = torch.ones_like(cache.lens, dtype=torch.bool)
-    chosen, chosen_lens = torch.empty_like(cache.table), torch.empty_like(cache.lens)
-    numbers = (RETRIEVAL_RATIO, SINK_PAGES, WINDOW_PAGES)
 
     def run() -> None:
         append()
-        tables = (cache.table, cache.lens, slots, dynamic)
-        ops.retrieve(query, cache.pool, *tables, *numbers, chosen, chosen_lens)
-        rows = (chosen, chosen_lens, slots, starts)
-        ops.attend(query, cache.pool, *rows, out, model.head_size**-0.5)
+        ops.retrieve(query, cache.heads, rows, dynamic, CHOICE, chosen)
+        ops.attend(query, chosen, rows, out, model.head_size**-0.5)
 
     return run
 
@@ -151,28 +147,23 @@ def host(bench: Bench) -> Iterator[Row]:
     cache = build_cache(lens, bench.layout(model), bench.device, growth_tokens=256)
     saved, layers = cache.snapshot(), make_layers(bench, model, 1)
     query = bench.randn(HOST_ROWS, model.heads, model.head_size)
-    out, rows = torch.empty_like(query), (bench.arange(HOST_ROWS), bench.arange(HOST_ROWS + 1))
+    out, rows, chosen = torch.empty_like(query), bench.rows(HOST_ROWS), cache.room_to_choose()
     dynamic = torch.ones_like(cache.lens, dtype=torch.bool)
-    shared, page_tokens = dynamic[:, 0].clone(), bench.page_tokens
-    chosen = (torch.empty_like(cache.table), torch.empty_like(cache.lens))
-    pages = (cache.pool, cache.table, cache.lens)
-    numbers = (RETRIEVAL_RATIO, SINK_PAGES, WINDOW_PAGES)
+    rows.shared.fill_(True)
     mass = layers.score(0).mass
     keep = layers.select(0, mass)
-    one = (layers.cache.pool, layers.cache.table[0], layers.cache.lens[0])
+    one = layers.cache.heads_of(0)
     calls: dict[str, Callable[[], object]] = {
         "append": append_call(bench, model, cache, 1),
-        "reserve": lambda: ops.reserve(
-            cache.table, cache.lens, cache.free_pages, cache.num_free, rows[0], shared, page_tokens
-        ),
-        "attend": lambda: ops.attend(query, *pages, *rows, out, 0.1),
-        "retrieve": lambda: ops.retrieve(query, *pages, rows[0], dynamic, *numbers, *chosen),
+        "reserve": lambda: ops.reserve(cache.heads, cache.stack, rows),
+        "attend": lambda: ops.attend(query, cache.heads, rows, out, 0.1),
+        "retrieve": lambda: ops.retrieve(query, cache.heads, rows, dynamic, CHOICE, chosen),
         "score": lambda: layers.score(0),
         "contrast": lambda: layers.contrast(0),
         "select": lambda: layers.select(0, mass),
-        "compact": lambda: layers.compact(0, keep, mass),
-        "digest": lambda: ops.digest(*one),
-        "merge": lambda: ops.merge(keep, *one, keep, "value", HOST_TOKENS, 0.8),
+        "compact": lambda: layers.compact(0, keep),
+        "digest": lambda: ops.digest(one),
+        "merge": lambda: ops.merge(keep, one, keep, "value", HOST_TOKENS, 0.8),
     }
     for name, call in calls.items():
         seconds = host_seconds(call, OP_LAUNCHES, lambda: cache.restore(saved))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.kernels.peers import REFUSALS, Batch, is_flash
+from vllm_budgetkv import ops
 from vllm_budgetkv.layout import PageLayout
 
 if TYPE_CHECKING:
@@ -42,6 +43,11 @@ class Bench:
 
     def int32(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def rows(self, count: int, tokens: int = 1) -> ops.BatchRows:
+        """The first slots, each with `tokens` new ones, whose tables name their pages."""
+        starts, none = self.arange(count + 1) * tokens, self.arange(count) * 0
+        return ops.BatchRows(self.arange(count), starts, none, none.bool())
 
     def arange(self, count: int) -> torch.Tensor:
         """int32 [count]."""

@@ -41,8 +41,8 @@ def vector_bytes(model: ModelShape) -> int:
 
 
 def append(model: ModelShape, new_tokens: int) -> Work:
-    """Reads K and V and writes them with a position and a score."""
-    per_head = 4 * vector_bytes(model) + 2 * WORD_BYTES
+    """Reads K and V and writes them with a position."""
+    per_head = 4 * vector_bytes(model) + WORD_BYTES
     return Work(new_tokens * model.kv_heads * per_head)
 
 
@@ -91,7 +91,7 @@ def select(head_tokens: float) -> Work:
 
 def compact(model: ModelShape, head_tokens: float, moved_tokens: float) -> Work:
     """Every token's mark, and the survivors that change their place, read and written."""
-    per_token = 2 * (2 * vector_bytes(model) + 2 * WORD_BYTES)
+    per_token = 2 * (2 * vector_bytes(model) + WORD_BYTES)
     return Work(head_tokens + moved_tokens * per_token)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.ops import BatchRows, FreeStack, PagedHeads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,13 +23,29 @@ NUM_LAYERS = 2  # tables are views of one layer out of two, so they are not cont
 
 @dataclass
 class Cache:
-    """One layer's tables over a pool; the arguments of most ops. Shapes as in docs/kv_layout.md."""
+    """One layer's tables over a pool, of which ops take views. Shapes as in docs/kv_layout.md."""
 
     pool: PagePool
     table: torch.Tensor
     lens: torch.Tensor
     free_pages: torch.Tensor
     num_free: torch.Tensor
+
+    @property
+    def heads(self) -> PagedHeads:
+        """Of all slots."""
+        return PagedHeads(self.pool, self.table, self.lens)
+
+    @property
+    def stack(self) -> FreeStack:
+        """Of all slots."""
+        return FreeStack(self.free_pages, self.num_free)
+
+    def heads_of(self, slot: int) -> PagedHeads:
+        return PagedHeads(self.pool, self.table[slot], self.lens[slot])
+
+    def stack_of(self, slot: int) -> FreeStack:
+        return FreeStack(self.free_pages[slot], self.num_free[slot : slot + 1])
 
     def clone(self) -> Cache:
         """A copy that shares no memory; the tables keep their strides."""
@@ -49,6 +66,20 @@ class Cache:
 def copy_with_strides(view: torch.Tensor) -> torch.Tensor:
     copy = torch.empty_strided(view.shape, view.stride(), dtype=view.dtype)
     return copy.copy_(view)
+
+
+def int32(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def batch_rows(
+    slots: Sequence[int], tokens: Sequence[int], shared: Sequence[bool] | None = None
+) -> BatchRows:
+    """Rows of these numbers of tokens; first positions are 100, 200, ...; shared unless said."""
+    starts = [sum(tokens[:row]) for row in range(len(tokens) + 1)]
+    positions = [100 * (row + 1) for row in range(len(tokens))]
+    flags = torch.tensor([True] * len(tokens) if shared is None else shared)
+    return BatchRows(int32(slots), int32(starts), int32(positions), flags)
 
 
 def layer_view(shape: Sequence[int], fill: int) -> torch.Tensor:
@@ -113,7 +144,6 @@ def fill_pages(
         pool.keys[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
         pool.values[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
         pool.positions[page, :tokens] = positions[index * page_tokens :][:tokens]
-        pool.scores[page, :tokens] = torch.rand(tokens, generator=generator)
 
 
 def strided_randn(

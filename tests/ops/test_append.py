@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, make_cache, strided_randn
+from tests.ops.factories import Cache, batch_rows, make_cache, strided_randn
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.reference.append import append as append_reference
@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 LENS = [[37, 0, 16], [5, 64, 1], [8, 8, 8]]
 
 
-def int32(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def run(
     op: Callable[..., None],
     cache: Cache,
@@ -29,16 +25,12 @@ def run(
     tokens: Sequence[int],
     shared: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Append random tokens; first positions are 100, 200, ... Mutates the cache."""
+    """Append random tokens. Mutates the cache."""
     layout = cache.pool.layout
     shape = (sum(tokens), cache.lens.shape[1], layout.head_size)
     key = strided_randn(shape, layout.dtype, seed=3)
     value = strided_randn(shape, layout.dtype, seed=4)
-    starts = [sum(tokens[:row]) for row in range(len(tokens) + 1)]
-    positions = [100 * (row + 1) for row in range(len(tokens))]
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    rows = (int32(slots), int32(starts), int32(positions), torch.tensor(shared))
-    op(key, value, cache.pool, *tables, *rows)
+    op(key, value, cache.heads, cache.stack, batch_rows(slots, tokens, shared))
     return key, value
 
 
@@ -84,7 +76,6 @@ def test_tokens_follow_those_held(op: Callable[..., None]) -> None:
         assert torch.equal(values, torch.cat([before[head][1], value[:, head]]))
     last_page = cache.table[1, 0, 1]
     assert cache.pool.positions[last_page, :9].tolist() == list(range(111, 120))
-    assert (cache.pool.scores[last_page, :9] == 0).all()
     assert cache.pool.keys[last_page, 9:].isnan().all()
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
+from tests.ops.factories import Cache, assert_within_budget, batch_rows, make_cache, strided_randn
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
@@ -24,12 +24,6 @@ HEAD_SIZES = (32, 40, 64, 80, 96, 128, 256)
 GROUPS = (1, 2, 4, 7, 8, 16)
 
 
-def row_tensors(slots: Sequence[int], tokens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`slots` and `query_start` of rows with these numbers of tokens."""
-    starts = [sum(tokens[:row]) for row in range(len(tokens) + 1)]
-    return torch.tensor(slots, dtype=torch.int32), torch.tensor(starts, dtype=torch.int32)
-
-
 def check_kernel(
     cache: Cache, group: int, slots: Sequence[int], tokens: Sequence[int], query_scale: float = 1.0
 ) -> None:
@@ -37,15 +31,15 @@ def check_kernel(
     layout = cache.pool.layout
     shape = (sum(tokens), cache.lens.shape[1] * group, layout.head_size)
     query = strided_randn(shape, layout.dtype, seed=1, scale=query_scale)
-    rows = (cache.table, cache.lens, *row_tensors(slots, tokens))
+    rows = batch_rows(slots, tokens)
     scale = 1 / math.sqrt(layout.head_size)
     actual = strided_randn(shape, layout.dtype, seed=2)
     around = actual._base
-    attend(query, cache.pool, *rows, actual, scale)
+    attend(query, cache.heads, rows, actual, scale)
     low_precision = torch.full(shape, torch.nan, dtype=layout.dtype)
-    attend_reference(query, cache.pool, *rows, low_precision, scale)
+    attend_reference(query, cache.heads, rows, low_precision, scale)
     exact = torch.full(shape, torch.nan, dtype=torch.float64)
-    attend_reference(query, cache.pool, *rows, exact, scale, torch.float64)
+    attend_reference(query, cache.heads, rows, exact, scale, torch.float64)
     assert_within_budget(actual, low_precision, exact)
     assert around is not None
     assert around[:, [0, -1]].isnan().all(), "wrote outside of out"
@@ -58,8 +52,8 @@ def test_reference_equals_dense_attention(group: int, chunk: int) -> None:
     cache = make_cache([[37, 37]], layout)
     query = strided_randn((chunk, 2 * group, 64), torch.float32, seed=1)
     out = torch.empty(query.shape, dtype=torch.float64)
-    rows = row_tensors([0], [chunk])
-    attend_reference(query, cache.pool, cache.table, cache.lens, *rows, out, 0.125, torch.float64)
+    rows = batch_rows([0], [chunk])
+    attend_reference(query, cache.heads, rows, out, 0.125, torch.float64)
 
     heads = [cache.head(0, head) for head in range(2)]
     keys = torch.stack([key for key, _ in heads]).double().repeat_interleave(group, dim=0)
@@ -121,7 +115,7 @@ def test_query_that_sees_nothing_gets_zeros(instruction_set: str) -> None:
     cache = make_cache([[2, 0]], PageLayout(8, 32, torch.float32))
     query = strided_randn((5, 4, 32), torch.float32, seed=1)
     out = torch.full(query.shape, torch.nan)
-    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [5]), out, 1.0)
+    attend(query, cache.heads, batch_rows([0], [5]), out, 1.0)
     assert (out[:3, :2] == 0).all()
     assert (out[3:, :2] != 0).all()
     assert (out[:, 2:] == 0).all()
@@ -133,10 +127,10 @@ def test_result_is_independent_of_batch_and_threads(chunk: int) -> None:
     query = strided_randn((2 * chunk, 4, 64), torch.float32, seed=1)
     alone, together = torch.empty_like(query), torch.empty_like(query)
     num_threads = torch.get_num_threads()
-    rows = row_tensors([0, 1], [chunk, chunk])
-    attend(query, cache.pool, cache.table, cache.lens, *rows, together, 0.125)
+    rows = batch_rows([0, 1], [chunk, chunk])
+    attend(query, cache.heads, rows, together, 0.125)
     torch.set_num_threads(1)
-    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [chunk]), alone, 0.125)
+    attend(query, cache.heads, batch_rows([0], [chunk]), alone, 0.125)
     torch.set_num_threads(num_threads)
     assert torch.equal(alone[:chunk], together[:chunk])
 
@@ -146,9 +140,9 @@ def test_bad_page_id_is_refused(instruction_set: str) -> None:
     cache.table[0, 0, 1] = -1
     for chunk in (1, 20):
         query = torch.zeros(chunk, 1, 32)
-        rows = row_tensors([0], [chunk])
+        rows = batch_rows([0], [chunk])
         with pytest.raises(IndexError, match="outside the pool"):
-            attend(query, cache.pool, cache.table, cache.lens, *rows, query.clone(), 1.0)
+            attend(query, cache.heads, rows, query.clone(), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -159,16 +153,16 @@ def test_bad_page_id_is_refused(instruction_set: str) -> None:
 def test_bad_rows_are_refused(slots: list[int], tokens: list[int], message: str) -> None:
     cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
     query = torch.zeros(2, 1, 32)
-    rows = row_tensors(slots, tokens)
+    rows = batch_rows(slots, tokens)
     with pytest.raises(IndexError, match=message):
-        attend(query, cache.pool, cache.table, cache.lens, *rows, query.clone(), 1.0)
+        attend(query, cache.heads, rows, query.clone(), 1.0)
 
 
 def test_wrong_dtype_is_refused() -> None:
     cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
     query = torch.zeros(2, 1, 32, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="query is torch.bfloat16"):
-        attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0], [2]), query, 1.0)
+        attend(query, cache.heads, batch_rows([0], [2]), query, 1.0)
 
 
 @pytest.mark.parametrize("name", ["generic", "sse9"])

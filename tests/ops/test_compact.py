@@ -30,15 +30,8 @@ def make_shared_cache(lens: Sequence[int], layout: PageLayout, *, room_pages: in
     return cache
 
 
-def run(
-    op: Callable[..., None],
-    cache: Cache,
-    keep: torch.Tensor,
-    scores: torch.Tensor | None,
-    poison: bool,
-) -> None:
-    tables = (cache.table[0], cache.lens[0], cache.free_pages[0], cache.num_free[:1])
-    op(keep, scores, cache.pool, *tables, poison)
+def run(op: Callable[..., None], cache: Cache, keep: torch.Tensor, poison: bool) -> None:
+    op(keep, cache.heads_of(0), cache.stack_of(0), poison)
 
 
 def random_keep(lens: Sequence[int], share: float, seed: int = 0) -> torch.Tensor:
@@ -51,11 +44,11 @@ def random_keep(lens: Sequence[int], share: float, seed: int = 0) -> torch.Tenso
 
 
 def tokens_of(cache: Cache, head: int) -> list[torch.Tensor]:
-    """K, V, positions and scores of a head in the order of its tokens, copied, as raw bits."""
+    """K, V and positions of a head in the order of its tokens, copied, as raw bits."""
     count, page_tokens = int(cache.lens[0, head]), cache.pool.layout.page_tokens
     pages = cache.table[0, head, : -(-count // page_tokens)].long()
     pool = cache.pool
-    fields = (pool.keys, pool.values, pool.positions, pool.scores)
+    fields = (pool.keys, pool.values, pool.positions)
     return [field[pages].flatten(0, 1)[:count].clone() for field in fields]
 
 
@@ -70,14 +63,12 @@ def all_pages(cache: Cache) -> list[int]:
     return sorted(pages)
 
 
-def check_compact(
-    cache: Cache, keep: torch.Tensor, scores: torch.Tensor | None, poison: bool
-) -> None:
+def check_compact(cache: Cache, keep: torch.Tensor, poison: bool) -> None:
     """Op and reference agree in every byte; survivors and pages are what they should be."""
     before = [tokens_of(cache, head) for head in range(len(keep))]
     pages_before, expected = all_pages(cache), cache.clone()
-    run(compact, cache, keep, scores, poison)
-    run(compact_reference, expected, keep, scores, poison)
+    run(compact, cache, keep, poison)
+    run(compact_reference, expected, keep, poison)
 
     assert torch.equal(cache.pool.raw, expected.pool.raw)
     for name in ("table", "lens", "free_pages", "num_free"):
@@ -86,23 +77,16 @@ def check_compact(
     assert len(set(pages_before)) == len(pages_before)
     for head, old in enumerate(before):
         mask = keep[head, : len(old[0])]
-        if scores is not None:
-            old[3] = scores[head, : len(old[0])]
         for new, field in zip(tokens_of(cache, head), old, strict=True):
             torch.testing.assert_close(new, field[mask], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("poison", [False, True], ids=["plain", "poison"])
-@pytest.mark.parametrize("with_scores", [False, True], ids=["move", "write"])
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 0.95, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_survivors(
-    dtype: torch.dtype, share: float, with_scores: bool, poison: bool
-) -> None:
+def test_random_survivors(dtype: torch.dtype, share: float, poison: bool) -> None:
     cache = make_shared_cache(RAGGED, PageLayout(16, 40, dtype))
-    keep = random_keep(RAGGED, share)
-    scores = torch.rand(keep.shape) if with_scores else None
-    check_compact(cache, keep, scores, poison)
+    check_compact(cache, random_keep(RAGGED, share), poison)
 
 
 @pytest.mark.parametrize("page_tokens", [8, 16, 256])
@@ -110,7 +94,7 @@ def test_page_sizes_and_repetition(page_tokens: int) -> None:
     cache = make_shared_cache((700, 33), PageLayout(page_tokens, 64, torch.bfloat16))
     for seed in range(3):
         lens = cache.lens[0].tolist()
-        check_compact(cache, random_keep(lens, 0.6, seed), None, poison=True)
+        check_compact(cache, random_keep(lens, 0.6, seed), poison=True)
 
 
 @given(st.data())
@@ -121,7 +105,7 @@ def test_any_pattern(data: st.DataObject) -> None:
     bits = st.lists(st.booleans(), min_size=width, max_size=width)
     keep = torch.tensor([data.draw(bits) for _ in lens])
     cache = make_shared_cache(lens, PageLayout(8, 32, torch.float32))
-    check_compact(cache, keep, None, data.draw(st.booleans()))
+    check_compact(cache, keep, data.draw(st.booleans()))
 
 
 def test_stack_order_and_lens() -> None:
@@ -129,7 +113,7 @@ def test_stack_order_and_lens() -> None:
     table, height = cache.table[0].clone(), int(cache.num_free)
     keep = torch.zeros(2, 40, dtype=torch.bool)
     keep[0, [3, 30, 39]] = True
-    run(compact, cache, keep, None, False)
+    run(compact, cache, keep, False)
     assert cache.lens[0].tolist() == [3, 0]
     freed = table[0, 1:5].tolist() + table[1, :3].tolist()
     assert cache.free_pages[0, height : int(cache.num_free)].tolist() == freed
@@ -140,9 +124,9 @@ def test_poison_covers_what_is_free_and_nothing_else() -> None:
     freed = cache.table[0, 0, 3:5].long()
     keep = random_keep((40,), 1.0)
     keep[0, 21:] = False
-    run(compact, cache, keep, None, True)
+    run(compact, cache, keep, True)
     pool, last = cache.pool, cache.table[0, 0, 2].long()
-    for field in (pool.keys, pool.values, pool.scores):
+    for field in (pool.keys, pool.values):
         assert field[freed].isnan().all()
         assert field[last, 5:].isnan().all()
         assert not field[last, :5].isnan().any()
@@ -154,12 +138,12 @@ def test_kernel_refuses_before_it_moves() -> None:
     cache = make_shared_cache((40, 40), PageLayout(8, 32, torch.float32), room_pages=3)
     raw, keep = cache.pool.raw.clone(), torch.zeros(2, 40, dtype=torch.bool)
     with pytest.raises(ValueError, match="10 pages are freed but the free stack has room for 3"):
-        run(compact, cache, keep, None, False)
+        run(compact, cache, keep, False)
     with pytest.raises(ValueError, match="holds 40 tokens but keep covers 39"):
-        run(compact, cache, keep[:, :39], None, False)
+        run(compact, cache, keep[:, :39], False)
     cache.table[0, 1, 4] = -1
     with pytest.raises(IndexError, match="entry 4 of a head is page -1"):
-        run(compact, cache, keep, None, False)
+        run(compact, cache, keep, False)
     assert torch.equal(cache.pool.raw, raw)
     assert cache.lens[0].tolist() == [40, 40]
 
@@ -167,6 +151,4 @@ def test_kernel_refuses_before_it_moves() -> None:
 def test_wrong_arguments_are_refused() -> None:
     cache = make_shared_cache((40, 40), PageLayout(8, 32, torch.float32))
     with pytest.raises(ValueError, match="keep has 9999 tokens per head"):
-        run(compact, cache, torch.zeros(2, 9999, dtype=torch.bool), None, False)
-    with pytest.raises(ValueError, match="scores is torch.float64"):
-        run(compact, cache, random_keep((40, 40), 1.0), torch.zeros(2, 40).double(), False)
+        run(compact, cache, torch.zeros(2, 9999, dtype=torch.bool), False)

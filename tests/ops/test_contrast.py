@@ -16,7 +16,7 @@ RAGGED = (0, 1, 15, 16, 17, 255, 257, 1000)
 
 def check_contrast(lens: tuple[int, ...], layout: PageLayout, padding_tokens: int = 3) -> None:
     cache = make_cache([[5] * len(lens), lens], layout)
-    arguments = (cache.pool, cache.table[1], cache.lens[1], max(lens) + padding_tokens)
+    arguments = (cache.heads_of(1), max(lens) + padding_tokens)
     actual, expected = contrast(*arguments), contrast_reference(*arguments)
     exact = contrast_reference(*arguments, torch.float64)
     naive = torch.zeros_like(exact)
@@ -53,25 +53,25 @@ def test_opposite_keys(instruction_set: str) -> None:
     for index in range(9):
         page, slot = cache.table[0, 0, index // 8], index % 8
         cache.pool.keys[page, slot] = {3: -2.0, 5: 0.0}.get(index, 1.0 + index)
-    found = contrast(cache.pool, cache.table[0], cache.lens[0], 9)[0]
+    found = contrast(cache.heads_of(0), 9)[0]
     expected = torch.tensor([{3: 2.0, 5: 1.0}.get(index, 0.0) for index in range(9)])
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
 def test_nothing_held() -> None:
     cache = make_cache([[0, 0]], PageLayout(8, 32, torch.float32))
-    assert contrast(cache.pool, cache.table[0], cache.lens[0], 0).shape == (2, 0)
-    assert (contrast(cache.pool, cache.table[0], cache.lens[0], 5) == 0).all()
+    assert contrast(cache.heads_of(0), 0).shape == (2, 0)
+    assert (contrast(cache.heads_of(0), 5) == 0).all()
 
 
 def test_wrong_arguments_are_refused() -> None:
     cache = make_cache([[40, 40]], PageLayout(8, 32, torch.float32))
     with pytest.raises(ValueError, match=r"table is .* pass torch.int32 \[any, any\]"):
-        contrast(cache.pool, cache.table, cache.lens[0], 40)
+        contrast(cache.heads, 40)
     with pytest.raises(ValueError, match="max_tokens is 73; a table of 9 pages of 8 tokens"):
-        contrast(cache.pool, cache.table[0], cache.lens[0], 73)
+        contrast(cache.heads_of(0), 73)
     with pytest.raises(ValueError, match="head 0 holds 40 tokens but max_tokens is 39"):
-        contrast(cache.pool, cache.table[0], cache.lens[0], 39)
+        contrast(cache.heads_of(0), 39)
     cache.table[0, 1, 4] = -1
     with pytest.raises(IndexError, match="entry 4 of a head is page -1"):
-        contrast(cache.pool, cache.table[0], cache.lens[0], 40)
+        contrast(cache.heads_of(0), 40)

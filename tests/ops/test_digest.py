@@ -17,8 +17,8 @@ RAGGED = (0, 1, 15, 16, 17, 1000)
 def check_digest(lens: tuple[int, ...], layout: PageLayout) -> None:
     cache = make_cache([[5] * len(lens), lens], layout)
     reference = cache.clone()
-    digest(cache.pool, cache.table[1], cache.lens[1])
-    digest_reference(reference.pool, reference.table[1], reference.lens[1])
+    digest(cache.heads_of(1))
+    digest_reference(reference.heads_of(1))
 
     page_tokens = layout.page_tokens
     exact: list[torch.Tensor] = []
@@ -53,7 +53,7 @@ def test_ragged_heads(instruction_set: str, page_tokens: int) -> None:
 
 def test_single_token_is_its_own_centre(instruction_set: str) -> None:
     cache = make_cache([[1]], PageLayout(8, 32, torch.bfloat16))
-    digest(cache.pool, cache.table[0], cache.lens[0])
+    digest(cache.heads_of(0))
     centre, radius = cache.pool.digests[cache.table[0, 0, 0].long()]
     assert torch.equal(centre, cache.head(0, 0)[0][0])
     assert torch.equal(radius, torch.zeros(32, dtype=torch.bfloat16))
@@ -62,7 +62,7 @@ def test_single_token_is_its_own_centre(instruction_set: str) -> None:
 def test_wrong_arguments_are_refused() -> None:
     cache = make_cache([[40, 40]], PageLayout(8, 32, torch.float32))
     with pytest.raises(ValueError, match=r"table is .* pass torch.int32 \[any, any\]"):
-        digest(cache.pool, cache.table, cache.lens[0])
+        digest(cache.heads)
     cache.table[0, 1, 4] = -1
     with pytest.raises(IndexError, match="entry 4 of a head is page -1"):
-        digest(cache.pool, cache.table[0], cache.lens[0])
+        digest(cache.heads_of(0))

@@ -75,9 +75,9 @@ def check_merge(
     before, expected = cache.clone(), cache.clone()
     old = tokens_of(cache, keep, is_vision)
     exact = naive_merge(old, mode, threshold)
-    arguments = (cache.table[0], cache.lens[0], is_vision, mode, MANY_POSITIONS, threshold)
-    merge(keep, cache.pool, *arguments)
-    merge_reference(keep, expected.pool, *arguments)
+    arguments = (is_vision, mode, MANY_POSITIONS, threshold)
+    merge(keep, cache.heads_of(0), *arguments)
+    merge_reference(keep, expected.heads_of(0), *arguments)
 
     changed = 0
     actual_heads = tokens_of(cache, keep, is_vision)
@@ -178,7 +178,7 @@ def test_by_hand(mode: str, values: float, keys: float) -> None:
     cache = small_case([(1, 0), (0, 1), (3, 0), (4, 3)], [1, 9, 2, 4])
     keep = torch.tensor([[True, True, False, False]])
     arguments = (torch.zeros_like(keep), mode, MANY_POSITIONS, 0.79)
-    merge(keep, cache.pool, cache.table[0], cache.lens[0], *arguments)
+    merge(keep, cache.heads_of(0), *arguments)
     slots = slots_of(cache, 0)
     torch.testing.assert_close(cache.pool.values[slots][:, 0], torch.tensor([values, 9.0, 2, 4]))
     torch.testing.assert_close(cache.pool.keys[slots][:, 0], torch.tensor([keys, 0.0, 3, 4]))
@@ -193,7 +193,7 @@ def test_equal_cosines_go_to_the_lower_index(op: object) -> None:
     keep[0, -2:] = False
     arguments = (torch.zeros_like(keep), "average", MANY_POSITIONS, 0.8)
     assert callable(op)
-    op(keep, cache.pool, cache.table[0], cache.lens[0], *arguments)
+    op(keep, cache.heads_of(0), *arguments)
     values = cache.pool.values[slots_of(cache, 0)][:, 0].tolist()
     # the zero key is equally far from all, so it goes to token 0; the other one to token 1
     assert values == [2.0, 2.5] + [1.0] * 198 + [2.0, 3.0, 4.0]
@@ -212,8 +212,7 @@ def test_weighted_compares_positions_over_heads() -> None:
         cache.pool.positions[slots] = torch.tensor([0, 1, 2], dtype=torch.int32)
     keep = torch.tensor([[True, False, False]] * 2)
     assert check_merge(cache.clone(), keep, torch.zeros_like(keep), "weighted") == 3
-    arguments = (cache.table[0], cache.lens[0], torch.zeros_like(keep), "weighted", 3)
-    merge(keep, cache.pool, *arguments)
+    merge(keep, cache.heads_of(0), torch.zeros_like(keep), "weighted", 3)
     first = [float(cache.pool.values[slots_of(cache, head)][0, 0]) for head in range(2)]
     assert first == pytest.approx([0.5, 0.4])
 
@@ -221,26 +220,26 @@ def test_weighted_compares_positions_over_heads() -> None:
 def test_kernel_refuses_before_it_changes_anything() -> None:
     cache, keep, is_vision = make_case((40, 40), PageLayout(8, 32, torch.float32), 0.5)
     raw = cache.pool.raw.clone()
-    tables = (cache.table[0], cache.lens[0])
+    heads = cache.heads_of(0)
     with pytest.raises(ValueError, match="holds 40 tokens but keep covers 39"):
-        merge(keep[:, :39], cache.pool, *tables, is_vision[:, :39], "pivot", 500)
+        merge(keep[:, :39], heads, is_vision[:, :39], "pivot", 500)
     with pytest.raises(IndexError, match="holds a token of position .* but seen_tokens is 3"):
-        merge(keep, cache.pool, *tables, is_vision, "weighted", 3)
+        merge(keep, heads, is_vision, "weighted", 3)
     cache.table[0, 1, 4] = -1
     with pytest.raises(IndexError, match="entry 4 of a head is page -1"):
-        merge(keep, cache.pool, *tables, is_vision, "pivot", 500)
+        merge(keep, heads, is_vision, "pivot", 500)
     assert torch.equal(cache.pool.raw, raw)
 
 
 def test_wrong_arguments_are_refused() -> None:
     cache, keep, is_vision = make_case((40, 40), PageLayout(8, 32, torch.float32), 0.5)
-    tables = (cache.table[0], cache.lens[0])
+    heads = cache.heads_of(0)
     with pytest.raises(ValueError, match="mode 'mean' is unknown; choose one of average, pivot"):
-        merge(keep, cache.pool, *tables, is_vision, "mean", 500)
+        merge(keep, heads, is_vision, "mean", 500)
     with pytest.raises(ValueError, match="is_vision is torch.bool"):
-        merge(keep, cache.pool, *tables, is_vision[:1], "value", 500)
+        merge(keep, heads, is_vision[:1], "value", 500)
     with pytest.raises(ValueError, match="seen_tokens is -1"):
-        merge(keep, cache.pool, *tables, is_vision, "value", -1)
+        merge(keep, heads, is_vision, "value", -1)
     wide = torch.zeros(2, 9999, dtype=torch.bool)
     with pytest.raises(ValueError, match="keep has 9999 tokens per head"):
-        merge(wide, cache.pool, *tables, wide, "value", 500)
+        merge(wide, heads, wide, "value", 500)

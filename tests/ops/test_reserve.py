@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, make_cache
-from tests.ops.test_append import assert_equal, int32, run
+from tests.ops.factories import Cache, batch_rows, make_cache
+from tests.ops.test_append import assert_equal, run
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
@@ -26,8 +26,7 @@ BOTH = pytest.mark.parametrize("op", [reserve, reserve_reference], ids=["kernel"
 def reserve_rows(
     op: Callable[..., None], cache: Cache, slots: Sequence[int], shared: Sequence[bool]
 ) -> None:
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    op(*tables, int32(slots), torch.tensor(shared), PAGE_TOKENS)
+    op(cache.heads, cache.stack, batch_rows(slots, [1] * len(slots), shared))
 
 
 @BOTH
@@ -67,10 +66,3 @@ def test_a_full_table_is_an_error() -> None:
 def test_a_wild_slot_is_an_error() -> None:
     with pytest.raises(IndexError, match="slot 3"):
         reserve_rows(reserve, make_cache(LENS, LAYOUT), [3], [True])
-
-
-def test_a_page_of_no_tokens_is_an_error() -> None:
-    cache = make_cache(LENS, LAYOUT)
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    with pytest.raises(ValueError, match="page_tokens is 0"):
-        reserve(*tables, int32([0]), torch.tensor([True]), 0)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, make_cache, strided_randn
+from tests.ops.factories import Cache, batch_rows, make_cache, strided_randn
 from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops import PageChoice, PagedHeads
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.retrieve import retrieve
@@ -27,7 +28,7 @@ def digested_cache(
     """Digests on all pages but each head's window, where NaN must not be read."""
     cache = make_cache(lens, layout)
     for slot in range(len(lens)):
-        digest(cache.pool, cache.table[slot], cache.lens[slot])
+        digest(cache.heads_of(slot))
         for row, count in zip(cache.table[slot], lens[slot], strict=True):
             num_pages = -(-count // layout.page_tokens)
             window = row[max(0, num_pages - window_pages) : num_pages]
@@ -45,9 +46,8 @@ def run(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out_table = torch.full((len(slots), *cache.table.shape[1:]), 2**30, dtype=torch.int32)
     out_lens = torch.full((len(slots), cache.lens.shape[1]), -7, dtype=torch.int32)
-    rows = torch.tensor(slots, dtype=torch.int32)
-    tables = (cache.table, cache.lens, rows, dynamic)
-    op(query, cache.pool, *tables, *numbers, out_table, out_lens)
+    rows, out = batch_rows(slots, [1] * len(slots)), PagedHeads(cache.pool, out_table, out_lens)
+    op(query, cache.heads, rows, dynamic, PageChoice(*numbers), out)
     return out_table, out_lens
 
 

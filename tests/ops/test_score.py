@@ -60,8 +60,8 @@ def check_score(
     cache = make_cache([lens], layout)
     probe = strided_randn((num_rows, len(lens) * group, layout.head_size), layout.dtype, seed=1)
     numbers = (layout.head_size**-0.5, top_k, num_sinks, max(lens) + 7)
-    actual = score(probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
-    reference = score_reference(probe, cache.pool, cache.table[0], cache.lens[0], *numbers)
+    actual = score(probe, cache.heads_of(0), *numbers)
+    reference = score_reference(probe, cache.heads_of(0), *numbers)
     exact = naive_score(probe, cache, *numbers)
     for name, got, low_precision, true in zip(
         Scores._fields, actual, reference, exact, strict=True
@@ -108,7 +108,7 @@ def test_equal_weights_tie(instruction_set: str) -> None:
     cache = make_cache([[100]], PageLayout(16, 32, torch.float32))
     cache.pool.keys[:] = 1.0
     probe = torch.ones(3, 2, 32)
-    result = score(probe, cache.pool, cache.table[0], cache.lens[0], 0.1, 30, 0, 100)
+    result = score(probe, cache.heads_of(0), 0.1, 30, 0, 100)
     torch.testing.assert_close(result.mass, torch.full((1, 100), 0.01))
     torch.testing.assert_close(result.topk_mass, torch.full((2,), 0.3))
 
@@ -120,7 +120,7 @@ def test_strong_sinks_do_not_hide_the_rest(instruction_set: str) -> None:
     cache.pool.positions[cache.table[0, 0, 0].long(), 0] = 0
     cache.pool.keys[cache.table[0, 0, 0].long(), 0] = 100.0
     probe = torch.ones(2, 1, 32)
-    arguments = (probe, cache.pool, cache.table[0], cache.lens[0], 1.0, 10, 1, 90)
+    arguments = (probe, cache.heads_of(0), 1.0, 10, 1, 90)
     for result in (score(*arguments), Scores(*score_reference(*arguments))):
         assert result.mass[0, 0] == 1.0
         torch.testing.assert_close(result.topk_mass, torch.tensor([10 / 89]))
@@ -133,7 +133,7 @@ def test_planted_needle_survives(instruction_set: str, dtype: torch.dtype) -> No
     for head, needle in ((0, 217), (1, 0)):
         page = cache.table[0, head, needle // 16].long()
         cache.pool.keys[page, needle % 16] = 4 * probe[:, 2 * head : 2 * head + 2].mean((0, 1))
-    result = score(probe, cache.pool, cache.table[0], cache.lens[0], 1.0, 64, 0, 333)
+    result = score(probe, cache.heads_of(0), 1.0, 64, 0, 333)
     assert result.mass.argmax(dim=1).tolist() == [217, 0]
     tiers = torch.zeros_like(result.mass, dtype=torch.uint8)
     keep = select(result.mass, tiers, cache.lens[0], torch.tensor([1, 1], dtype=torch.int32))
@@ -142,21 +142,20 @@ def test_planted_needle_survives(instruction_set: str, dtype: torch.dtype) -> No
 
 def test_wrong_arguments_are_refused() -> None:
     cache = make_cache([[40, 40]], PageLayout(16, 32, torch.float32))
-    pool, table, lens = cache.pool, cache.table[0], cache.lens[0]
-    probe = torch.zeros(2, 4, 32)
+    heads, probe = cache.heads_of(0), torch.zeros(2, 4, 32)
     with pytest.raises(ValueError, match="multiple of the 2 KV heads"):
-        score(probe[:, :3], pool, table, lens, 1.0, 1, 0, 40)
+        score(probe[:, :3], heads, 1.0, 1, 0, 40)
     with pytest.raises(ValueError, match=r"probe is .* pass torch.float32 \[any, any, 32\]"):
-        score(torch.zeros(2, 4, 64), pool, table, lens, 1.0, 1, 0, 40)
+        score(torch.zeros(2, 4, 64), heads, 1.0, 1, 0, 40)
     with pytest.raises(ValueError, match="max_tokens is 1000"):
-        score(probe, pool, table, lens, 1.0, 1, 0, 1000)
+        score(probe, heads, 1.0, 1, 0, 1000)
     with pytest.raises(ValueError, match="top_k is 0"):
-        score(probe, pool, table, lens, 1.0, 0, 0, 40)
+        score(probe, heads, 1.0, 0, 0, 40)
 
 
 def test_kernel_refuses_wild_tables() -> None:
     cache = make_cache([[40, 40]], PageLayout(16, 32, torch.float32))
-    arguments = (torch.zeros(2, 4, 32), cache.pool, cache.table[0], cache.lens[0], 1.0, 1, 0)
+    arguments = (torch.zeros(2, 4, 32), cache.heads_of(0), 1.0, 1, 0)
     with pytest.raises(ValueError, match="holds 40 tokens but max_tokens is 39"):
         score(*arguments, 39)
     cache.table[0, 1, 2] = cache.pool.num_pages

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import make_cache
+from tests.ops.factories import batch_rows, int32, make_cache
 from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops import PageChoice
 
 pytest.importorskip("triton")
 
@@ -35,18 +36,12 @@ CASES = [
 ]
 
 
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
 def launch_append(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.append import append
 
     cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout)
     key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    rows = (int32(0, 1), int32(0, 20, 50), int32(0, 0), torch.tensor([True, False]))
-    append(key, key, cache.pool, *tables, *rows)
+    append(key, key, cache.heads, cache.stack, batch_rows([0, 1], [20, 30], [True, False]))
 
 
 def launch_reserve(layout: PageLayout, group: int) -> None:
@@ -54,8 +49,7 @@ def launch_reserve(layout: PageLayout, group: int) -> None:
 
     # the heads of all layers
     cache = make_cache([[70] * 28 * NUM_HEADS], layout, free_pages=200)
-    tables = (cache.table, cache.lens, cache.free_pages, cache.num_free)
-    reserve(*tables, int32(0), torch.tensor([True]), layout.page_tokens)
+    reserve(cache.heads, cache.stack, batch_rows([0], [1]))
 
 
 def launch_attend(layout: PageLayout, group: int) -> None:
@@ -65,9 +59,8 @@ def launch_attend(layout: PageLayout, group: int) -> None:
     cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     for num_tokens in (20, 2):
-        rows = (int32(0, 1), int32(0, 1, num_tokens))
-        queries = query[:num_tokens]
-        attend(queries, cache.pool, cache.table, cache.lens, *rows, queries, 0.1)
+        queries, rows = query[:num_tokens], batch_rows([0, 1], [1, num_tokens - 1])
+        attend(queries, cache.heads, rows, queries, 0.1)
 
 
 def launch_score(layout: PageLayout, group: int) -> None:
@@ -76,14 +69,14 @@ def launch_score(layout: PageLayout, group: int) -> None:
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     probe = torch.zeros(32, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     for max_tokens in (4096, WIDTH_PAGES * layout.page_tokens):
-        score(probe, cache.pool, cache.table[0], cache.lens[0], 0.1, 64, 4, max_tokens)
+        score(probe, cache.heads_of(0), 0.1, 64, 4, max_tokens)
 
 
 def launch_contrast(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.contrast import contrast
 
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
-    contrast(cache.pool, cache.table[0], cache.lens[0], WIDTH_PAGES * layout.page_tokens)
+    contrast(cache.heads_of(0), WIDTH_PAGES * layout.page_tokens)
 
 
 def launch_retrieve(layout: PageLayout, group: int) -> None:
@@ -91,34 +84,32 @@ def launch_retrieve(layout: PageLayout, group: int) -> None:
 
     cache = make_cache([[70] * NUM_HEADS] * 2, layout, table_pages=WIDTH_PAGES)
     query = torch.zeros(2, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
-    tables = (cache.table, cache.lens, int32(0, 1), torch.ones(2, NUM_HEADS, dtype=torch.bool))
-    out = (cache.table.clone(), cache.lens.clone())
-    retrieve(query, cache.pool, *tables, 0.4, 1, 2, *out)
+    dynamic, rows = torch.ones(2, NUM_HEADS, dtype=torch.bool), batch_rows([0, 1], [1, 1])
+    retrieve(query, cache.heads, rows, dynamic, PageChoice(0.4, 1, 2), cache.clone().heads)
 
 
 def launch_select(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.select import select
 
-    scores, counts = torch.zeros(NUM_HEADS, 3000), int32(*[70] * NUM_HEADS)
+    scores, counts = torch.zeros(NUM_HEADS, 3000), int32([70] * NUM_HEADS)
     select(scores, scores.to(torch.uint8), counts, counts)
 
 
 def launch_compact(layout: PageLayout, group: int) -> None:
-    """With the scores of a policy, and poisoning."""
+    """Without poisoning and with it."""
     from vllm_budgetkv.ops.triton.compact import compact
 
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     keep = torch.zeros(NUM_HEADS, 80, dtype=torch.bool)
-    tables = (cache.table[0], cache.lens[0], cache.free_pages[0], cache.num_free)
-    compact(keep, keep.float(), cache.pool, *tables, poison=False)
-    compact(keep, None, cache.pool, *tables, poison=True)
+    for poison in (False, True):
+        compact(keep, cache.heads_of(0), cache.stack_of(0), poison)
 
 
 def launch_digest(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.digest import digest
 
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
-    digest(cache.pool, cache.table[0], cache.lens[0])
+    digest(cache.heads_of(0))
 
 
 def launch_merge(layout: PageLayout, group: int) -> None:
@@ -127,7 +118,7 @@ def launch_merge(layout: PageLayout, group: int) -> None:
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     keep = torch.zeros(NUM_HEADS, 80, dtype=torch.bool)
     for mode in ("value", "weighted"):
-        merge(keep, cache.pool, cache.table[0], cache.lens[0], keep, mode, 80, 0.8)
+        merge(keep, cache.heads_of(0), keep, mode, 80, 0.8)
 
 
 # how many launches each of these makes

@@ -107,12 +107,14 @@ def test_pages_that_grew_since_their_digest_are_read(monkeypatch: pytest.MonkeyP
     )
     retrieve, skipped = ops.retrieve, []
 
-    def spy(query: Any, pool: Any, table: Any, lens: Any, slots: Any, *rest: Any) -> None:
-        retrieve(query, pool, table, lens, slots, *rest)
-        for head, row in enumerate(table[int(slots[0])]):
+    def spy(query: Any, heads: Any, rows: Any, *rest: Any) -> None:
+        retrieve(query, heads, rows, *rest)
+        (pool, table, lens), slot = heads, int(rows.slots[0])
+        for head, row in enumerate(table[slot]):
             fresh = PagePool(pool.raw.clone(), pool.layout)
-            digest(fresh, row[None], lens[slots[0], head][None])
-            unread = [page for page in row.tolist() if page >= 0 and page not in rest[-2][0, head]]
+            digest(ops.PagedHeads(fresh, row[None], lens[slot, head][None]))
+            read = rest[-1].table[0, head]
+            unread = [page for page in row.tolist() if page >= 0 and page not in read]
             skipped.extend(unread)
             assert torch.equal(pool.digests[unread], fresh.digests[unread])
 

@@ -42,7 +42,7 @@ def test_the_cache_is_empty_again(policy: str) -> None:
     for name in ("page_table", "lens", "num_free", "retrieves", "is_static"):
         pair = (getattr(lab.cache.tables, name), getattr(untouched.cache.tables, name))
         assert torch.equal(*pair), name
-    assert all(field.isnan().all() for field in (lab.pool.keys, lab.pool.values, lab.pool.scores))
+    assert all(field.isnan().all() for field in (lab.pool.keys, lab.pool.values))
     slots = lab.cache.slots
     assert not (slots.requests or slots.spans or slots.seeds or slots.records or lab.finished)
     assert lab.cache.step is None and not lab.cache.plans

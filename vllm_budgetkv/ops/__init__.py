@@ -1,8 +1,8 @@
 """Device code on head-pages: one function per op, which knows pages and no policy.
 
-Each has a plain torch reference (`reference/`, the spec), a C++ kernel for the CPU (`csrc/`) and a
-Triton kernel for GPUs (`triton/`); `backend.py` chooses.
-`docs/kv_layout.md` is the map and the legend of shapes.
+They take their tables as views (`views.py`). Each has a plain torch reference (`reference/`, the
+spec), a C++ kernel for the CPU (`csrc/`) and a Triton kernel for GPUs (`triton/`); `backend.py`
+chooses. `docs/kv_layout.md` is the map and the legend of shapes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.merge import merge
 from vllm_budgetkv.ops.reserve import reserve
-from vllm_budgetkv.ops.retrieve import retrieve
+from vllm_budgetkv.ops.retrieve import PageChoice, retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
+from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 __all__ = [
+    "BatchRows",
+    "FreeStack",
+    "PageChoice",
+    "PagedHeads",
     "Scores",
     "append",
     "attend",

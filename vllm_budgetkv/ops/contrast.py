@@ -8,15 +8,13 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
-from vllm_budgetkv.ops.require import require, require_width
+from vllm_budgetkv.ops.require import require_request, require_width
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
-def contrast(
-    pool: PagePool, table: torch.Tensor, lens: torch.Tensor, max_tokens: int
-) -> torch.Tensor:
+def contrast(heads: PagedHeads, max_tokens: int) -> torch.Tensor:
     """1 - cos(key, mean of the normalised keys) of one request and layer, in float32.
 
     The mean is over all keys that the head holds, rotated as they are stored. Keys are read where
@@ -25,9 +23,7 @@ def contrast(
     Based on KeyDiff (https://arxiv.org/abs/2504.15364); shifted by 1, so that it is 0 or more.
 
     Args:
-        pool: the head-pages.
-        table: int32 [H, W], pages of each head.
-        lens: int32 [H], tokens of each head.
+        heads: of one request.
         max_tokens: n, width of the result, at least the largest of `lens`.
 
     Returns:
@@ -36,17 +32,17 @@ def contrast(
     Raises:
         ValueError: a shape, dtype or number does not fit.
     """
-    require("table", table, torch.int32, (None, None))
-    require("lens", lens, torch.int32, (table.shape[0],))
-    require_width(max_tokens, table, pool.layout.page_tokens)
-    match backend.of(table):
+    require_request(heads)
+    require_width(max_tokens, heads)
+    match backend.of(heads.table):
         case "reference":
-            return contrast_reference(pool, table, lens, max_tokens)
+            return contrast_reference(heads, max_tokens)
         case "triton":
             from vllm_budgetkv.ops.triton.contrast import contrast as contrast_triton
 
-            return contrast_triton(pool, table, lens, max_tokens)
+            return contrast_triton(heads, max_tokens)
         case "cpp":
             extension.load()
-            found: torch.Tensor = torch.ops.budgetkv.contrast(pool.keys, table, lens, max_tokens)
+            tables = (heads.table, heads.lens)
+            found: torch.Tensor = torch.ops.budgetkv.contrast(heads.pool.keys, *tables, max_tokens)
             return found

@@ -8,13 +8,13 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
-from vllm_budgetkv.ops.require import require
+from vllm_budgetkv.ops.require import require_request
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
-def digest(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
+def digest(heads: PagedHeads) -> None:
     """Write centre and radius of the keys of every page of one request and layer.
 
     Per channel, over the valid tokens of a page: centre = (max + min) / 2 and
@@ -24,22 +24,20 @@ def digest(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
     makes the box tighter than min/max would, so it ranks pages and does not bound their keys.
 
     Args:
-        pool: its digests of the pages in use are mutated.
-        table: int32 [H, W], pages of each head.
-        lens: int32 [H], tokens of each head.
+        heads: of one request; the digests of the pages in use are mutated.
 
     Raises:
         ValueError: a shape or dtype does not fit.
     """
-    require("table", table, torch.int32, (None, None))
-    require("lens", lens, torch.int32, (table.shape[0],))
-    match backend.of(table):
+    require_request(heads)
+    match backend.of(heads.table):
         case "reference":
-            digest_reference(pool, table, lens)
+            digest_reference(heads)
         case "triton":
             from vllm_budgetkv.ops.triton.digest import digest as digest_triton
 
-            digest_triton(pool, table, lens)
+            digest_triton(heads)
         case "cpp":
             extension.load()
-            torch.ops.budgetkv.digest(pool.keys, pool.digests, table, lens)
+            pool = heads.pool
+            torch.ops.budgetkv.digest(pool.keys, pool.digests, heads.table, heads.lens)

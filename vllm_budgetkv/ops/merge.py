@@ -8,10 +8,10 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.merge import merge as merge_reference
-from vllm_budgetkv.ops.require import require
+from vllm_budgetkv.ops.require import require, require_keep, require_request
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 MERGE_MODES = ("average", "pivot", "weighted", "value")
 VALUE_THRESHOLD = 0.8
@@ -19,9 +19,7 @@ VALUE_THRESHOLD = 0.8
 
 def merge(
     keep: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     is_vision: torch.Tensor,
     mode: str,
     seen_tokens: int,
@@ -48,7 +46,7 @@ def merge(
 
     All means are of the values before the call, in float32, rounded once to the cache dtype. Kept
     tokens are never sources, and tokens of a head that keeps none (or, by value, none of that
-    modality) are lost. Positions, scores and digests are not touched: the digest of a page whose
+    modality) are lost. Positions and digests are not touched: the digest of a page whose
     keys changed is stale until `digest` runs. No token remembers how many it has taken in: at the
     next call it counts as one again.
 
@@ -57,9 +55,7 @@ def merge(
     Args:
         keep: bool [H, n], which tokens survive; n is at least the largest of `lens`, and what
             lies beyond `lens` is ignored.
-        pool: keys (but for `value`) and values of pivots are mutated.
-        table: int32 [H, W], pages of each head.
-        lens: int32 [H], tokens of each head.
+        heads: of one request; keys (but for `value`) and values of pivots are mutated.
         is_vision: bool [H, n], read by `value` only.
         mode: one of `MERGE_MODES`.
         seen_tokens: tokens of the request so far; all positions are below it.
@@ -68,30 +64,23 @@ def merge(
     Raises:
         ValueError: a shape or dtype does not fit, or the mode is unknown.
     """
-    num_heads, num_tokens = table.shape[0], keep.shape[-1]
-    require("table", table, torch.int32, (None, None))
-    require("keep", keep, torch.bool, (num_heads, None))
-    require("lens", lens, torch.int32, (num_heads,))
-    require("is_vision", is_vision, torch.bool, (num_heads, num_tokens))
+    require_request(heads)
+    require_keep(keep, heads)
+    require("is_vision", is_vision, torch.bool, tuple(keep.shape))
     if mode not in MERGE_MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MERGE_MODES)}")
     if seen_tokens < 0:
         raise ValueError(f"seen_tokens is {seen_tokens}; pass how many tokens the request has seen")
-    capacity_tokens = table.shape[1] * pool.layout.page_tokens
-    if num_tokens > capacity_tokens:
-        raise ValueError(
-            f"keep has {num_tokens} tokens per head; a table of {table.shape[1]} pages of "
-            f"{pool.layout.page_tokens} tokens holds {capacity_tokens}"
-        )
     match backend.of(keep):
         case "reference":
-            merge_reference(keep, pool, table, lens, is_vision, mode, seen_tokens, threshold)
+            merge_reference(keep, heads, is_vision, mode, seen_tokens, threshold)
         case "triton":
             from vllm_budgetkv.ops.triton.merge import merge as merge_triton
 
-            merge_triton(keep, pool, table, lens, is_vision, mode, seen_tokens, threshold)
+            merge_triton(keep, heads, is_vision, mode, seen_tokens, threshold)
         case "cpp":
             extension.load()
+            pool = heads.pool
             fields = (pool.keys, pool.values, pool.positions)
-            tables = (table, lens, is_vision)
+            tables = (heads.table, heads.lens, is_vision)
             torch.ops.budgetkv.merge(keep, *fields, *tables, mode, threshold, seen_tokens)

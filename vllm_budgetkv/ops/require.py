@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
-    import torch
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 
 def require(
@@ -30,15 +32,69 @@ def require(
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; pass {dtype} [{wanted}]")
 
 
-def require_width(max_tokens: int, table: torch.Tensor, page_tokens: int) -> None:
-    """Refuse a result that is wider than the page table [H, W] has room for tokens.
+def require_layer(heads: PagedHeads) -> None:
+    """Refuse heads that are not those of one layer of all slots, [S, H, W] and [S, H].
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require("table", heads.table, torch.int32, (None, None, None))
+    require("lens", heads.lens, torch.int32, tuple(heads.table.shape[:2]))
+
+
+def require_request(heads: PagedHeads) -> None:
+    """Refuse heads that are not those of one request, [H, W] and [H].
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require("table", heads.table, torch.int32, (None, None))
+    require("lens", heads.lens, torch.int32, (heads.num_heads,))
+
+
+def require_stacks(stack: FreeStack, heads: PagedHeads) -> None:
+    """Refuse free stacks that are not one for each slot of these heads.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    num_slots = heads.table.shape[0]
+    require("free_pages", stack.free_pages, torch.int32, (num_slots, None))
+    require("num_free", stack.num_free, torch.int32, (num_slots,))
+
+
+def require_rows(rows: BatchRows) -> None:
+    """Refuse rows whose slots and tokens do not fit together; the rest is `append`'s to check.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require("slots", rows.slots, torch.int32, (None,))
+    require("query_start", rows.query_start, torch.int32, (rows.slots.shape[0] + 1,))
+
+
+def require_width(max_tokens: int, heads: PagedHeads) -> None:
+    """Refuse a result that is wider than the page table has room for tokens.
 
     Raises:
         ValueError: with the width and the room.
     """
-    capacity_tokens = table.shape[1] * page_tokens
-    if not 0 <= max_tokens <= capacity_tokens:
+    if not 0 <= max_tokens <= heads.capacity_tokens:
         raise ValueError(
-            f"max_tokens is {max_tokens}; a table of {table.shape[1]} pages of {page_tokens} "
-            f"tokens holds from 0 to {capacity_tokens}"
+            f"max_tokens is {max_tokens}; a table of {heads.width_pages} pages of "
+            f"{heads.page_tokens} tokens holds from 0 to {heads.capacity_tokens}"
+        )
+
+
+def require_keep(keep: torch.Tensor, heads: PagedHeads) -> None:
+    """Refuse marks that are not bool [H, n] with n tokens that the page table has room for.
+
+    Raises:
+        ValueError: a shape or dtype does not fit, or n is too large.
+    """
+    require("keep", keep, torch.bool, (heads.num_heads, None))
+    if keep.shape[1] > heads.capacity_tokens:
+        raise ValueError(
+            f"keep has {keep.shape[1]} tokens per head; a table of {heads.width_pages} pages of "
+            f"{heads.page_tokens} tokens holds {heads.capacity_tokens}"
         )

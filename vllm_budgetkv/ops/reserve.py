@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
-from vllm_budgetkv.ops.require import require
+from vllm_budgetkv.ops.require import require, require_layer, require_stacks
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 
-def reserve(
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    slots: torch.Tensor,
-    shared: torch.Tensor,
-    page_tokens: int,
-) -> None:
+def reserve(heads: PagedHeads, stack: FreeStack, rows: BatchRows) -> None:
     """Enter the page of one more token in the table of every head whose last page is full.
 
     Once before the layers of a decode step: `append` then finds every page in its table, so that
@@ -26,36 +23,27 @@ def reserve(
     they are. Lengths do not change.
 
     Args:
-        table: int32 [S, H, W]; H may be the heads of all layers; mutated.
-        lens: int32 [S, H].
-        free_pages: int32 [S, F].
-        num_free: int32 [S]; mutated.
-        slots: int32 [R].
-        shared: bool [R].
-        page_tokens: tokens of a page (N).
+        heads: of all slots; H may run over all layers. The table is mutated, the pool is not read.
+        stack: of all slots; `num_free` is mutated.
+        rows: of the batch; only `slots` and `shared` are read.
 
     Raises:
-        ValueError: a shape, dtype or number does not fit.
+        ValueError: a shape or dtype does not fit.
         RuntimeError: a free stack runs out. Tables are then partly updated.
         IndexError: a slot or the table width is out of range.
     """
-    num_slots, num_heads = lens.shape
-    require("table", table, torch.int32, (num_slots, num_heads, None))
-    require("lens", lens, torch.int32, (None, None))
-    require("free_pages", free_pages, torch.int32, (num_slots, None))
-    require("num_free", num_free, torch.int32, (num_slots,))
-    require("slots", slots, torch.int32, (None,))
-    require("shared", shared, torch.bool, (slots.shape[0],))
-    if page_tokens < 1:
-        raise ValueError(f"page_tokens is {page_tokens}; it must be at least 1")
-    arguments = (table, lens, free_pages, num_free, slots, shared, page_tokens)
-    match backend.of(table):
+    require_layer(heads)
+    require_stacks(stack, heads)
+    require("slots", rows.slots, torch.int32, (None,))
+    require("shared", rows.shared, torch.bool, tuple(rows.slots.shape))
+    match backend.of(heads.table):
         case "reference":
-            reserve_reference(*arguments)
+            reserve_reference(heads, stack, rows)
         case "triton":
             from vllm_budgetkv.ops.triton.reserve import reserve as reserve_triton
 
-            reserve_triton(*arguments)
+            reserve_triton(heads, stack, rows)
         case "cpp":
             extension.load()
-            torch.ops.budgetkv.reserve(*arguments)
+            tables = (heads.table, heads.lens, *stack, rows.slots, rows.shared)
+            torch.ops.budgetkv.reserve(*tables, heads.page_tokens)

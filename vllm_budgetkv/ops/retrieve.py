@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
-from vllm_budgetkv.ops.require import require
+from vllm_budgetkv.ops.require import require, require_layer
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+
+
+class PageChoice(NamedTuple):
+    """How many pages a dynamic head reads, and which of them in any case.
+
+    Attributes:
+        keep_ratio: share of its pages, in (0, 1].
+        sink_pages: first pages, always read.
+        window_pages: last pages, always read, at least 1 (they may have no digest yet).
+    """
+
+    keep_ratio: float
+    sink_pages: int
+    window_pages: int
 
 
 def retrieve(
     query: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    slots: torch.Tensor,
+    heads: PagedHeads,
+    rows: BatchRows,
     dynamic: torch.Tensor,
-    keep_ratio: float,
-    sink_pages: int,
-    window_pages: int,
-    out_table: torch.Tensor,
-    out_lens: torch.Tensor,
+    choice: PageChoice,
+    out: PagedHeads,
 ) -> None:
     """Choose the pages of every dynamic head for the query of each row, in one layer.
 
@@ -41,48 +50,42 @@ def retrieve(
 
     Args:
         query: [R, Hq, D], float32, bfloat16 or float16: one decode query per row.
-        pool: the head-pages; the digests of sink and window pages are not needed.
-        table: int32 [S, H, W], pages of each head.
-        lens: int32 [S, H], tokens of each head.
-        slots: int32 [R], request slot of each row.
+        heads: one layer of all slots; the digests of sink and window pages are not needed.
+        rows: of the batch, one token each; only `slots` is read.
         dynamic: bool [S, H], heads that retrieve.
-        keep_ratio: share of the pages to keep, in (0, 1].
-        sink_pages: first pages, always kept.
-        window_pages: last pages, always kept, at least 1 (they may have no digest yet).
-        out_table: int32 [R, H, W], chosen pages in ascending order, then -1; mutated.
-        out_lens: int32 [R, H], tokens of the chosen pages; mutated.
+        choice: how many pages.
+        out: the chosen pages, row `r` in place `r`, which `attend` reads. Its table, [R, H, W] in
+            ascending order and then -1, and its lens, tokens in those pages, are mutated.
 
     Raises:
         ValueError: a shape, dtype or number does not fit.
     """
-    require("table", table, torch.int32, (None, None, None))
-    require("slots", slots, torch.int32, (None,))
-    num_slots, num_heads, width_pages = table.shape
-    num_rows = slots.shape[0]
-    require("query", query, query.dtype, (num_rows, None, pool.layout.head_size))
-    require("lens", lens, torch.int32, (num_slots, num_heads))
+    require_layer(heads)
+    require("slots", rows.slots, torch.int32, (None,))
+    (num_slots, num_heads), num_rows = heads.lens.shape, rows.slots.shape[0]
+    require("query", query, query.dtype, (num_rows, None, heads.pool.layout.head_size))
     require("dynamic", dynamic, torch.bool, (num_slots, num_heads))
-    require("out_table", out_table, torch.int32, (num_rows, num_heads, width_pages))
-    require("out_lens", out_lens, torch.int32, (num_rows, num_heads))
+    require("out.table", out.table, torch.int32, (num_rows, num_heads, heads.width_pages))
+    require("out.lens", out.lens, torch.int32, (num_rows, num_heads))
     if query.shape[1] % num_heads:
         raise ValueError(
             f"query has {query.shape[1]} heads; pass a multiple of the {num_heads} KV heads"
         )
-    if not 0.0 < keep_ratio <= 1.0 or sink_pages < 0 or window_pages < 1:
+    if not 0.0 < choice.keep_ratio <= 1.0 or choice.sink_pages < 0 or choice.window_pages < 1:
         raise ValueError(
-            f"keep_ratio {keep_ratio}, sink_pages {sink_pages}, window_pages {window_pages}: "
-            "keep_ratio must be in (0, 1], sink_pages at least 0, window_pages at least 1"
+            f"{choice}: keep_ratio must be in (0, 1], sink_pages at least 0, "
+            "window_pages at least 1"
         )
-    numbers = (keep_ratio, sink_pages, window_pages)
-    tables, outputs = (table, lens, slots, dynamic), (out_table, out_lens)
     match backend.of(query):
         case "reference":
-            retrieve_reference(query, pool, *tables, *numbers, *outputs)
+            retrieve_reference(query, heads, rows, dynamic, choice, out)
         case "triton":
             from vllm_budgetkv.ops.triton.retrieve import retrieve as retrieve_triton
 
-            retrieve_triton(query, pool, *tables, *numbers, *outputs)
+            retrieve_triton(query, heads, rows, dynamic, choice, out)
         case "cpp":
             extension.load()
-            sizes = (pool.layout.page_tokens, *numbers)
-            torch.ops.budgetkv.retrieve(query, pool.digests, *tables, *sizes, *outputs)
+            tables = (heads.table, heads.lens, rows.slots, dynamic)
+            numbers = (heads.page_tokens, *choice)
+            found = (out.table, out.lens)
+            torch.ops.budgetkv.retrieve(query, heads.pool.digests, *tables, *numbers, *found)

@@ -8,10 +8,10 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.score import score as score_reference
-from vllm_budgetkv.ops.require import require, require_width
+from vllm_budgetkv.ops.require import require, require_request, require_width
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 class Scores(NamedTuple):
@@ -32,9 +32,7 @@ class Scores(NamedTuple):
 
 def score(
     probe: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     scale: float,
     top_k: int,
     num_sinks: int,
@@ -53,9 +51,7 @@ def score(
 
     Args:
         probe: [M, Hq, D], float32, bfloat16 or float16, rotated to one common position; M >= 1.
-        pool: the head-pages.
-        table: int32 [H, W], pages of each head.
-        lens: int32 [H], tokens of each head; a head may be empty (its `mass` is 0).
+        heads: of one request; a head may be empty (its `mass` is 0).
         scale: of the logits, 1 / sqrt(D) in most models.
         top_k: tokens in the top-k mass, at least 1; all if a head has fewer.
         num_sinks: positions below it are sinks.
@@ -67,26 +63,27 @@ def score(
     Raises:
         ValueError: a shape, dtype or number does not fit.
     """
-    if probe.dim() != 3 or probe.shape[0] < 1 or probe.shape[1] % table.shape[0]:
+    require_request(heads)
+    if probe.dim() != 3 or probe.shape[0] < 1 or probe.shape[1] % heads.num_heads:
         raise ValueError(
             f"probe {list(probe.shape)} must be [M >= 1, Hq, D] with Hq a multiple of the "
-            f"{table.shape[0]} KV heads of the table"
+            f"{heads.num_heads} KV heads of the table"
         )
+    pool = heads.pool
     require("probe", probe, probe.dtype, (None, None, pool.layout.head_size))
-    require("table", table, torch.int32, (None, None))
-    require("lens", lens, torch.int32, (table.shape[0],))
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
-    require_width(max_tokens, table, pool.layout.page_tokens)
+    require_width(max_tokens, heads)
     numbers = (scale, top_k, num_sinks, max_tokens)
     match backend.of(probe):
         case "reference":
-            return Scores(*score_reference(probe, pool, table, lens, *numbers))
+            return Scores(*score_reference(probe, heads, *numbers))
         case "triton":
             from vllm_budgetkv.ops.triton.score import score as score_triton
 
-            return Scores(*score_triton(probe, pool, table, lens, *numbers))
+            return Scores(*score_triton(probe, heads, *numbers))
         case "cpp":
             extension.load()
             fields = (pool.keys, pool.values, pool.positions)
-            return Scores(*torch.ops.budgetkv.score(probe, *fields, table, lens, *numbers))
+            tables = (heads.table, heads.lens)
+            return Scores(*torch.ops.budgetkv.score(probe, *fields, *tables, *numbers))

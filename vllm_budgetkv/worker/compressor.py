@@ -75,17 +75,16 @@ class Compressor:
         kept = [self.policy.retain(observation) for observation in seen]
         # neighbours in the tables, so that their heads are the rows of one view
         rows = slice(layers[0], layers[-1] + 1)
-        table, lens = tables.page_table[slot, rows].flatten(0, 1), tables.lens[slot, rows].flatten()
+        heads = tables.of(slot, layers)
         scores, tiers = (join([getattr(one, name) for one in kept], 2) for name in TOKEN_FIELDS)
         budgets, is_static = (join([getattr(one, name) for one in kept], 1) for name in HEAD_FIELDS)
-        keep = ops.select(scores, tiers, lens, budgets)
+        keep = ops.select(scores, tiers, heads.lens, budgets)
         self._merge(request, layers, keep, seen, kept)
-        stack = (tables.free_pages[slot], tables.num_free[slot : slot + 1])
-        ops.compact(keep, scores, tables.pool, table, lens, *stack, poison=self.poison)
+        ops.compact(keep, heads, tables.stack_of(slot), poison=self.poison)
         is_static = is_static.view(len(layers), -1)
         tables.is_static[slot, rows] = is_static
         if last and self.retrieves:
-            ops.digest(tables.pool, table, lens)
+            ops.digest(heads)
             tables.retrieves[slot, rows] = ~is_static
         request.record.compression_seconds += time.perf_counter() - started_seconds
 
@@ -111,8 +110,7 @@ class Compressor:
         is_vision = join([observation.is_vision for observation in seen], 2)
         parts = zip(layers, keep.chunk(len(layers)), is_vision.chunk(len(layers)), strict=True)
         for layer, part, of_vision in parts:
-            where = (tables.page_table[slot, layer], tables.lens[slot, layer])
-            ops.merge(part, tables.pool, *where, of_vision, mode, seen[0].seen_tokens)
+            ops.merge(part, tables.of(slot, layer), of_vision, mode, seen[0].seen_tokens)
 
     def compact_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""
@@ -203,8 +201,8 @@ class Compressor:
         if policy.needs_keys:
             found["keys"] = self._gather(pool.keys, request, layer, longest_tokens, 0)
         if policy.needs_contrast:
-            where = (tables.page_table[request.slot, layer], tables.lens[request.slot, layer])
-            found["contrast"] = ops.contrast(pool, *where, longest_tokens)
+            heads = tables.of(request.slot, layer)
+            found["contrast"] = ops.contrast(heads, longest_tokens)
         return found
 
     def _probes(
@@ -236,9 +234,7 @@ class Compressor:
         """Attention of a probe to what the layer holds."""
         return ops.score(
             probe,
-            self.tables.pool,
-            self.tables.page_table[request.slot, layer],
-            self.tables.lens[request.slot, layer],
+            self.tables.of(request.slot, layer),
             self.scales[layer],
             self.options.top_k_tokens(longest_tokens),
             self.options.sink_tokens,

@@ -7,30 +7,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv.ops import BatchRows, PagedHeads
 from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm_budgetkv.layout import PagePool
     from vllm_budgetkv.worker.requests import RowPlan
     from vllm_budgetkv.worker.tables import HeadTables
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a batch. Behind the last request stand rows without tokens, in slot 0.
+class Rows(BatchRows):
+    """Rows of a batch. Behind the last request stand rows without tokens, in slot 0."""
 
-    Args:
-        slots: int32 [R].
-        query_start: int32 [R + 1], first query token of each row.
-        first_position: int32 [R], position in its request of each row's first token.
-        shared: bool [R], rows that take their pages from a free stack as they append.
-    """
-
-    slots: torch.Tensor
-    query_start: torch.Tensor
-    first_position: torch.Tensor
-    shared: torch.Tensor
+    __slots__ = ()
 
     @classmethod
     def empty(cls, num_rows: int, device: torch.device) -> Rows:
@@ -50,9 +41,8 @@ class Rows:
             *[*(request.computed_tokens for request in requests), *[0] * padding],
             *[*(request.shared for request in requests), *[False] * padding],
         ]
-        fields = (self.slots, self.query_start, self.first_position, self.shared)
         uploaded = upload(numbers, torch.int32, self.slots.device)
-        for field, part in zip(fields, uploaded.split([*map(len, fields)]), strict=True):
+        for field, part in zip(self, uploaded.split([*map(len, self)]), strict=True):
             field.copy_(part)
 
     def first(self, num_rows: int) -> Rows:
@@ -110,3 +100,7 @@ class DecodeBuffers:
                 device=device,
             ),
         )
+
+    def read(self, pool: PagePool, num_rows: int) -> PagedHeads:
+        """[R, H, W]: what the first rows read, each in its own place."""
+        return PagedHeads(pool, self.read_table[:num_rows], self.read_lens[:num_rows])

@@ -64,7 +64,7 @@ class Step:
         rows = cache.rows.first(len(plans))
         is_decode = all(plan.is_decode for plan in plans)
         if is_decode:
-            cache.tables.reserve(rows.slots, rows.shared)
+            cache.tables.reserve(rows)
             rows.shared.zero_()
         return cls(
             cache=cache,
@@ -137,10 +137,7 @@ class Step:
         layer = cache.layer_index[layer_name]
         num_tokens = self.starts[-1]
         query, key, value, out = (x[:num_tokens] for x in (query, key, value, out))
-        table, lens = tables.page_table[:, layer], tables.lens[:, layer]
-        stack = (tables.free_pages, tables.num_free)
-        where = (rows.slots, rows.query_start, rows.first_position, rows.shared)
-        ops.append(key, value, tables.pool, table, lens, *stack, *where)
+        ops.append(key, value, tables.layer(layer), tables.stack, rows)
         self._attend(layer, query, out, scale)
         if self.is_decode:
             if cache.buffers.queries.numel():
@@ -166,14 +163,12 @@ class Step:
             bank.take(write, self.cache.buffers.queries, position)
 
     def _attend(self, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float) -> None:
-        tables, split = self.cache.tables, self.num_retrieving_rows
-        table, lens = tables.page_table[:, layer], tables.lens[:, layer]
+        heads, split = self.cache.tables.layer(layer), self.num_retrieving_rows
         if split:
             self._attend_retrieved(layer, query[:split], out[:split], scale)
         if split < len(self.rows.slots):
             rows = self.rows.behind(split) if split else self.rows
-            where = (rows.slots, rows.query_start)
-            ops.attend(query[split:], tables.pool, table, lens, *where, out[split:], scale)
+            ops.attend(query[split:], heads, rows, out[split:], scale)
 
     def _attend_retrieved(
         self, layer: int, query: torch.Tensor, out: torch.Tensor, scale: float
@@ -183,22 +178,16 @@ class Step:
         num_rows, page_tokens = query.shape[0], tables.pool.layout.page_tokens
         # what decode appended since the last compaction has no digest yet, so it is always read
         grown_pages = ceil_div(self.cache.quota.decode_interval_tokens, page_tokens) + 1
-        buffers = self.cache.buffers
-        read = (buffers.read_table[:num_rows], buffers.read_lens[:num_rows])
-        ops.retrieve(
-            query,
-            tables.pool,
-            tables.page_table[:, layer],
-            tables.lens[:, layer],
-            self.rows.slots[:num_rows],
-            tables.retrieves[:, layer],
+        choice = ops.PageChoice(
             options.retrieval_ratio,
             options.retrieval_sink_pages(page_tokens),
             max(grown_pages, options.retrieval_window_pages(page_tokens)),
-            *read,
         )
-        own, starts = buffers.numbers[:num_rows], self.rows.query_start[: num_rows + 1]
-        ops.attend(query, tables.pool, *read, own, starts, out, scale)
+        rows, buffers = self.rows.first(num_rows), self.cache.buffers
+        read = buffers.read(tables.pool, num_rows)
+        ops.retrieve(query, tables.layer(layer), rows, tables.retrieves[:, layer], choice, read)
+        # what a row reads stands in its own place there, not in its request's slot
+        ops.attend(query, read, rows._replace(slots=buffers.numbers[:num_rows]), out, scale)
 
 
 def _bank_writes(plans: list[RowPlan], starts: list[int]) -> list[BankEntry]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -81,6 +82,44 @@ class HeadTables:
     def num_heads(self) -> int:
         return self.lens.shape[2]
 
+    @cached_property
+    def _layers(self) -> list[ops.PagedHeads]:
+        """Made once: a decode step asks for them in every layer."""
+        pairs = zip(self.page_table.unbind(1), self.lens.unbind(1), strict=True)
+        return [ops.PagedHeads(self.pool, *pair) for pair in pairs]
+
+    @cached_property
+    def all_layers(self) -> ops.PagedHeads:
+        """[S, L * H, W]: the heads of all layers of all slots, layer by layer."""
+        return ops.PagedHeads(self.pool, self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
+
+    @cached_property
+    def stack(self) -> ops.FreeStack:
+        """The free stacks of all slots."""
+        return ops.FreeStack(self.free_pages, self.num_free)
+
+    def layer(self, layer: int) -> ops.PagedHeads:
+        """[S, H, W]: the heads of one layer of all slots."""
+        return self._layers[layer]
+
+    def of(self, slot: int, layers: int | Sequence[int]) -> ops.PagedHeads:
+        """[H, W]: the heads of one layer of one request, or of neighbouring layers, one by one.
+
+        Args:
+            slot: the request's slot.
+            layers: one, or several that follow one another; then H runs over all of their heads.
+        """
+        table, lens = self.page_table[slot], self.lens[slot]
+        if isinstance(layers, int):
+            return ops.PagedHeads(self.pool, table[layers], lens[layers])
+        rows = slice(layers[0], layers[-1] + 1)
+        assert rows.stop - rows.start == len(layers)
+        return ops.PagedHeads(self.pool, table[rows].flatten(0, 1), lens[rows].flatten())
+
+    def stack_of(self, slot: int) -> ops.FreeStack:
+        """The free stack of one request."""
+        return ops.FreeStack(self.free_pages[slot], self.num_free[slot : slot + 1])
+
     @property
     def slot_bytes(self) -> int:
         """Bytes of all tables of one slot."""
@@ -122,16 +161,9 @@ class HeadTables:
         self.free_pages[slot, : free.numel()] = free
         self.num_free[slot] = free.numel()
 
-    def reserve(self, slots: torch.Tensor, shared: torch.Tensor) -> None:
-        """Take the pages of the next token of every head of all layers of some slots.
-
-        Args:
-            slots: int32 [R].
-            shared: bool [R], rows that take them from their free stack; others have theirs.
-        """
-        all_heads = (self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
-        stack = (self.free_pages, self.num_free)
-        ops.reserve(*all_heads, *stack, slots, shared, self.pool.layout.page_tokens)
+    def reserve(self, rows: ops.BatchRows) -> None:
+        """Take the pages of the next token of every head of all layers of some rows."""
+        ops.reserve(self.all_layers, self.stack, rows)
 
     def release(self, slot: int) -> None:
         """Forget everything of a slot."""

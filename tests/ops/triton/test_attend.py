@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.factories import make_cache, strided_randn
-from tests.ops.test_attend import DTYPES, check_kernel, row_tensors
+from tests.ops.factories import batch_rows, make_cache, strided_randn
+from tests.ops.test_attend import DTYPES, check_kernel
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 
@@ -64,7 +64,7 @@ def test_query_that_sees_nothing_gets_zeros() -> None:
     cache = make_cache([[2, 0], [0, 3]], PageLayout(8, 32, torch.float32), table_pages=64)
     query = strided_randn((6, 4, 32), torch.float32, seed=1)
     out = torch.full(query.shape, torch.nan)
-    attend(query, cache.pool, cache.table, cache.lens, *row_tensors([0, 1], [5, 1]), out, 1.0)
+    attend(query, cache.heads, batch_rows([0, 1], [5, 1]), out, 1.0)
     assert (out[:3, :2] == 0).all()
     assert (out[3:5, :2] != 0).all()
     assert (out[:5, 2:] == 0).all()
@@ -77,7 +77,6 @@ def test_result_is_independent_of_the_batch(chunk: int) -> None:
     cache = make_cache([[1300, 300], [200, 90]], PageLayout(16, 64, torch.float32))
     query = strided_randn((chunk + 5, 4, 64), torch.float32, seed=1)
     alone, together = torch.empty_like(query), torch.empty_like(query)
-    tables = (cache.pool, cache.table, cache.lens)
-    attend(query, *tables, *row_tensors([0, 1], [chunk, 5]), together, 0.125)
-    attend(query[:chunk], *tables, *row_tensors([0], [chunk]), alone[:chunk], 0.125)
+    attend(query, cache.heads, batch_rows([0, 1], [chunk, 5]), together, 0.125)
+    attend(query[:chunk], cache.heads, batch_rows([0], [chunk]), alone[:chunk], 0.125)
     assert torch.equal(alone[:chunk], together[:chunk])

@@ -20,6 +20,7 @@ from benchmarks.kernels.report import Report
 from benchmarks.kernels.rows import Bench
 from benchmarks.kernels.shapes import QWEN25_VL_7B, ModelShape
 from benchmarks.kernels.timing import Ceilings, Timing
+from tests.ops.factories import batch_rows
 from vllm_budgetkv import ops
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
@@ -126,7 +127,7 @@ def test_a_wrong_kernel_is_found(
 
     def attend_nan(*arguments: Any) -> None:
         attend(*arguments)
-        arguments[6][0, 0] = torch.nan
+        arguments[3][0, 0] = torch.nan
 
     def select_fewer(
         scores: torch.Tensor, tiers: torch.Tensor, lens: torch.Tensor, budgets: torch.Tensor
@@ -228,10 +229,9 @@ def test_peers_do_the_same_work(fake_vllm: None, name: str, tokens: int) -> None
     shape = ragged_lens if "by head" in name else equal_lens
     cache = build_cache(shape(3, 2, 21), PageLayout(8, 32, torch.float32), CPU)
     query = torch.randn(3 * tokens, 6, 32)
-    starts = torch.arange(4, dtype=torch.int32) * tokens
     expected = torch.empty_like(query)
-    tables = (cache.table, cache.lens, torch.arange(3, dtype=torch.int32), starts)
-    attend_reference(query, cache.pool, *tables, expected, 32**-0.5)
+    rows = batch_rows(range(3), [tokens] * 3)
+    attend_reference(query, cache.heads, rows, expected, 32**-0.5)
     torch.testing.assert_close(peer(Batch(query, cache, tokens))(), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -14,6 +14,7 @@ from tests.ops.test_compact import (
     run,
 )
 from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.ops import PagedHeads
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.triton import compact as launcher
@@ -28,18 +29,13 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "BLOCK_PAGES", 4)
 
 
-@pytest.mark.parametrize("with_scores", [False, True], ids=["move", "write"])
 @pytest.mark.parametrize(
     ("share", "poison"), [(0.0, True), (0.05, True), (0.6, False), (1.0, True)]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_random_survivors(
-    dtype: torch.dtype, share: float, poison: bool, with_scores: bool
-) -> None:
+def test_random_survivors(dtype: torch.dtype, share: float, poison: bool) -> None:
     cache = make_shared_cache(LENS, PageLayout(16, 40, dtype))
-    keep = random_keep(LENS, share)
-    scores = torch.rand(keep.shape) if with_scores else None
-    check_compact(cache, keep, scores, poison)
+    check_compact(cache, random_keep(LENS, share), poison)
 
 
 @pytest.mark.parametrize("head_size", [32, 80, 96, 256])
@@ -47,7 +43,7 @@ def test_head_sizes(head_size: int) -> None:
     """Keys of one to eight slices, the last of which may be short."""
     for dtype in DTYPES[:2]:
         cache = make_shared_cache((70, 33), PageLayout(8, head_size, dtype))
-        check_compact(cache, random_keep((70, 33), 0.7), None, poison=False)
+        check_compact(cache, random_keep((70, 33), 0.7), poison=False)
 
 
 @pytest.mark.parametrize("page_tokens", [8, 32, 256])
@@ -55,7 +51,7 @@ def test_page_sizes_and_repetition(page_tokens: int) -> None:
     cache = make_shared_cache((300, 33), PageLayout(page_tokens, 32, torch.bfloat16))
     for seed in range(3):
         lens = cache.lens[0].tolist()
-        check_compact(cache, random_keep(lens, 0.6, seed), None, poison=True)
+        check_compact(cache, random_keep(lens, 0.6, seed), poison=True)
 
 
 @pytest.mark.parametrize("first", [1, 64, 127])
@@ -64,7 +60,7 @@ def test_all_but_one(first: int) -> None:
     cache = make_shared_cache((200,), PageLayout(16, 32, torch.float32))
     keep = torch.ones(1, 200, dtype=torch.bool)
     keep[0, first] = False
-    check_compact(cache, keep, None, poison=True)
+    check_compact(cache, keep, poison=True)
 
 
 @pytest.mark.parametrize("num_layers", [2, 3])
@@ -73,12 +69,11 @@ def test_layers_in_one_call(num_layers: int) -> None:
     lens = [40, 70, 9] * num_layers
     cache = make_shared_cache(lens, PageLayout(8, 32, torch.bfloat16))
     keep, expected = random_keep(lens, 0.4), cache.clone()
-    run(compact, cache, keep, None, True)
+    run(compact, cache, keep, True)
     for layer in range(num_layers):
         heads = slice(3 * layer, 3 * layer + 3)
-        tables = (expected.table[0, heads], expected.lens[0, heads])
-        stack = (expected.free_pages[0], expected.num_free[:1])
-        compact_reference(keep[heads], None, expected.pool, *tables, *stack, True)
+        layer_heads = PagedHeads(expected.pool, expected.table[0, heads], expected.lens[0, heads])
+        compact_reference(keep[heads], layer_heads, expected.stack_of(0), True)
     _assert_equal(cache, expected)
 
 
@@ -89,8 +84,8 @@ def test_rows_that_lie_apart() -> None:
     )
     wide = torch.rand(2, 90, generator=torch.Generator().manual_seed(0))
     expected = cache.clone()
-    run(compact, cache, (wide > 0.5)[:, :40], wide[:, :40], False)
-    run(compact_reference, expected, (wide > 0.5)[:, :40], wide[:, :40], False)
+    run(compact, cache, (wide > 0.5)[:, :40], False)
+    run(compact_reference, expected, (wide > 0.5)[:, :40], False)
     _assert_equal(cache, expected)
 
 

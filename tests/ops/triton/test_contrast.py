@@ -32,5 +32,5 @@ def test_runs_grow_with_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_held() -> None:
     cache = make_cache([[0, 0]], PageLayout(8, 32, torch.float32))
-    assert contrast(cache.pool, cache.table[0], cache.lens[0], 0).shape == (2, 0)
-    assert (contrast(cache.pool, cache.table[0], cache.lens[0], 5) == 0).all()
+    assert contrast(cache.heads_of(0), 0).shape == (2, 0)
+    assert (contrast(cache.heads_of(0), 5) == 0).all()

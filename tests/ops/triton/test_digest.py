@@ -24,7 +24,7 @@ def test_ragged_heads(page_tokens: int) -> None:
 
 def test_single_token_is_its_own_centre() -> None:
     cache = make_cache([[1]], PageLayout(8, 32, torch.bfloat16))
-    digest(cache.pool, cache.table[0], cache.lens[0])
+    digest(cache.heads_of(0))
     centre, radius = cache.pool.digests[cache.table[0, 0, 0].long()]
     assert torch.equal(centre, cache.head(0, 0)[0][0])
     assert torch.equal(radius, torch.zeros(32, dtype=torch.bfloat16))

@@ -51,7 +51,7 @@ def test_equal_weights_tie() -> None:
     """All weights tie at the boundary of the top k, which then cuts through them."""
     cache = make_cache([[100]], PageLayout(16, 32, torch.float32))
     cache.pool.keys[:] = 1.0
-    result = score(torch.ones(3, 2, 32), cache.pool, cache.table[0], cache.lens[0], 0.1, 30, 0, 100)
+    result = score(torch.ones(3, 2, 32), cache.heads_of(0), 0.1, 30, 0, 100)
     torch.testing.assert_close(result.mass, torch.full((1, 100), 0.01))
     torch.testing.assert_close(result.topk_mass, torch.full((2,), 0.3))
 
@@ -63,7 +63,7 @@ def test_strong_sinks_do_not_hide_the_rest() -> None:
     cache.pool.keys[:] = 0.0
     cache.pool.keys[first_page, 0] = 100.0
     cache.pool.positions[first_page, 0] = 0
-    result = score(torch.ones(2, 1, 32), cache.pool, cache.table[0], cache.lens[0], 1.0, 10, 1, 90)
+    result = score(torch.ones(2, 1, 32), cache.heads_of(0), 1.0, 10, 1, 90)
     assert result.mass[0, 0] == 1.0
     torch.testing.assert_close(result.topk_mass, torch.tensor([10 / 89]))
 
@@ -73,7 +73,7 @@ def test_probe_of_another_dtype_and_no_tokens() -> None:
     probe = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
     for max_tokens in (40, 0):
         lens = cache.lens[0].clamp(max=max_tokens)
-        arguments = (probe, cache.pool, cache.table[0], lens, 0.2, 5, 1, max_tokens)
+        arguments = (probe, cache.heads_of(0)._replace(lens=lens), 0.2, 5, 1, max_tokens)
         if max_tokens:
             expected = Scores(*score_reference(*arguments))
             for got, wanted in zip(score(*arguments), expected, strict=True):

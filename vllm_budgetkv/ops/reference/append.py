@@ -7,55 +7,42 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 
 def append(
     key: torch.Tensor,
     value: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    slots: torch.Tensor,
-    query_start: torch.Tensor,
-    first_position: torch.Tensor,
-    shared: torch.Tensor,
+    heads: PagedHeads,
+    stack: FreeStack,
+    rows: BatchRows,
 ) -> None:
     """See `vllm_budgetkv.ops.append.append`."""
-    page_tokens = pool.layout.page_tokens
-    for row, slot in enumerate(slots.tolist()):
-        start, end = query_start[row : row + 2].tolist()
+    pool, table, lens = heads
+    page_tokens = heads.page_tokens
+    for row, slot in enumerate(rows.slots.tolist()):
+        start, end = rows.query_start[row : row + 2].tolist()
         if start == end:
             continue
-        for head in range(table.shape[1]):
+        for head in range(heads.num_heads):
             held = int(lens[slot, head])
             index = torch.arange(held, held + end - start, device=table.device)
-            if shared[row]:
-                take_pages(table, free_pages, num_free, slot, head, held, end - start, page_tokens)
+            if rows.shared[row]:
+                take_pages(heads, stack, slot, head, end - start)
             pages = table[slot, head, index // page_tokens].long()
             offsets = index % page_tokens
             pool.keys[pages, offsets] = key[start:end, head]
             pool.values[pages, offsets] = value[start:end, head]
-            pool.positions[pages, offsets] = first_position[row] + (index - held).int()
-            pool.scores[pages, offsets] = 0.0
+            pool.positions[pages, offsets] = rows.first_position[row] + (index - held).int()
             lens[slot, head] += end - start
 
 
-def take_pages(
-    table: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    slot: int,
-    head: int,
-    held_tokens: int,
-    new_tokens: int,
-    page_tokens: int,
-) -> None:
+def take_pages(heads: PagedHeads, stack: FreeStack, slot: int, head: int, new_tokens: int) -> None:
     """Pop the pages that one head needs for its new tokens, in ascending order."""
-    first = -(-held_tokens // page_tokens)
-    end = -(-(held_tokens + new_tokens) // page_tokens)
+    free_pages, num_free = stack
+    held_tokens = int(heads.lens[slot, head])
+    first = -(-held_tokens // heads.page_tokens)
+    end = -(-(held_tokens + new_tokens) // heads.page_tokens)
     if end - first > num_free[slot]:
         raise RuntimeError(
             f"slot {slot} head {head} wants {end - first} pages, but "
@@ -64,4 +51,4 @@ def take_pages(
         )
     for page in range(first, end):
         num_free[slot] -= 1
-        table[slot, head, page] = free_pages[slot, num_free[slot]]
+        heads.table[slot, head, page] = free_pages[slot, num_free[slot]]

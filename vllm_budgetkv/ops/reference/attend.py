@@ -8,25 +8,23 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 
 def attend(
     query: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    slots: torch.Tensor,
-    query_start: torch.Tensor,
+    heads: PagedHeads,
+    rows: BatchRows,
     out: torch.Tensor,
     scale: float,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
-    num_heads = table.shape[1]
-    group = query.shape[1] // num_heads
-    for row, slot in enumerate(slots.tolist()):
-        start, end = query_start[row : row + 2].tolist()
-        for head in range(num_heads):
+    pool, table, lens = heads
+    group = query.shape[1] // heads.num_heads
+    for row, slot in enumerate(rows.slots.tolist()):
+        start, end = rows.query_start[row : row + 2].tolist()
+        for head in range(heads.num_heads):
             num_keys = int(lens[slot, head])
             keys, values = _read_head(pool, table[slot, head], num_keys, compute_dtype)
             query_heads = slice(head * group, (head + 1) * group)

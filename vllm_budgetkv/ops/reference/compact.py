@@ -9,22 +9,13 @@ import torch
 from vllm_budgetkv.ops.reference.tokens import locate_pages, locate_tokens
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import FreeStack, PagedHeads
 
 
-def compact(
-    keep: torch.Tensor,
-    scores: torch.Tensor | None,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    poison: bool,
-) -> None:
+def compact(keep: torch.Tensor, heads: PagedHeads, stack: FreeStack, poison: bool) -> None:
     """See `vllm_budgetkv.ops.compact.compact`."""
-    num_tokens = keep.shape[1]
-    pages, offsets, held = locate_tokens(table, lens, pool.layout.page_tokens, num_tokens)
+    pool, num_tokens = heads.pool, keep.shape[1]
+    pages, offsets, held = locate_tokens(heads, num_tokens)
     survives = keep & held
     kept_lens = survives.sum(dim=1, dtype=torch.int32)
 
@@ -32,29 +23,20 @@ def compact(
     target = torch.arange(num_tokens, device=keep.device) < kept_lens[:, None]
     from_slots = pages.gather(1, source)[target], offsets.gather(1, source)[target]
     to_slots = pages[target], offsets[target]
-    for field in (pool.keys, pool.values, pool.positions, pool.scores):
+    for field in (pool.keys, pool.values, pool.positions):
         field[to_slots] = field[from_slots]
-    if scores is not None:
-        pool.scores[to_slots] = scores.gather(1, source)[target]
 
-    freed = _free_pages(kept_lens, pool.layout.page_tokens, table, lens, free_pages, num_free)
+    freed = _free_pages(kept_lens, heads, stack)
     if poison:
         pool.poison(freed)
-        _poison_tails(pool, table, lens)
+        _poison_tails(heads)
 
 
-def _free_pages(
-    kept_lens: torch.Tensor,
-    page_tokens: int,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-) -> torch.Tensor:
+def _free_pages(kept_lens: torch.Tensor, heads: PagedHeads, stack: FreeStack) -> torch.Tensor:
     """Push the pages behind the survivors: heads ascending, pages ascending. Returns them."""
-    width_pages = table.shape[1]
-    surplus = locate_pages(lens, page_tokens, width_pages)
-    surplus &= ~locate_pages(kept_lens, page_tokens, width_pages)
+    (_, table, lens), (free_pages, num_free) = heads, stack
+    surplus = locate_pages(lens, heads.page_tokens, heads.width_pages)
+    surplus &= ~locate_pages(kept_lens, heads.page_tokens, heads.width_pages)
     freed = table[surplus]
     free_pages[num_free + torch.arange(len(freed), device=table.device)] = freed
     num_free += len(freed)
@@ -63,9 +45,9 @@ def _free_pages(
     return freed
 
 
-def _poison_tails(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
+def _poison_tails(heads: PagedHeads) -> None:
     """Fill the slots behind the last token of every head's last page."""
-    page_tokens = pool.layout.page_tokens
+    (pool, table, lens), page_tokens = heads, heads.page_tokens
     last = (lens.long() - 1).clamp(min=0) // page_tokens
     pages = table.gather(1, last[:, None]).long().expand(-1, page_tokens)
     offsets = torch.arange(page_tokens, device=table.device).expand_as(pages)
@@ -74,4 +56,3 @@ def _poison_tails(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> No
     pool.keys[slots] = torch.nan
     pool.values[slots] = torch.nan
     pool.positions[slots] = torch.iinfo(torch.int32).max
-    pool.scores[slots] = torch.nan

@@ -9,15 +9,15 @@ import torch
 from vllm_budgetkv.ops.reference.tokens import locate_pages
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
-def digest(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
+def digest(heads: PagedHeads) -> None:
     """See `vllm_budgetkv.ops.digest.digest`."""
-    page_tokens = pool.layout.page_tokens
-    held = locate_pages(lens, page_tokens, table.shape[1])
+    (pool, table, lens), page_tokens = heads, heads.page_tokens
+    held = locate_pages(lens, page_tokens, heads.width_pages)
     pages = table[held].long()
-    first_token = torch.arange(table.shape[1], device=table.device) * page_tokens
+    first_token = torch.arange(heads.width_pages, device=table.device) * page_tokens
     counts = (lens[:, None] - first_token)[held].clamp(max=page_tokens)
 
     valid = (torch.arange(page_tokens, device=table.device) < counts[:, None])[..., None]

@@ -9,21 +9,20 @@ import torch
 from vllm_budgetkv.ops.reference.tokens import locate_tokens
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 def merge(
     keep: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     is_vision: torch.Tensor,
     mode: str,
     seen_tokens: int,
     threshold: float,
 ) -> None:
     """See `vllm_budgetkv.ops.merge.merge`."""
-    pages, offsets, held = locate_tokens(table, lens, pool.layout.page_tokens, keep.shape[1])
+    pool = heads.pool
+    pages, offsets, held = locate_tokens(heads, keep.shape[1])
     # a slot behind the last token may hold NaN, which no weight of zero would silence
     keys = pool.keys[pages, offsets].float().masked_fill(~held[..., None], 0.0)
     values = pool.values[pages, offsets].float().masked_fill(~held[..., None], 0.0)

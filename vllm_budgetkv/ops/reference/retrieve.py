@@ -11,41 +11,39 @@ from vllm_budgetkv.ops.reference.tokens import locate_pages
 
 if TYPE_CHECKING:
     from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.retrieve import PageChoice
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 
 def retrieve(
     query: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    slots: torch.Tensor,
+    heads: PagedHeads,
+    rows: BatchRows,
     dynamic: torch.Tensor,
-    keep_ratio: float,
-    sink_pages: int,
-    window_pages: int,
-    out_table: torch.Tensor,
-    out_lens: torch.Tensor,
+    choice: PageChoice,
+    out: PagedHeads,
 ) -> None:
     """See `vllm_budgetkv.ops.retrieve.retrieve`."""
-    page_tokens = pool.layout.page_tokens
-    rows = slots.long()
-    tables, row_lengths, row_dynamic = table[rows], lens[rows], dynamic[rows]
-    for row in range(len(rows)):
+    (pool, table, lens), page_tokens = heads, heads.page_tokens
+    keep_ratio, sink_pages, window_pages = choice
+    slots = rows.slots.long()
+    tables, row_lengths, row_dynamic = table[slots], lens[slots], dynamic[slots]
+    for row in range(len(slots)):
         row_table, row_lens = tables[row], row_lengths[row]
         num_pages = (row_lens + page_tokens - 1) // page_tokens
         forced_pages = num_pages.clamp(max=sink_pages + window_pages)
         kept_pages = (num_pages.double() * keep_ratio).ceil().int().maximum(forced_pages)
         kept_pages = torch.where(row_dynamic[row], kept_pages, num_pages)
 
-        index = torch.arange(table.shape[2], device=table.device)
+        index = torch.arange(heads.width_pages, device=table.device)
         forced = (index < sink_pages) | (index >= (num_pages - window_pages)[:, None])
         page_scores = _box_scores(query[row], pool, row_table)
         keep = select(page_scores, forced.byte(), num_pages, kept_pages)
 
         order = (~keep).byte().argsort(dim=1, stable=True)
-        chosen = locate_pages(kept_pages, 1, table.shape[2])
-        out_table[row] = row_table.gather(1, order).masked_fill(~chosen, -1)
-        out_lens[row] = row_lens - (num_pages - kept_pages) * page_tokens
+        chosen = locate_pages(kept_pages, 1, heads.width_pages)
+        out.table[row] = row_table.gather(1, order).masked_fill(~chosen, -1)
+        out.lens[row] = row_lens - (num_pages - kept_pages) * page_tokens
 
 
 def _box_scores(query: torch.Tensor, pool: PagePool, table: torch.Tensor) -> torch.Tensor:

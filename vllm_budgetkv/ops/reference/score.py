@@ -9,14 +9,12 @@ import torch
 from vllm_budgetkv.ops.reference.tokens import locate_tokens
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 def score(
     probe: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     scale: float,
     top_k: int,
     num_sinks: int,
@@ -24,8 +22,8 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
     num_rows, num_query_heads, head_size = probe.shape
-    num_heads = table.shape[0]
-    pages, offsets, held = locate_tokens(table, lens, pool.layout.page_tokens, max_tokens)
+    pool, num_heads = heads.pool, heads.num_heads
+    pages, offsets, held = locate_tokens(heads, max_tokens)
     # a slot behind the last token may hold NaN, which no weight of zero would silence
     keys = pool.keys[pages, offsets].float().masked_fill(~held[..., None], 0.0)
     values = pool.values[pages, offsets].float().masked_fill(~held[..., None], 0.0)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 def locate_tokens(
-    table: torch.Tensor, lens: torch.Tensor, page_tokens: int, num_tokens: int
+    heads: PagedHeads, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Page, slot in the page, and validity of the first `num_tokens` tokens of every head.
 
     Args:
-        table: int32 [H, W], page ids.
-        lens: int32 [H], tokens that each head holds.
-        page_tokens: N.
+        heads: of one request.
         num_tokens: n, at most W * N.
 
     Returns:
@@ -21,6 +24,7 @@ def locate_tokens(
         offsets: int64 [H, n], slot in the page.
         held: bool [H, n], False beyond `lens`: mask what is read there, it may be NaN.
     """
+    (_, table, lens), page_tokens = heads, heads.page_tokens
     index = torch.arange(num_tokens, device=table.device)
     pages = table[:, index // page_tokens].long().clamp(min=0)
     offsets = (index % page_tokens).expand_as(pages)

@@ -7,24 +7,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
+from vllm_budgetkv.ops.triton.arguments import Pages, Stacks, Tables, Tokens, require_dense
 from vllm_budgetkv.ops.triton.arrival import arrives_last, counters
 from vllm_budgetkv.ops.triton.rows import count_blocks, find_row, first_block
 
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 BLOCK_TOKENS = 16
-
-
-class Stacks(NamedTuple):
-    """Free stacks of all slots and their heights."""
-
-    pages: Any
-    heights: Any
-    slot_stride: Any
 
 
 class Rows(NamedTuple):
@@ -41,34 +33,26 @@ class Rows(NamedTuple):
 def append(
     key: torch.Tensor,
     value: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    slots: torch.Tensor,
-    query_start: torch.Tensor,
-    first_position: torch.Tensor,
-    shared: torch.Tensor,
+    heads: PagedHeads,
+    stack: FreeStack,
+    rows: BatchRows,
 ) -> None:
     """See `vllm_budgetkv.ops.append.append`.
 
     A GPU cannot refuse a row whose stack or table is too small: the row is left as it was.
     """
-    num_rows, num_heads, layout = slots.shape[0], table.shape[1], pool.layout
+    num_rows, num_heads, layout = rows.slots.shape[0], heads.num_heads, heads.pool.layout
     if num_rows == 0 or key.shape[0] == 0:
         return
-    rows = (slots, query_start, first_position, shared)
-    require_dense(free_pages=free_pages, num_free=num_free, first_position=first_position)
-    require_dense(slots=slots, query_start=query_start, shared=shared)
+    require_dense(**rows._asdict())
     append_kernel[(count_blocks(key.shape[0], num_rows, BLOCK_TOKENS), num_heads)](
         Tokens.of(key),
         Tokens.of(value),
-        Pages.of(pool),
-        Tables.of(table, lens),
-        Stacks(free_pages, num_free, free_pages.stride(0)),
+        Pages.of(heads.pool),
+        Tables.of(heads),
+        Stacks.of(stack),
         Rows(*rows, counters(num_rows, key.device), num_rows),
-        capacity_tokens=table.shape[2] * layout.page_tokens,
+        capacity_tokens=heads.capacity_tokens,
         NUM_HEADS=num_heads,
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
         PAGE_TOKENS=layout.page_tokens,
@@ -141,7 +125,6 @@ def append_kernel(
     _write(key, value, pages, start, token, head, page, offset, is_new, HEAD_SIZE, BLOCK_SIZE)
     word = page.to(tl.int64) * pages.word_stride + offset
     tl.store(pages.position + word, first_position + token, mask=is_new)
-    tl.store(pages.score + word, tl.zeros([BLOCK_TOKENS], tl.float32), mask=is_new)
     if arrives_last(rows.arrivals + row, num_blocks * NUM_HEADS):
         tl.store(all_lens, held + new_tokens, mask=heads < tl.where(fits, NUM_HEADS, 0))
         tl.store(stacks.heights + slot, tl.where(fits, left, num_free))

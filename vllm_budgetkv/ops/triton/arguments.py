@@ -8,12 +8,13 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import FreeStack, PagedHeads
 
 
 class Pages(NamedTuple):
     """The fields of the head-pages; inside a page they are dense.
 
-    `stride` leads from page to page in keys, values and digests, `word_stride` in the other two.
+    `stride` leads from page to page in keys, values and digests, `word_stride` in positions.
     The names are singular because Triton's own tuples have an attribute `values`.
     """
 
@@ -21,13 +22,12 @@ class Pages(NamedTuple):
     value: Any
     digest: Any
     position: Any
-    score: Any
     stride: Any
     word_stride: Any
 
     @classmethod
     def of(cls, pool: PagePool) -> Pages:
-        fields = (pool.keys, pool.values, pool.digests, pool.positions, pool.scores)
+        fields = (pool.keys, pool.values, pool.digests, pool.positions)
         return cls(*fields, pool.keys.stride(0), pool.positions.stride(0))
 
 
@@ -41,9 +41,23 @@ class Tables(NamedTuple):
     lens_slot_stride: Any
 
     @classmethod
-    def of(cls, table: torch.Tensor, lens: torch.Tensor) -> Tables:
+    def of(cls, heads: PagedHeads) -> Tables:
+        _, table, lens = heads
         require_dense(table=table, lens=lens)
         return cls(table, lens, table.stride(0), table.stride(1), lens.stride(0))
+
+
+class Stacks(NamedTuple):
+    """Free stacks of all slots and their heights."""
+
+    pages: Any
+    heights: Any
+    slot_stride: Any
+
+    @classmethod
+    def of(cls, stack: FreeStack) -> Stacks:
+        require_dense(free_pages=stack.free_pages, num_free=stack.num_free)
+        return cls(*stack, stack.free_pages.stride(0))
 
 
 class Tokens(NamedTuple):

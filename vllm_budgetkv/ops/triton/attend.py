@@ -23,16 +23,13 @@ from vllm_budgetkv.ops.triton.rows import count_blocks
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 
 def attend(
     query: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    slots: torch.Tensor,
-    query_start: torch.Tensor,
+    heads: PagedHeads,
+    rows: BatchRows,
     out: torch.Tensor,
     scale: float,
 ) -> None:
@@ -44,19 +41,20 @@ def attend(
     has rows without tokens.
     """
     num_tokens, num_query_heads, _ = query.shape
-    num_rows, num_heads, layout = slots.shape[0], table.shape[1], pool.layout
+    num_rows, num_heads, layout = rows.slots.shape[0], heads.num_heads, heads.pool.layout
     if num_rows == 0 or num_tokens == 0:
         return
-    require_dense(slots=slots, query_start=query_start)
+    where = (rows.slots, rows.query_start)
+    require_dense(slots=rows.slots, query_start=rows.query_start)
     group, is_decode = num_query_heads // num_heads, num_tokens <= num_rows
-    tables, to, rows = Tables.of(table, lens), Tokens.of(out), (slots, query_start)
-    run = run_tokens(table.shape[2], layout)
-    num_runs = max(1, triton.cdiv(table.shape[2] * layout.page_tokens, run))
+    tables, to = Tables.of(heads), Tokens.of(out)
+    run = run_tokens(heads.width_pages, layout)
+    num_runs = max(1, triton.cdiv(heads.capacity_tokens, run))
     runs = Runs.empty(num_rows, num_query_heads, num_runs, query)
     cut = {"RUN_TOKENS": run, "NUM_RUNS": num_runs, "GROUP": group}
     size = {"HEAD_SIZE": layout.head_size, "BLOCK_SIZE": triton.next_power_of_2(layout.head_size)}
     common = {"PAGE_TOKENS": layout.page_tokens, "DOT": dot_type(layout.dtype), **cut, **size}
-    sources = (Tokens.of(query), to, Pages.of(pool), tables, *rows)
+    sources = (Tokens.of(query), to, Pages.of(heads.pool), tables, *where)
     scale_log2 = scale / math.log(2)
     decode_kernel[(num_rows, num_heads, num_runs)](
         *sources,
@@ -75,5 +73,5 @@ def attend(
             *sources, num_rows, runs, scale_log2, BLOCK_RUNS=block_runs, **common, **options
         )
     elif num_runs > 1:
-        joined = (to, tables, *rows, runs)
+        joined = (to, tables, *where, runs)
         join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block_runs, **cut, **size)

@@ -16,6 +16,7 @@ from vllm_budgetkv.ops.triton.heads import Heads
 
 if TYPE_CHECKING:
     from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import FreeStack, PagedHeads
 
 WORD_BYTES = 4
 BLOCK_TOKENS = 512
@@ -25,7 +26,6 @@ BLOCK_PAGES = 128
 BLOCK_POISON_WORDS = 1024
 NUM_WARPS = 8
 
-FLOAT32_NAN: tl.constexpr = tl.constexpr(0x7FC00000)
 HUGE_POSITION: tl.constexpr = tl.constexpr(2**31 - 1)
 _NAN_WORDS = {
     torch.float32: 0x7FC00000,
@@ -43,7 +43,6 @@ class Words(NamedTuple):
     value: Any
     digest: Any
     position: Any
-    score: Any
 
     @classmethod
     def of(cls, pool: PagePool) -> Words:
@@ -55,17 +54,14 @@ class Words(NamedTuple):
             layout.value_offset_bytes // WORD_BYTES,
             layout.digest_offset_bytes // WORD_BYTES,
             layout.position_offset_bytes // WORD_BYTES,
-            layout.score_offset_bytes // WORD_BYTES,
         )
 
 
 class Survivors(NamedTuple):
-    """Which tokens stay, uint8 [H, n], and the bits of their new scores, int32 [H, n]."""
+    """Which tokens stay, uint8 [H, n]."""
 
     keep: Any
-    keep_stride: Any
-    scores: Any
-    scores_stride: Any
+    stride: Any
 
 
 class Counts(NamedTuple):
@@ -81,47 +77,34 @@ class Counts(NamedTuple):
         return cls(scratch[:num_heads], scratch[num_heads:-1], scratch[-1:])
 
 
-def compact(
-    keep: torch.Tensor,
-    scores: torch.Tensor | None,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    poison: bool,
-) -> None:
+def compact(keep: torch.Tensor, heads: PagedHeads, stack: FreeStack, poison: bool) -> None:
     """See `vllm_budgetkv.ops.compact.compact`. H may run over the heads of several layers.
 
     A GPU cannot refuse: the stack must have room for the freed pages, and tables name their pages.
     """
-    num_heads, layout = table.shape[0], pool.layout
+    num_heads, layout = heads.num_heads, heads.pool.layout
     if num_heads == 0:
         return
-    words, heads = Words.of(pool), Heads.of(table, lens)
-    # without new scores the pointer stands for nothing
-    bits = words.data if scores is None else scores.view(torch.int32)
-    require_dense(keep=keep, scores=bits, free_pages=free_pages)
-    counts = Counts.empty(num_heads, table.device)
+    words, rows = Words.of(heads.pool), Heads.of(heads)
+    require_dense(keep=keep, free_pages=stack.free_pages)
+    counts = Counts.empty(num_heads, keep.device)
     slices = triton.cdiv(words.token_words, BLOCK_WORDS)
     move_kernel[(2 * slices + 1, num_heads)](
-        Survivors(keep.view(torch.uint8), keep.stride(0), bits, bits.stride(0)),
+        Survivors(keep.view(torch.uint8), keep.stride(0)),
         words,
-        heads,
+        rows,
         counts,
-        num_free,
+        stack.num_free,
         PAGE_TOKENS=layout.page_tokens,
         BLOCK_TOKENS=BLOCK_TOKENS,
         BLOCK_WORDS=BLOCK_WORDS,
-        RESCORES=scores is not None,
         num_warps=NUM_WARPS,
     )
     free_kernel[(num_heads,)](
         words,
-        heads,
+        rows,
         counts,
-        free_pages,
-        num_free,
+        *stack,
         num_heads,
         PAGE_TOKENS=layout.page_tokens,
         NAN_WORD=_NAN_WORDS[layout.dtype],
@@ -143,11 +126,10 @@ def move_kernel(
     PAGE_TOKENS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    RESCORES: tl.constexpr,
 ) -> None:
     """Grid [slices, H]: moves some words of all survivors of a head.
 
-    The first program of a head moves positions and scores and counts; the others move a slice of
+    The first program of a head moves positions and counts; the others move a slice of
     the keys or of the values each. No two programs touch the same word.
 
     One program moves a slice of the whole head, in ascending tiles of tokens. A target never lies
@@ -158,7 +140,7 @@ def move_kernel(
     part, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_tokens = tl.load(heads.lens + head * heads.lens_stride)
     table = heads.table + head * heads.stride
-    keep = survivors.keep + head * survivors.keep_stride
+    keep = survivors.keep + head * survivors.stride
     kept = num_tokens * 0
     for first in range(0, num_tokens, BLOCK_TOKENS):
         source = first + tl.arange(0, BLOCK_TOKENS)
@@ -170,9 +152,10 @@ def move_kernel(
         from_page, to_page = from_page * words.page_words, to_page * words.page_words
         from_slot, to_slot = source % PAGE_TOKENS, target % PAGE_TOKENS
         if part == 0:
-            from_word, to_word = from_page + from_slot, to_page + to_slot
-            scores = survivors.scores + head * survivors.scores_stride + source
-            _move_words(words, scores, from_word, to_word, stays != 0, moves, RESCORES)
+            positions = words.data + words.position
+            position = tl.load(positions + from_page + from_slot, mask=moves, other=0)
+            tl.debug_barrier()
+            tl.store(positions + to_page + to_slot, position, mask=moves)
         else:
             from_word = from_page + from_slot * words.token_words
             to_word = to_page + to_slot * words.token_words
@@ -185,29 +168,6 @@ def move_kernel(
         tl.store(counts.freed_pages + head, freed)
         if head == 0:
             tl.store(counts.num_free, tl.load(num_free))
-
-
-@triton.jit
-def _move_words(
-    words: tl.tuple,
-    scores: tl.tensor,
-    from_word: tl.tensor,
-    to_word: tl.tensor,
-    stays: tl.tensor,
-    moves: tl.tensor,
-    RESCORES: tl.constexpr,
-) -> None:
-    """Move the positions of a tile of tokens, and move the scores or write those given."""
-    position = tl.load(words.data + words.position + from_word, mask=moves, other=0)
-    if RESCORES:
-        changes = stays
-        score = tl.load(scores, mask=changes, other=0)
-    else:
-        changes = moves
-        score = tl.load(words.data + words.score + from_word, mask=changes, other=0)
-    tl.debug_barrier()
-    tl.store(words.data + words.position + to_word, position, mask=moves)
-    tl.store(words.data + words.score + to_word, score, mask=changes)
 
 
 @triton.jit
@@ -285,13 +245,11 @@ def _poison(
 ) -> None:
     """Fill the slots of a page from `first_slot`; from slot 0 its digest too."""
     start = words.data + page.to(tl.int64) * words.page_words
-    for first in range(0, words.score + PAGE_TOKENS, BLOCK_WORDS):
+    for first in range(0, words.position + PAGE_TOKENS, BLOCK_WORDS):
         word = first + tl.arange(0, BLOCK_WORDS)
         slot = tl.where(word < words.value, word, word - words.value) // words.token_words
         slot = tl.where(word < words.digest, slot, 0)
         slot = tl.where(word < words.position, slot, word - words.position)
-        slot = tl.where(word < words.score, slot, word - words.score)
         content = tl.where(word < words.position, NAN_WORD, HUGE_POSITION)
-        content = tl.where(word < words.score, content, FLOAT32_NAN)
-        is_free = (slot >= first_slot) & (word < words.score + PAGE_TOKENS)
+        is_free = (slot >= first_slot) & (word < words.position + PAGE_TOKENS)
         tl.store(start + word, content, mask=is_free)

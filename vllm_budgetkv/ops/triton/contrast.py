@@ -12,7 +12,7 @@ from vllm_budgetkv.ops.triton.arguments import Pages
 from vllm_budgetkv.ops.triton.heads import Heads
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 # short runs fill the card with the few heads of one layer
 MIN_RUN_TOKENS = 64
@@ -23,18 +23,16 @@ BLOCK_RUNS = tl.constexpr(16)
 MIN_NORM = tl.constexpr(1e-12)
 
 
-def contrast(
-    pool: PagePool, table: torch.Tensor, lens: torch.Tensor, max_tokens: int
-) -> torch.Tensor:
+def contrast(heads: PagedHeads, max_tokens: int) -> torch.Tensor:
     """See `vllm_budgetkv.ops.contrast.contrast`."""
-    num_heads, layout = table.shape[0], pool.layout
-    found = table.new_empty(num_heads, max_tokens, dtype=torch.float32)
+    num_heads, layout = heads.num_heads, heads.pool.layout
+    found = heads.table.new_empty(num_heads, max_tokens, dtype=torch.float32)
     if found.numel() == 0:
         return found
     run = max(MIN_RUN_TOKENS, triton.next_power_of_2(triton.cdiv(max_tokens, MAX_RUNS)))
     num_runs = triton.cdiv(max_tokens, run)
     sums = found.new_empty(num_heads, num_runs, layout.head_size)
-    pages, heads = Pages.of(pool), Heads.of(table, lens)
+    source = (Pages.of(heads.pool), Heads.of(heads), sums)
     sizes = {
         "RUN_TOKENS": run,
         "PAGE_TOKENS": layout.page_tokens,
@@ -43,8 +41,8 @@ def contrast(
         "BLOCK_TOKENS": BLOCK_TOKENS,
         "num_warps": 4,
     }
-    sum_kernel[(num_runs, num_heads)](pages, heads, sums, max_tokens, **sizes)
-    compare_kernel[(num_runs, num_heads)](pages, heads, sums, found, max_tokens, **sizes)
+    sum_kernel[(num_runs, num_heads)](*source, max_tokens, **sizes)
+    compare_kernel[(num_runs, num_heads)](*source, found, max_tokens, **sizes)
     return found
 
 

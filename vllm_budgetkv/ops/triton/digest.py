@@ -11,22 +11,20 @@ from vllm_budgetkv.ops.triton.arguments import Pages
 from vllm_budgetkv.ops.triton.heads import Heads
 
 if TYPE_CHECKING:
-    import torch
-
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 MAX_BLOCK_TOKENS = 32
 
 
-def digest(pool: PagePool, table: torch.Tensor, lens: torch.Tensor) -> None:
+def digest(heads: PagedHeads) -> None:
     """See `vllm_budgetkv.ops.digest.digest`. H may run over the heads of several layers."""
-    num_heads, width_pages = table.shape
+    num_heads, width_pages = heads.table.shape
     if num_heads == 0 or width_pages == 0:
         return
-    layout = pool.layout
+    layout = heads.pool.layout
     digest_kernel[(width_pages, num_heads)](
-        Pages.of(pool),
-        Heads.of(table, lens),
+        Pages.of(heads.pool),
+        Heads.of(heads),
         PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm_budgetkv.ops.triton.arguments import require_dense
 
 if TYPE_CHECKING:
-    import torch
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 class Heads(NamedTuple):
@@ -22,6 +22,7 @@ class Heads(NamedTuple):
     lens_stride: Any
 
     @classmethod
-    def of(cls, table: torch.Tensor, lens: torch.Tensor) -> Heads:
+    def of(cls, heads: PagedHeads) -> Heads:
+        _, table, lens = heads
         require_dense(table=table)
         return cls(table, lens, table.stride(0), lens.stride(0))

@@ -16,7 +16,7 @@ from vllm_budgetkv.ops.triton.heads import Heads
 from vllm_budgetkv.ops.triton.pivots import Pivots, Split, find_pivots
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 BLOCK_SOURCES = 16
 
@@ -44,9 +44,7 @@ class Moves(NamedTuple):
 
 def merge(
     keep: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     is_vision: torch.Tensor,
     mode: str,
     seen_tokens: int,
@@ -56,10 +54,10 @@ def merge(
     num_heads, num_tokens = keep.shape
     if num_heads == 0 or num_tokens == 0:
         return
-    layout, heads = pool.layout, Heads.of(table, lens)
-    held = torch.arange(num_tokens, device=keep.device) < lens[:, None]
+    pool, layout = heads.pool, heads.pool.layout
+    held = torch.arange(num_tokens, device=keep.device) < heads.lens[:, None]
     split = Split.of(keep & held, held, is_vision)
-    pivots = find_pivots(pool, heads, split, keep.shape, by_modality=mode == "value")
+    pivots = find_pivots(heads, split, keep.shape, by_modality=mode == "value")
     moves = pivots.similarity > -torch.inf
     if mode == "weighted":
         moves &= _is_alike(pivots, moves, seen_tokens)
@@ -67,7 +65,7 @@ def merge(
         moves &= pivots.similarity >= threshold
     mix_kernel[(num_tokens, num_heads)](
         Pages.of(pool),
-        heads,
+        Heads.of(heads),
         Moves.by_pivot(pivots, moves),
         pivots.similarity,
         num_tokens,

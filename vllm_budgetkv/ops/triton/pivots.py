@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 
 from vllm_budgetkv.ops.triton.arguments import Pages, require_dense
+from vllm_budgetkv.ops.triton.heads import Heads
 from vllm_budgetkv.ops.triton.precision import dot_type
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PageLayout, PagePool
-    from vllm_budgetkv.ops.triton.heads import Heads
+    from vllm_budgetkv.layout import PageLayout
+    from vllm_budgetkv.ops.views import PagedHeads
 
 NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)
 
@@ -56,15 +57,13 @@ class Pivots(NamedTuple):
         return cls(similarity, token, torch.zeros_like(token))
 
 
-def find_pivots(
-    pool: PagePool, heads: Heads, split: Split, shape: torch.Size, by_modality: bool
-) -> Pivots:
+def find_pivots(heads: PagedHeads, split: Split, shape: torch.Size, by_modality: bool) -> Pivots:
     """Compare every dropped token of a head with every kept one, of its modality or of any."""
-    layout = pool.layout
+    pool, layout = heads.pool, heads.pool.layout
     pivots, block = Pivots.empty(shape, pool.raw.device), _block_tokens(layout)
     pivot_kernel[(triton.cdiv(shape[1], block), shape[0])](
         Pages.of(pool),
-        heads,
+        Heads.of(heads),
         split,
         pivots,
         shape[1],

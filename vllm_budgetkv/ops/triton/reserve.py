@@ -7,38 +7,30 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.append import Stacks
-from vllm_budgetkv.ops.triton.arguments import Tables, require_dense
+from vllm_budgetkv.ops.triton.arguments import Stacks, Tables, require_dense
 
 if TYPE_CHECKING:
-    import torch
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
 
 
-def reserve(
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    free_pages: torch.Tensor,
-    num_free: torch.Tensor,
-    slots: torch.Tensor,
-    shared: torch.Tensor,
-    page_tokens: int,
-) -> None:
+def reserve(heads: PagedHeads, stack: FreeStack, rows: BatchRows) -> None:
     """See `vllm_budgetkv.ops.reserve.reserve`.
 
     A GPU cannot refuse a row whose stack or table is too small: the row is left as it was.
     """
-    num_rows, num_heads = slots.shape[0], lens.shape[1]
+    slots, shared, num_heads = rows.slots, rows.shared, heads.num_heads
+    num_rows = slots.shape[0]
     if num_rows == 0 or num_heads == 0:
         return
-    require_dense(free_pages=free_pages, num_free=num_free, slots=slots, shared=shared)
+    require_dense(slots=slots, shared=shared)
     reserve_kernel[(num_rows,)](
-        Tables.of(table, lens),
-        Stacks(free_pages, num_free, free_pages.stride(0)),
+        Tables.of(heads),
+        Stacks.of(stack),
         slots,
         shared,
         num_heads,
-        table.shape[2],
-        PAGE_TOKENS=page_tokens,
+        heads.width_pages,
+        PAGE_TOKENS=heads.page_tokens,
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
     )
 

@@ -14,35 +14,31 @@ from vllm_budgetkv.ops.triton.scratch import scratch
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.retrieve import PageChoice
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 BLOCK_PAGES = 32
 
 
 def retrieve(
     query: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-    slots: torch.Tensor,
+    heads: PagedHeads,
+    rows: BatchRows,
     dynamic: torch.Tensor,
-    keep_ratio: float,
-    sink_pages: int,
-    window_pages: int,
-    out_table: torch.Tensor,
-    out_lens: torch.Tensor,
+    choice: PageChoice,
+    out: PagedHeads,
 ) -> None:
     """See `vllm_budgetkv.ops.retrieve.retrieve`."""
-    num_rows, num_heads, width_pages = out_table.shape
+    num_rows, num_heads, width_pages = out.table.shape
     if num_rows == 0 or width_pages == 0:
         return
-    layout, group = pool.layout, query.shape[1] // num_heads
+    slots, layout, group = rows.slots, heads.pool.layout, query.shape[1] // num_heads
     require_dense(slots=slots, dynamic=dynamic)
-    tables = Tables.of(table, lens)
+    tables = Tables.of(heads)
     scores = scratch("page scores", (num_rows, num_heads, width_pages), query)
     box_kernel[(triton.cdiv(width_pages, BLOCK_PAGES), num_heads, num_rows)](
         Tokens.of(query),
-        Pages.of(pool),
+        Pages.of(heads.pool),
         tables,
         slots,
         scores,
@@ -59,11 +55,11 @@ def retrieve(
         dynamic,
         dynamic.stride(0),
         scores,
-        Tables.of(out_table, out_lens),
+        Tables.of(out),
         width_pages,
-        sink_pages,
-        window_pages,
-        KEEP_RATIO=keep_ratio,
+        choice.sink_pages,
+        choice.window_pages,
+        KEEP_RATIO=choice.keep_ratio,
         PAGE_TOKENS=layout.page_tokens,
         BLOCK_WIDTH=triton.next_power_of_2(width_pages),
     )

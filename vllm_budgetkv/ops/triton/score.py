@@ -15,7 +15,7 @@ from vllm_budgetkv.ops.triton.precision import dot_type
 from vllm_budgetkv.ops.triton.score_finish import finish_kernel
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.ops.views import PagedHeads
 
 MIN_RUN_TOKENS = 256
 MAX_RUNS = 64
@@ -34,9 +34,7 @@ class Logits(NamedTuple):
 
 def score(
     probe: torch.Tensor,
-    pool: PagePool,
-    table: torch.Tensor,
-    lens: torch.Tensor,
+    heads: PagedHeads,
     scale: float,
     top_k: int,
     num_sinks: int,
@@ -44,7 +42,9 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
     num_rows, num_query_heads, _ = probe.shape
-    num_heads, layout = table.shape[0], pool.layout
+    num_heads, layout = heads.num_heads, heads.pool.layout
+    # the kernel finds its head in tables of all slots: here there is one
+    one = heads._replace(table=heads.table[None], lens=heads.lens[None])
     mass = probe.new_empty(num_heads, max_tokens, dtype=torch.float32)
     norms, topk_mass = torch.empty_like(mass), mass.new_empty(num_query_heads)
     positions = torch.empty_like(mass, dtype=torch.int32)
@@ -62,8 +62,8 @@ def score(
     tiles = triton.cdiv(num_rows * group, options["BLOCK_QUERIES"])
     logits_kernel[(num_runs, tiles, num_heads)](
         Tokens.of(probe),
-        Pages.of(pool),
-        Tables.of(table[None], lens[None]),
+        Pages.of(heads.pool),
+        Tables.of(one),
         work,
         norms,
         positions,
@@ -77,7 +77,7 @@ def score(
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),
         **options,
     )
-    _finish(work, lens, positions, mass, topk_mass, top_k, num_sinks)
+    _finish(work, heads.lens, positions, mass, topk_mass, top_k, num_sinks)
     return mass, topk_mass, norms, positions
 
 

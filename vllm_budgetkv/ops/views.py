@@ -1,0 +1,82 @@
+"""What the ops take: heads and their pages, free stacks, rows of a batch.
+
+A view names tensors that lie elsewhere. Making one copies nothing and allocates nothing on a
+device, so it may be made in a decode step and under a graph's capture. What is checked of a view
+is in `require.py`; the legend of shapes is docs/kv_layout.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
+
+    from vllm_budgetkv.layout import PagePool
+
+
+class PagedHeads(NamedTuple):
+    """Heads, and in which pages of a pool their tokens are.
+
+    Either one layer of all slots, [S, H, ...], or heads of one request, [H, ...]. H may run over
+    the heads of several layers, layer by layer.
+
+    Attributes:
+        pool: the head-pages.
+        table: int32 [S, H, W] or [H, W], pages of each head in the order of its tokens; -1 behind
+            the last one. May be strided, but not in its last dimension.
+        lens: int32 [S, H] or [H], tokens of each head; may be strided.
+    """
+
+    pool: PagePool
+    table: torch.Tensor
+    lens: torch.Tensor
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a page (N)."""
+        return self.pool.layout.page_tokens
+
+    @property
+    def num_heads(self) -> int:
+        return self.table.shape[-2]
+
+    @property
+    def width_pages(self) -> int:
+        return self.table.shape[-1]
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the table has room for, of each head."""
+        return self.width_pages * self.page_tokens
+
+
+class FreeStack(NamedTuple):
+    """Free head-pages, a stack for each slot or that of one request.
+
+    Attributes:
+        free_pages: int32 [S, F] or [F]. The top is at `num_free - 1`; what is above means nothing.
+        num_free: int32 [S] or [1], height of each stack.
+    """
+
+    free_pages: torch.Tensor
+    num_free: torch.Tensor
+
+
+class BatchRows(NamedTuple):
+    """Rows of a batch, each the new tokens of one request.
+
+    Row `r` has `t = query_start[r + 1] - query_start[r]` tokens; `t = 0` is padding.
+
+    Attributes:
+        slots: int32 [R], where each row's request stands in the tables of all slots.
+        query_start: int32 [R + 1], first token of each row among the T of the batch, ascending.
+        first_position: int32 [R], logical index in its request of each row's first token.
+        shared: bool [R], rows that take new pages from their free stack; the table of another row
+            names its pages already.
+    """
+
+    slots: torch.Tensor
+    query_start: torch.Tensor
+    first_position: torch.Tensor
+    shared: torch.Tensor
