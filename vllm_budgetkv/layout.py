@@ -73,11 +73,13 @@ class PageLayout:
     @property
     def page_bytes(self) -> int:
         used_bytes = self.position_offset_bytes + 4 * self.page_tokens
-        return -(-used_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
+        # vLLM sees a page as N tokens of whole elements
+        alignment_bytes = max(PAGE_ALIGNMENT_BYTES, self.page_tokens * self.dtype.itemsize)
+        return -(-used_bytes // alignment_bytes) * alignment_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a page per token: exact, because N divides the page alignment."""
+        """Bytes of a page per token: exact, and whole elements of the cache dtype."""
         return self.page_bytes // self.page_tokens
 
 

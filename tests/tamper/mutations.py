@@ -124,13 +124,13 @@ MUTATIONS = (
         "compressor: two heads' tables swapped",
         "worker/compressor.py",
         COMPACT,
-        COMPACT + "        table[[0, -1]] = table[[-1, 0]].clone()\n",
+        COMPACT + "        heads.table[[0, -1]] = heads.table[[-1, 0]].clone()\n",
     ),
     Mutation(
         "compressor: contrast negated",
         "worker/compressor.py",
-        "ops.contrast(pool, table, lens, longest_tokens)",
-        "-ops.contrast(pool, table, lens, longest_tokens)",
+        "ops.contrast(heads, longest_tokens)",
+        "-ops.contrast(heads, longest_tokens)",
     ),
     Mutation(
         "compressor: scores negated",
@@ -143,35 +143,35 @@ MUTATIONS = (
         "worker/compressor.py",
         COMPACT,
         COMPACT
-        + "        top = int(stack[1])\n"
-        + "        stack[0][top] = stack[0][top - 1]\n"
-        + "        stack[1] += 1\n",
+        + "        free_pages, num_free = tables.stack_of(slot)\n"
+        + "        free_pages[num_free] = free_pages[num_free - 1]\n"
+        + "        num_free += 1\n",
     ),
     Mutation(
         "compressor: positions renumbered",
         "worker/compressor.py",
         COMPACT,
         COMPACT
-        + "        size = tables.pool.layout.page_tokens\n"
-        + "        tables.pool.positions[table[0, 1].long()] = torch.arange(size).int() + size\n",
+        + "        page, size = heads.table[0, 1].long(), heads.page_tokens\n"
+        + "        heads.pool.positions[page] = torch.arange(size).int() + size\n",
     ),
     Mutation(
         "compressor: poison skipped",
         "worker/compressor.py",
-        "*stack, poison=self.poison)",
-        "*stack, poison=False)",
+        "tables.stack_of(slot), poison=self.poison)",
+        "tables.stack_of(slot), poison=False)",
     ),
     Mutation(
         "compressor: poison skipped and a stale token read",
         "worker/compressor.py",
-        "*stack, poison=self.poison)\n",
-        "*stack, poison=False)\n"
-        + "        lens += (lens % tables.pool.layout.page_tokens > 0).int()\n",
+        "tables.stack_of(slot), poison=self.poison)\n",
+        "tables.stack_of(slot), poison=False)\n"
+        + "        heads.lens.add_((heads.lens % heads.page_tokens > 0).int())\n",
     ),
     Mutation(
         "compressor: digests not made",
         "worker/compressor.py",
-        "            ops.digest(tables.pool, table, lens)\n",
+        "            ops.digest(heads)\n",
         "",
     ),
     Mutation(
@@ -286,14 +286,14 @@ MUTATIONS = (
     Mutation(
         "compressor: nothing is merged",
         "worker/compressor.py",
-        "if retention.merge is not None:",
-        "if retention.merge == '':",
+        "mode = kept[0].merge",
+        "mode = None",
     ),
     Mutation(
         "compressor: what stays is merged into what goes",
         "worker/compressor.py",
-        "ops.merge(part, tables.pool",
-        "ops.merge(~part, tables.pool",
+        "ops.merge(part, tables.of",
+        "ops.merge(~part, tables.of",
     ),
     Mutation(
         "lookm: vision before text",
@@ -328,8 +328,8 @@ MUTATIONS = (
     Mutation(
         "step: a decode step allocates",
         "worker/step.py",
-        "own, starts = buffers.numbers[:num_rows]",
-        "own, starts = buffers.numbers[:num_rows].clone()",
+        "slots=buffers.numbers[:num_rows])",
+        "slots=buffers.numbers[:num_rows].clone())",
     ),
     Mutation(
         "scheduler: chunks end within frames",

@@ -42,11 +42,11 @@ def append(
     pool, layout = heads.pool, heads.pool.layout
     require_layer(heads)
     require("key", key, layout.dtype, (None, heads.num_heads, layout.head_size))
-    require("value", value, layout.dtype, tuple(key.shape))
+    require("value", value, layout.dtype, key.shape)
     require_stacks(stack, heads)
     require_rows(rows)
-    require("first_position", rows.first_position, torch.int32, tuple(rows.slots.shape))
-    require("shared", rows.shared, torch.bool, tuple(rows.slots.shape))
+    require("first_position", rows.first_position, torch.int32, rows.slots.shape)
+    require("shared", rows.shared, torch.bool, rows.slots.shape)
     match backend.of(key):
         case "reference":
             append_reference(key, value, heads, stack, rows)

@@ -43,7 +43,7 @@ def attend(
     """
     pool, layout = heads.pool, heads.pool.layout
     require("query", query, layout.dtype, (None, None, layout.head_size))
-    require("out", out, layout.dtype, tuple(query.shape))
+    require("out", out, layout.dtype, query.shape)
     require_layer(heads)
     require_rows(rows)
     if query.shape[1] % heads.num_heads:

@@ -66,7 +66,7 @@ def merge(
     """
     require_request(heads)
     require_keep(keep, heads)
-    require("is_vision", is_vision, torch.bool, tuple(keep.shape))
+    require("is_vision", is_vision, torch.bool, keep.shape)
     if mode not in MERGE_MODES:
         raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MERGE_MODES)}")
     if seen_tokens < 0:

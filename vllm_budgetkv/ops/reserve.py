@@ -35,7 +35,7 @@ def reserve(heads: PagedHeads, stack: FreeStack, rows: BatchRows) -> None:
     require_layer(heads)
     require_stacks(stack, heads)
     require("slots", rows.slots, torch.int32, (None,))
-    require("shared", rows.shared, torch.bool, tuple(rows.slots.shape))
+    require("shared", rows.shared, torch.bool, rows.slots.shape)
     match backend.of(heads.table):
         case "reference":
             reserve_reference(heads, stack, rows)

@@ -34,7 +34,7 @@ def select(
         ValueError: a shape or dtype does not fit, or n is above `MAX_SELECT_TOKENS`.
     """
     require("scores", scores, torch.float32, (None, None))
-    require("tiers", tiers, torch.uint8, tuple(scores.shape))
+    require("tiers", tiers, torch.uint8, scores.shape)
     require("lens", lens, torch.int32, (scores.shape[0],))
     require("budgets", budgets, torch.int32, (scores.shape[0],))
     if scores.shape[1] > MAX_SELECT_TOKENS:

@@ -246,13 +246,13 @@ def test_work_of_a_7b() -> None:
     model, heads, page = QWEN25_VL_7B, QWEN25_VL_7B.kv_heads, 32
     held, kept = 4024 * heads, 3000 * heads
     counted = {
-        "append": (work.append(model, 1024), 4.23, 0),
+        "append": (work.append(model, 1024), 4.21, 0),
         "decode": (work.attend(model, 1, kept, page), 6.16, 43),
         "chunk": (work.attend_chunk(model, 1024, held, page), 22.9, 51_564),
         "score": (work.score(model, held, 32), 8.50, 923),
         "contrast": (work.contrast(model, held), 4.18, 8.2),
         "select": (work.select(held), 0.10, 0),
-        "compact": (work.compact(model, held, kept), 12.5, 0),
+        "compact": (work.compact(model, held, kept), 12.4, 0),
         "digest": (work.digest(model, kept, page), 3.26, 0),
         "retrieve": (work.retrieve(model, heads * 94), 0.20, 1.3),
         "merge": (work.merge(model, kept, held - kept, heads), 11.3, 3146),
@@ -262,7 +262,7 @@ def test_work_of_a_7b() -> None:
         assert found.flops / 1e6 == pytest.approx(megaflops, rel=0.04), op
     parts = [counted[op][0] for op in ("score", "contrast", "select", "compact")]
     step = sum(parts[1:], start=parts[0]) * model.layers
-    assert step.bytes / 1e6 == pytest.approx(708, rel=0.001)
+    assert step.bytes / 1e6 == pytest.approx(705, rel=0.001)
     assert step.floor_seconds(4.8e12, 989e12) == pytest.approx(0.15e-3, rel=0.03)
     assert model.layer_weights * model.layers == pytest.approx(6.5e9, rel=0.01)
     assert model.forward_flops(1024, 3000 + 512) == pytest.approx(14.8e12, rel=0.001)
