@@ -9,10 +9,9 @@ import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
 from vllm_budgetkv.policy import make_policy
-from vllm_budgetkv.rotation import inverse_frequencies
-from vllm_budgetkv.worker.bank import Rotary
 from vllm_budgetkv.worker.cache import BudgetCache
 from vllm_budgetkv.worker.compressor import Compressor
+from vllm_budgetkv.worker.rotaries import turns_probe
 from vllm_budgetkv.worker.slots import Slots
 from vllm_budgetkv.worker.tables import HeadTables
 
@@ -21,7 +20,10 @@ if TYPE_CHECKING:
 
     from vllm_budgetkv.config import BudgetConfig
     from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.worker.bank import Rotary
     from vllm_budgetkv.worker.report import RequestRecord
+
+    FindRotaries = Callable[[Mapping[str, int]], Mapping[int, Rotary]]
 
 
 def pool_of(
@@ -62,38 +64,6 @@ def pool_of(
     return PagePool(raw, layout), index
 
 
-def rotaries_of(model: torch.nn.Module, layer_index: Mapping[str, int]) -> dict[int, Rotary]:
-    """The rotary embedding next to each attention layer; empty if the model has none.
-
-    Raises:
-        ValueError: an embedding has no table of cosines and sines to read.
-    """
-    found = {}
-    known: dict[int, Rotary] = {}
-    for module in model.modules():
-        embedding = getattr(module, "rotary_emb", None)
-        if embedding is None:
-            continue
-        for child in module.children():
-            layer = layer_index.get(getattr(child, "layer_name", ""))
-            if layer is not None:
-                # one object for all layers that share an embedding, so that they turn at once
-                if id(embedding) not in known:
-                    known[id(embedding)] = _rotary(embedding)
-                found[layer] = known[id(embedding)]
-    return found
-
-
-def _rotary(embedding: Any) -> Rotary:
-    table = getattr(embedding, "cos_sin_cache", None)
-    if table is None:
-        raise ValueError(
-            f"{type(embedding).__name__} keeps no cos_sin_cache, so stored queries cannot be "
-            "turned: use --kv-policy window"
-        )
-    return Rotary(inverse_frequencies(table), bool(embedding.is_neox_style))
-
-
 def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     """Query heads, KV heads and head size, which all layers must share."""
     if len(layers) != quota.num_layers:
@@ -113,18 +83,17 @@ def _make_compressor(
     tables: HeadTables,
     layers: Mapping[str, Any],
     layer_index: Mapping[str, int],
-    model: torch.nn.Module,
+    find_rotaries: FindRotaries,
 ) -> Compressor:
     options = config.policy_options()
     policy = make_policy(config.policy, options, quota.page_tokens)
-    turns_probe = policy.needs_scores and policy.probe_source != "recent"
     compressor = Compressor(
         tables=tables,
         policy=policy,
         options=options,
         quota=quota,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
-        rotaries=rotaries_of(model, layer_index) if turns_probe else {},
+        rotaries=find_rotaries(layer_index) if turns_probe(policy) else {},
         poison=config.check_ledger,
     )
     if quota.compresses:
@@ -137,7 +106,7 @@ def make_cache(
     config: BudgetConfig,
     quota: Quota,
     layers: Mapping[str, Any],
-    model: torch.nn.Module,
+    find_rotaries: FindRotaries,
     max_num_seqs: int,
     parent_of: Callable[[str], str | None],
     writes_report: bool,
@@ -148,13 +117,15 @@ def make_cache(
         config: the user's options.
         quota: what one request may hold.
         layers: vLLM's attention layers by name, with `kv_cache`, `impl` and head counts.
-        model: for its rotary embeddings.
+        find_rotaries: how queries turn in each layer, from the layers' indices; called if the
+            policy turns any.
         max_num_seqs: requests that may hold a slot at once.
         parent_of: id of the request that a look-ahead runs for, or None.
         writes_report: whether this rank appends to the report file.
 
     Raises:
-        ValueError: the layers do not match the quota or differ in their heads.
+        ValueError: the layers do not match the quota or differ in their heads, or their queries
+            cannot be turned.
     """
     num_query_heads, num_heads, head_size = _heads_of(layers, quota)
     views = {name: layer.kv_cache for name, layer in layers.items()}
@@ -171,7 +142,7 @@ def make_cache(
         quota_blocks=quota.blocks if quota.compresses else 0,
         device=pool.raw.device,
     )
-    compressor = _make_compressor(config, quota, tables, layers, layer_index, model)
+    compressor = _make_compressor(config, quota, tables, layers, layer_index, find_rotaries)
 
     def finish(record: RequestRecord) -> None:
         if config.report_file and writes_report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -16,10 +17,12 @@ from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.worker.assemble import make_cache
 from vllm_budgetkv.worker.graphs import keep_chunks_out
+from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.rehearsal import rehearse
+from vllm_budgetkv.worker.rotaries import find_rotaries
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.worker_base import CompilationTimes
 
+    from vllm_budgetkv.worker.bank import Rotary
     from vllm_budgetkv.worker.cache import BudgetCache
 
 BACKEND_PATH = f"{BudgetBackend.__module__}.{BudgetBackend.__qualname__}"
@@ -68,7 +72,7 @@ class BudgetWorker(Worker):
             config=self._config,
             quota=self._quota,
             layers={name: context[name] for name in group.layer_names},
-            model=self.model_runner.get_model(),
+            find_rotaries=self._find_rotaries,
             max_num_seqs=self.vllm_config.scheduler_config.max_num_seqs,
             parent_of=parent_of,
             writes_report=self.rank == 0,
@@ -80,6 +84,17 @@ class BudgetWorker(Worker):
         keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
         self.model_runner.get_model().register_forward_pre_hook(
             self._see_positions, with_kwargs=True
+        )
+
+    def _find_rotaries(self, layer_index: Mapping[str, int]) -> dict[int, Rotary]:
+        max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        return find_rotaries(
+            self.model_runner.get_model(),
+            self.model_config.hf_text_config,
+            partial(sample_queries, self.model_runner, self.vllm_config),
+            max_model_tokens=self.model_config.max_model_len,
+            max_sample_positions=max_tokens // NUM_TOKEN_IDS,
+            layer_index=layer_index,
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
