@@ -87,13 +87,14 @@ def _make_compressor(
 ) -> Compressor:
     options = config.policy_options()
     policy = make_policy(config.policy, options, quota.page_tokens)
+    turns = turns_probe(policy) and quota.compresses
     compressor = Compressor(
         tables=tables,
         policy=policy,
         options=options,
         quota=quota,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
-        rotaries=find_rotaries(layer_index) if turns_probe(policy) else {},
+        rotaries=find_rotaries(layer_index) if turns else {},
         poison=config.check_ledger,
     )
     if quota.compresses:

@@ -35,12 +35,22 @@ class Samples:
     """Queries of one layer.
 
     Args:
-        positions: int64 [T]; the first occurs again.
+        positions: int64 [T].
         queries: [K, T, Hq, D], of K tokens.
+        noise: worst relative distance of two equal rows of one batch.
     """
 
     positions: torch.Tensor
     queries: torch.Tensor
+    noise: float
+
+    @classmethod
+    def join(cls, batches: Sequence[Sequence[int]], queries: Sequence[torch.Tensor]) -> Samples:
+        """From `queries`, [K, P, Hq, D] of each batch of P positions; its first is its last."""
+        noise = max(_distance(batch[:, :1], batch[:, -1:]).max().item() for batch in queries)
+        numbers = [position for batch in batches for position in batch]
+        positions = upload(numbers, torch.int64, queries[0].device)
+        return cls(positions, torch.cat([*queries], dim=1), noise)
 
     def error(self, rotary: Rotary | None) -> float:
         """The worst relative error of a turned query, from the first and the last position to all.
@@ -65,12 +75,10 @@ class Samples:
         Each of two rotations rounds its table, products, sum and answer, the turn its answer and
         the frequencies read from the table once more: 8 units, or 4 times eps. Angles are float32
         products of a position, here and in the model. And equal rows of a matrix product may
-        differ: the first position occurs again.
+        differ by their place in it.
         """
-        again = self.queries[:, self.positions == self.positions[0]]
-        rows = _distance(again[:, :1].expand_as(again), again).max().item()
         angles = 4 * self.positions.max().item() * FLOAT32_ROUNDING
-        return 4 * torch.finfo(self.queries.dtype).eps + angles + 2 * rows
+        return 4 * torch.finfo(self.queries.dtype).eps + angles + 2 * self.noise
 
 
 def turns_probe(policy: Policy | type[Policy]) -> bool:
@@ -148,18 +156,13 @@ def _take(sample: Sample, limit: int, count: int) -> dict[str, Samples]:
     because they go back to what they were with it.
     """
     top = limit - 1
-    long = (1, top, top // 3, top // 11, top * 2 // 3, top // 101)
+    long = (1, top, top // 3, top // 11, top * 2 // 3, top // 101, top // 37)
     batches = []
     for wanted in (long, SHORT):
         chosen = [min(position, top) for position in wanted[: count - 1]]
         batches.append([*chosen, chosen[0]])
     taken = [sample(batch) for batch in batches]
-    device = next(iter(taken[0].values())).device
-    positions = upload([*batches[0], *batches[1]], torch.int64, device)
-    return {
-        name: Samples(positions, torch.cat([queries[name] for queries in taken], dim=1))
-        for name in taken[0]
-    }
+    return {name: Samples.join(batches, [queries[name] for queries in taken]) for name in taken[0]}
 
 
 def _distance(query: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
