@@ -30,6 +30,7 @@ MAY_IMPORT_VLLM: dict[str, Place] = {
     "scheduler/*": "module",
     "worker/worker.py": "module",
     "worker/cpu_worker.py": "module",
+    "worker/query_samples.py": "module",
     "testing/*": "module",
     "plugin.py": "function",
     "activation.py": "function",

@@ -143,5 +143,5 @@ def test_short_table_is_refused() -> None:
 
 
 def test_too_many_frequencies_are_refused() -> None:
-    with pytest.raises(ValueError, match="40 elements, but a query has 32"):
+    with pytest.raises(ValueError, match="40 elements from 0 on, but a query has 32"):
         rotate(torch.zeros(1, 1, 32), torch.zeros(1), torch.ones(20), True)

@@ -8,6 +8,7 @@ whether the axes take sections or interleave.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -16,39 +17,68 @@ PHASE_TOLERANCE = 0.1
 position 1 M, and a margin."""
 
 
+@dataclass(frozen=True)
+class Temperature:
+    """A factor on queries that grows with their position, in steps (Llama 4, Ministral 3).
+
+    1 + beta * log(1 + floor((position + shift) / period)), https://arxiv.org/abs/2501.19399.
+
+    Args:
+        beta: strength.
+        period_tokens: positions that share a factor.
+        shift_tokens: added to the position.
+    """
+
+    beta: float
+    period_tokens: float
+    shift_tokens: int = 0
+
+    def factor(self, position: torch.Tensor) -> torch.Tensor:
+        """float32 [M], the factor of queries at `position`, int [M]."""
+        period = torch.floor((position.float() + self.shift_tokens) / self.period_tokens)
+        return 1 + self.beta * torch.log1p(period)
+
+
 def rotate(
-    query: torch.Tensor, distance: torch.Tensor, inv_freq: torch.Tensor, is_neox: bool
+    query: torch.Tensor,
+    distance: torch.Tensor,
+    inv_freq: torch.Tensor,
+    is_neox: bool,
+    start: int = 0,
 ) -> torch.Tensor:
     """Rotate queries that already carry a rotary embedding further on, in float32.
 
     Args:
-        query: [..., M, Hq, D], any floating dtype; elements from `rotary` on are not rotated.
+        query: [..., M, Hq, D], any floating dtype.
         distance: int or float32 [M], position wanted less position given; may be negative.
         inv_freq: float32 [rotary / 2], radians per position of each pair; rotary <= D.
         is_neox: pairs are (i, i + rotary / 2) if True, (2 i, 2 i + 1) if False.
+        start: first of the `rotary` elements that are rotated; those around them stay.
 
     Returns:
         [..., M, Hq, D] of the query's dtype. Nothing is mutated.
 
     Raises:
-        ValueError: more frequencies than pairs of elements.
+        ValueError: more frequencies than pairs of elements from `start` on.
     """
     half = inv_freq.shape[0]
-    if 2 * half > query.shape[-1]:
+    stop = start + 2 * half
+    if stop > query.shape[-1]:
         raise ValueError(
-            f"{half} frequencies rotate {2 * half} elements, but a query has {query.shape[-1]}; "
-            "pass one frequency per pair"
+            f"{half} frequencies rotate {2 * half} elements from {start} on, but a query has "
+            f"{query.shape[-1]}; pass one frequency per pair"
         )
     angle = distance.float()[:, None, None] * inv_freq.float()
     cosine, sine = angle.cos(), angle.sin()
-    rotary = query[..., : 2 * half].float()
+    rotary = query[..., start:stop].float()
     if is_neox:
         first, second = rotary.unflatten(-1, (2, half)).unbind(-2)
     else:
         first, second = rotary.unflatten(-1, (half, 2)).unbind(-1)
     pair = (first * cosine - second * sine, second * cosine + first * sine)
     turned = torch.cat(pair, dim=-1) if is_neox else torch.stack(pair, dim=-1).flatten(-2)
-    return torch.cat((turned.to(query.dtype), query[..., 2 * half :]), dim=-1)
+    around = (query[..., :start], query[..., stop:])
+    return torch.cat((around[0], turned.to(query.dtype), around[1]), dim=-1)
 
 
 def inverse_frequencies(cos_sin_cache: torch.Tensor) -> torch.Tensor:

@@ -65,6 +65,7 @@ _MANAGER = "vllm.v1.core.single_type_kv_cache_manager"
 _SCHEDULER = "vllm.v1.core.sched.scheduler"
 _ASYNC = "vllm.v1.core.sched.async_scheduler"
 _BACKEND = "vllm.v1.attention.backend"
+_ROPE = "vllm.model_executor.layers.rotary_embedding"
 _WORKER = "vllm.v1.worker.gpu_worker"
 
 # one symbol after the other, its parameters behind it, reads better than one argument per line
@@ -202,6 +203,29 @@ TOUCHPOINTS = (
                "the same (runner V1)",
                ("max_num_scheduled_tokens", "uniform_decode_query_len", "num_tokens", "num_reqs",
                 "force_uniform_decode")),
+    Touchpoint("vllm.forward_context", "set_forward_context", "read",
+               "run the model on a few tokens at known positions, without compiling it",
+               ("attn_metadata", "vllm_config", "num_tokens", "num_tokens_across_dp",
+                "cudagraph_runtime_mode", "batch_descriptor", "ubatch_slices", "slot_mapping",
+                "skip_compiled", "is_padding")),
+    Touchpoint("vllm.v1.worker.lora_model_runner_mixin",
+               "LoRAModelRunnerMixin.maybe_dummy_run_with_lora", "read", "the same with LoRA",
+               ("self", "lora_config", "num_scheduled_tokens", "num_sampled_tokens", "remove_lora",
+                "num_active_loras", "mapping_type")),
+    Touchpoint("vllm.model_executor.models.interfaces", "requires_raw_input_tokens", "read",
+               "the same for models that read embeddings",
+               ("model",)),
+    Touchpoint("vllm.config", "ModelConfig.uses_mrope", "read", "the axes of positions"),
+    Touchpoint("vllm.config", "ModelConfig.mrope_num_dims", "read", "how many they are"),
+    Touchpoint(_ROPE, "base.RotaryEmbeddingBase.__init__", "read",
+               "cos_sin_cache, is_neox_style: how queries may turn",
+               ("self", "head_size", "rotary_dim", "max_position_embeddings", "base",
+                "is_neox_style", "dtype", "init_cache")),
+    Touchpoint(_ROPE, "Phi3LongRoPEScaledRotaryEmbedding.__init__", "read",
+               "long_short_cos_sin_cache, use_long_rope: the table in use",
+               ("self", "head_size", "rotary_dim", "max_position_embeddings",
+                "original_max_position_embeddings", "base", "is_neox_style", "dtype",
+                "short_factor", "long_factor", "short_mscale", "long_mscale")),
     Touchpoint("vllm.v1.worker.gpu.states", "RequestState.__init__", "read",
                "index_to_req_id: rows to requests (runner V2)"),
 )

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_budgetkv.layout import PageLayout, PagePool
-from vllm_budgetkv.rotation import inverse_frequencies
-from vllm_budgetkv.worker.bank import Rotary
 from vllm_budgetkv.worker.build import Model
 
 if TYPE_CHECKING:
@@ -55,38 +53,6 @@ def pool_of(
     return PagePool(raw, layout), index
 
 
-def rotaries_of(model: torch.nn.Module, layer_index: Mapping[str, int]) -> dict[int, Rotary]:
-    """The rotary embedding next to each attention layer; empty if the model has none.
-
-    Raises:
-        ValueError: an embedding has no table of cosines and sines to read.
-    """
-    found = {}
-    known: dict[int, Rotary] = {}
-    for module in model.modules():
-        embedding = getattr(module, "rotary_emb", None)
-        if embedding is None:
-            continue
-        for child in module.children():
-            layer = layer_index.get(getattr(child, "layer_name", ""))
-            if layer is not None:
-                # one object for all layers that share an embedding, so that they turn at once
-                if id(embedding) not in known:
-                    known[id(embedding)] = _rotary(embedding)
-                found[layer] = known[id(embedding)]
-    return found
-
-
-def _rotary(embedding: Any) -> Rotary:
-    table = getattr(embedding, "cos_sin_cache", None)
-    if table is None:
-        raise ValueError(
-            f"{type(embedding).__name__} keeps no cos_sin_cache, so stored queries cannot be "
-            "turned: use --kv-policy window"
-        )
-    return Rotary(inverse_frequencies(table), bool(embedding.is_neox_style))
-
-
 def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     """Query heads, KV heads and head size, which all layers must share."""
     if len(layers) != quota.num_layers:
@@ -100,16 +66,12 @@ def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     return shapes.pop()
 
 
-def model_of(
-    layers: Mapping[str, Any], model: torch.nn.Module, quota: Quota, *, turns_probe: bool
-) -> Model:
-    """What the cache must know of the engine's model, whose buffer is allocated.
+def model_of(layers: Mapping[str, Any], quota: Quota) -> Model:
+    """What the cache must know of the engine's model, whose buffer is allocated, but rotations.
 
     Args:
         layers: the engine's attention layers by name, with `kv_cache`, `impl` and head counts.
-        model: for its rotary embeddings.
         quota: for as many layers.
-        turns_probe: whether queries are turned, so that the embeddings must be understood.
 
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
@@ -122,7 +84,7 @@ def model_of(
         pool=pool,
         layer_index=layer_index,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
-        rotaries=rotaries_of(model, layer_index) if turns_probe else {},
+        rotaries={},
         num_query_heads=num_query_heads,
         num_heads=num_heads,
     )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.rotation import rotate
+from vllm_budgetkv.rotation import Temperature, rotate
 from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
@@ -19,12 +19,40 @@ if TYPE_CHECKING:
     from typing import Self
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
-    """Rotary embedding of one layer: float32 inverse frequencies [rotary/2] and pairing style."""
+    """How the queries of one layer change with their position.
+
+    Args:
+        inv_freq: float32 [rotary/2], radians per position of each pair; none in a layer without.
+        is_neox: pairing style, see `rotate`.
+        start: first element of the head that is rotated.
+        gain: float32 [D], weight of a norm behind the rotation.
+        temperature: factor behind the rotation that grows with the position.
+    """
 
     inv_freq: torch.Tensor
     is_neox: bool
+    start: int = 0
+    gain: torch.Tensor | None = None
+    temperature: Temperature | None = None
+
+    def turn(
+        self, query: torch.Tensor, position: torch.Tensor, wanted: torch.Tensor
+    ) -> torch.Tensor:
+        """Queries of `position`, int [M], as the layer makes them at `wanted`, int [M].
+
+        Args:
+            query: [..., M, Hq, D], any floating dtype; the answer has the same.
+        """
+        turned = query if self.gain is None else query.float() / self.gain
+        turned = rotate(turned, wanted - position, self.inv_freq, self.is_neox, self.start)
+        if self.gain is not None:
+            turned = turned * self.gain
+        if self.temperature is not None:
+            factor = self.temperature.factor(wanted) / self.temperature.factor(position)
+            turned = turned * factor[:, None, None]
+        return turned.to(query.dtype)
 
 
 @dataclass(frozen=True)
@@ -121,7 +149,7 @@ class ProbeBank:
         Args:
             layers: index of a layer, or L of them.
             next_position: int64 scalar, rotary position of the next text token.
-            rotary: rotary embedding of these layers; None for a model without one.
+            rotary: how queries of these layers turn; None where they do not.
 
         Returns:
             [size, Hq, D] or [L, size, Hq, D], oldest first, each at `next_position` plus its rank.
@@ -132,8 +160,7 @@ class ProbeBank:
         queries = self.queries[layers].index_select(-3, index)
         if rotary is None:
             return queries
-        distance = next_position + rank - self.positions[index]
-        return rotate(queries, distance, rotary.inv_freq, rotary.is_neox)
+        return rotary.turn(queries, self.positions[index], next_position + rank)
 
 
 def plan_writes(banks: Sequence[tuple[ProbeBank, list[int]]]) -> list[BankWrite]:

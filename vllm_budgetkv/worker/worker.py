@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,9 @@ from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.worker.assemble import model_of
 from vllm_budgetkv.worker.build import Rules, build_cache
 from vllm_budgetkv.worker.graphs import keep_chunks_out
+from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.rehearsal import rehearse
+from vllm_budgetkv.worker.rotaries import find_rotaries, turns_probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.worker.worker_base import CompilationTimes
 
+    from vllm_budgetkv.worker.bank import Rotary
     from vllm_budgetkv.worker.cache import BudgetCache
 
 BACKEND_PATH = f"{BudgetBackend.__module__}.{BudgetBackend.__qualname__}"
@@ -81,10 +86,12 @@ class BudgetWorker(Worker):
         config, quota = self._config, self._quota
         options = config.policy_options()
         policy = make_policy(config.policy, options, quota.page_tokens)
-        turns_probe = policy.needs_scores and policy.probe_source.runs_ahead
+        model = model_of(layers, quota)
+        if policy.compresses and turns_probe(policy):
+            model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report = Path(config.report_file) if config.report_file and self.rank == 0 else None
         return build_cache(
-            model_of(layers, self.model_runner.get_model(), quota, turns_probe=turns_probe),
+            model,
             Rules(
                 policy=policy,
                 options=options,
@@ -94,6 +101,17 @@ class BudgetWorker(Worker):
             ),
             parent_of,
             (lambda record: record.append_to(report)) if report else None,
+        )
+
+    def _find_rotaries(self, layer_index: Mapping[str, int]) -> dict[int, Rotary]:
+        max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+        return find_rotaries(
+            self.model_runner.get_model(),
+            self.model_config.hf_text_config,
+            partial(sample_queries, self.model_runner, self.vllm_config),
+            max_model_tokens=self.model_config.max_model_len,
+            max_sample_positions=max_tokens // NUM_TOKEN_IDS,
+            layer_index=layer_index,
         )
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
