@@ -202,7 +202,8 @@ class Compressor:
             found["value_norms"] = norms
         if policy.needs_keys:
             found["keys"] = self._gather(pool.keys, request, layer, longest_tokens, 0)
-        if policy.needs_contrast:
+        # a policy that reads scores does without before the first probe
+        if policy.needs_contrast and (probe is not None or not policy.needs_scores):
             where = (tables.page_table[request.slot, layer], tables.lens[request.slot, layer])
             found["contrast"] = ops.contrast(pool, *where, longest_tokens)
         return found
