@@ -169,7 +169,8 @@ def test_parts_do_not_know_each_other(source: str, target: str) -> None:
 
 def test_arithmetic_imports_nothing_of_ours() -> None:
     allowed = {"spans.py": {"upload.py"}}
-    for module in ("quota.py", "layer_budgets.py", "layout.py", "spans.py", "rotation.py"):
+    arithmetic = ("quota.py", "layer_budgets.py", "layout.py", "spans.py", "rotation.py")
+    for module in (*arithmetic, "option.py"):
         found = own_imports(module, "module", "function", "types")
         assert found == allowed.get(module, set()), module
 

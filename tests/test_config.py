@@ -9,6 +9,8 @@ import pytest
 from vllm_budgetkv import budget_args
 from vllm_budgetkv.cli import add_flags, fold_flags
 from vllm_budgetkv.config import BudgetConfig
+from vllm_budgetkv.policy import POLICIES, PolicyOptions
+from vllm_budgetkv.policy.window import WindowPolicy
 
 FLAGS = {
     "--kv-policy", "--kv-page-quota", "--kv-quota-tokens", "--kv-quota-ratio", "--kv-chunk-tokens",
@@ -86,13 +88,19 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "hybrid", "quota_ratio": "half"}, "must be a number"),
         ({"policy": "full", "page_quota": 8}, "has no quota: remove --kv-page-quota"),
         ({"policy": "window", "page_quota": 8, "chunk_tokens": 0}, "--kv-chunk-tokens"),
-        ({"policy": "window", "page_quota": 8, "static_threshold": 2.0}, "static_threshold"),
+        (
+            {"policy": "window", "page_quota": 8, "static_threshold": 2.0},
+            "--kv-static-threshold must be a number from 0 to 1; got 2.0",
+        ),
+        ({"policy": "window", "page_quota": 8, "sink_tokens": "4"}, "--kv-sink-tokens must be a w"),
+        ({"policy": "window", "page_quota": 8, "lookahead": "no"}, "--kv-lookahead must be true"),
+        ({"policy": "window", "page_quota": 8, "tuning": [1]}, "--kv-tuning must be a JSON object"),
         ({"polcy": "window"}, "unknown budgetkv option"),
-        ({"policy": "hybrid", "page_quota": 8, "merge": "pivot"}, "merge is 'pivot'"),
+        ({"policy": "hybrid", "page_quota": 8, "merge": "pivot"}, "unknown --kv-merge 'pivot'"),
         ({"policy": "snapkv", "page_quota": 8, "merge": "value"}, "is of --kv-policy hybrid"),
         ({"policy": "sparsemm", "page_quota": 8}, "needs --kv-head-scores-file"),
         ({"policy": "streammem", "page_quota": 8, "lookahead": False}, "--no-kv-lookahead"),
-        ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "'template'; got"),
+        ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "text, template$"),
         ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "words"}, "--kv-chunk-ends"),
         ({"policy": "hybrid", "page_quota": 8, "template_tokens": 0}, "--kv-template-tokens"),
     ],
@@ -154,12 +162,28 @@ def test_what_is_enough_of_a_question() -> None:
     assert BudgetConfig(**numbers, lookahead_source="template").lookahead_enough_tokens == 6
 
 
-def test_round_trip() -> None:
-    config = BudgetConfig(policy="hybrid", page_quota=9, lookahead=False)
-    assert BudgetConfig.from_mapping(config.to_mapping()) == config
-    assert budget_args(policy="hybrid", page_quota=9) == {
-        "additional_config": {"budgetkv": {"policy": "hybrid", "page_quota": 9}}
-    }
+def test_budget_args_are_one_section() -> None:
+    options = {"policy": "hybrid", "page_quota": 9, "window_tokens": 8}
+    assert budget_args(**options) == {"additional_config": {"budgetkv": options}}
+    assert BudgetConfig.from_mapping(options) == BudgetConfig(**options)
+
+
+def test_a_policy_of_another_checks_its_own_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new policy with demands changes nothing in `config.py`."""
+
+    class Demanding(WindowPolicy):
+        name = "demanding"
+
+        @classmethod
+        def check(cls, options: PolicyOptions, lookahead: bool = True) -> None:
+            if options.window_tokens < 99 or options.text_share != 0.25 or lookahead:
+                raise ValueError("--kv-policy demanding needs --kv-window-tokens 99")
+
+    monkeypatch.setitem(POLICIES, "window", Demanding)
+    options = {"policy": "window", "page_quota": 9, "tuning": {"text_share": 0.25}}
+    with pytest.raises(ValueError, match="demanding needs"):
+        budget_args(**options)
+    budget_args(**options, window_tokens=99, lookahead=False)
 
 
 def test_tuning_reaches_the_policy() -> None:
@@ -172,7 +196,8 @@ def test_tuning_reaches_the_policy() -> None:
     [
         ({"text_shar": 0.25}, "unknown knob 'text_shar'"),
         ({"window_tokens": 8}, "set --kv-window-tokens instead"),
-        ({"text_share": 2.0}, "text_share is 2.0"),
+        ({"page_quota": 8}, "set --kv-page-quota instead"),
+        ({"text_share": 2.0}, "--kv-tuning text_share must be a number from 0 to 1; got 2.0"),
     ],
 )
 def test_tuning_is_checked_at_the_start(tuning: dict[str, object], message: str) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from vllm_budgetkv import platforms, refusals
 from vllm_budgetkv.config import SECTION, BudgetConfig
 from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.quota import Quota
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         scheduler.long_prefill_token_threshold = _chunk_tokens(vllm_config, config)
     model = vllm_config.model_config
     PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
+    # asked here too, so that options which do not fit the page end the start before any process
+    make_policy(config.policy, config.policy_options(), vllm_config.cache_config.block_size)
     resolve_quota(vllm_config, config)
     scheduler.scheduler_cls = SCHEDULER_CLASS
     parallel.worker_cls = platform.worker

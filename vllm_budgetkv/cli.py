@@ -1,16 +1,17 @@
-"""Flags of every `vllm` command that takes engine arguments, made from `BudgetConfig`'s fields."""
+"""Flags of every `vllm` command that takes engine arguments, made from the options."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import Field, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv.config import SECTION, BudgetConfig, flag_of
+from vllm_budgetkv.config import SECTION, budget_options
+from vllm_budgetkv.option import about, flag_of, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from dataclasses import Field
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -22,10 +23,9 @@ def _json_object(text: str) -> dict[str, Any]:
 
 _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
-    "int | None": int,
     "float": float,
-    "float | None": float,
-    "Mapping[str, Any] | None": _json_object,
+    "str": str,
+    "mapping": _json_object,
 }
 
 
@@ -38,26 +38,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         title="BudgetKV", description="KV cache of each request bounded by a quota of blocks."
     )
-    for option in fields(BudgetConfig):
+    for option in budget_options():
         flag = flag_of(option)
         if flag in parser._option_string_actions:
             continue
         # absent unless given, so that help shows the option's default and not the flag's
         settings: dict[str, Any] = {"dest": _destination(option), "default": argparse.SUPPRESS}
-        settings["help"] = option.metadata["help"]
+        said = about(option)
+        settings["help"] = said.meaning
         if option.default is not None:
             settings["help"] += f" (default: {option.default})"
-        if option.type == "bool":
+        if kind_of(option) == "bool":
             settings["action"] = argparse.BooleanOptionalAction
         else:
-            settings["type"] = _TYPES.get(str(option.type), str)
-            settings.update(
-                {
-                    key: option.metadata[key]
-                    for key in ("choices", "metavar")
-                    if key in option.metadata
-                }
-            )
+            settings["type"] = _TYPES[kind_of(option)]
+            settings["choices"], settings["metavar"] = said.choices, said.metavar
         group.add_argument(flag, **settings)
 
 
@@ -72,7 +67,7 @@ def fold_flags(args: argparse.Namespace) -> None:
     """
     given = {
         option.name: getattr(args, _destination(option))
-        for option in fields(BudgetConfig)
+        for option in budget_options()
         if getattr(args, _destination(option), None) is not None
     }
     if not given:

@@ -78,8 +78,9 @@ def test_refused_features(text_model: Path, engine: dict[str, Any], message: str
             {"policy": "hybrid", "page_quota": 9},
             "too small for chunks of 1024 tokens over 2 layers",
         ),
+        (QUOTA | {"tuning": {"dynamic_unit_tokens": 12}}, "divisor of the page of 16 tokens"),
     ],
-    ids=["unknown-policy", "negative", "not-a-number", "unknown-option", "too-small"],
+    ids=["unknown-policy", "negative", "not-a-number", "unknown-option", "too-small", "unit"],
 )
 def test_refused_options(text_model: Path, budget: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

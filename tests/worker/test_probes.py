@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.worker.lab import LOOKAHEAD, Client
+from tests.worker.lab import LOOKAHEAD, Client, Feature
 from tests.worker.scripted import BLOCKS, Scripted, options, small_quota, video_client
 from vllm_budgetkv import ops
 from vllm_budgetkv.rotation import rotate
@@ -173,14 +173,32 @@ def test_keys_and_norms_are_those_of_the_held_tokens(
             assert torch.equal(seen.frame_ids[head, :count], expected)
 
 
-@pytest.mark.parametrize("policy", ["snapkv", "keydiff"])
-def test_policies_get_what_they_need(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    lab = make_lab(policy)
+@pytest.mark.parametrize(
+    ("policy", "changes", "contrasted"),
+    [
+        ("snapkv", {}, set()),
+        ("keydiff", {}, {False}),
+        ("hybrid", {}, {True}),
+        ("hybrid", {"unlike_share": 0.0}, set()),
+    ],
+    ids=str,
+)
+def test_policies_get_what_they_need(
+    monkeypatch: pytest.MonkeyPatch, policy: str, changes: dict[str, Any], contrasted: set[bool]
+) -> None:
+    """The first chunks come before any text. `contrasted`: whether what has contrast has scores.
+
+    Bug: `hybrid` had `contrast` computed also without a probe, and with an `unlike_share` of 0,
+    although it reads it in neither case.
+    """
+    lab = make_lab(policy, **changes)
     observations = watch_observations(monkeypatch, lab)
-    lab.run(video_client(), outputs=1)
-    assert observations
-    assert all((seen.contrast is None) == (policy == "snapkv") for seen in observations)
-    assert all(seen.keys is None and seen.frame_ids is None for seen in observations)
+    lab.run(Client("video", PROMPT_TOKENS, [Feature(0, 400, 4)]), outputs=1)
+    scored = {seen.mass is not None for seen in observations}
+    assert scored == {"snapkv": {True}, "keydiff": {False}, "hybrid": {True, False}}[policy]
+    for seen in observations:
+        assert (seen.contrast is not None) == ((seen.mass is not None) in contrasted)
+        assert seen.keys is None and seen.frame_ids is None
 
 
 @pytest.mark.parametrize("policy", ["pyramidkv", "sparsemm"])

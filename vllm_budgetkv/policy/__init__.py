@@ -54,6 +54,7 @@ def make_policy(name: str, options: PolicyOptions, page_tokens: int) -> Policy:
     """
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; choose one of {', '.join(POLICIES)}")
+    POLICIES[name].check(options)
     return POLICIES[name](options, page_tokens)
 
 

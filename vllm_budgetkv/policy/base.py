@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 
+from vllm_budgetkv.option import refuse_foreign
 from vllm_budgetkv.policy.probe_source import ProbeSource, PromptText
 
 if TYPE_CHECKING:
@@ -148,8 +149,9 @@ class Policy(Protocol):
     """Whether `value_norms` are needed also without a probe."""
     needs_keys: ClassVar[bool] = False
     """Whether `keys` must be gathered."""
-    needs_contrast: ClassVar[bool] = False
-    """Whether `contrast` must be computed."""
+    needs_contrast: bool = False
+    """Whether `contrast` must be computed; if scores are needed, only beside them. An option that
+    does without it sets this in `__init__`."""
     needs_frames: ClassVar[bool] = False
     """Whether `frame_ids` and `patch_ids` must be looked up."""
     retrieves: ClassVar[bool] = False
@@ -159,8 +161,23 @@ class Policy(Protocol):
     compresses: ClassVar[bool]
     """False for a policy that never drops a token; `retain` is then not called."""
 
+    @classmethod
+    def check(cls, options: PolicyOptions, lookahead: bool = True) -> None:
+        """Refuse, before anything starts, options with which the policy cannot serve.
+
+        A policy that demands something overrides it and asks its base first.
+
+        Args:
+            options: each is in its range.
+            lookahead: whether text may run ahead of a long prompt.
+
+        Raises:
+            ValueError: says in the user's words what to change.
+        """
+        refuse_foreign(options, cls.name)
+
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
-        """Take the validated options and the tokens of a page; ValueError if they do not fit."""
+        """Take the checked options and the tokens of a page; ValueError if they do not fit it."""
 
     def layer_budgets(
         self, num_layers: int, num_heads: int, budget_tokens: int

@@ -39,7 +39,6 @@ class HybridPolicy(Policy):
 
     name: ClassVar[str] = "hybrid"
     needs_scores: ClassVar[bool] = True
-    needs_contrast: ClassVar[bool] = True
     compresses: ClassVar[bool] = True
     retrieves: ClassVar[bool] = True
     takes_layers: ClassVar[bool] = True
@@ -47,9 +46,10 @@ class HybridPolicy(Policy):
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         if page_tokens % options.dynamic_unit_tokens:
             raise ValueError(
-                f"dynamic_unit_tokens is {options.dynamic_unit_tokens}; set it to a divisor of the "
-                f"page of {page_tokens} tokens"
+                f"--kv-tuning dynamic_unit_tokens is {options.dynamic_unit_tokens}; set it to a "
+                f"divisor of the page of {page_tokens} tokens"
             )
+        self.needs_contrast = options.unlike_share > 0
         self._options = options
         self._page_tokens = page_tokens
 

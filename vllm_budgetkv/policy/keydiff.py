@@ -20,7 +20,7 @@ class KeyDiffPolicy(Policy):
 
     name: ClassVar[str] = "keydiff"
     needs_scores: ClassVar[bool] = False
-    needs_contrast: ClassVar[bool] = True
+    needs_contrast: bool = True
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:

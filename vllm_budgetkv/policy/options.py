@@ -1,100 +1,200 @@
-"""Every knob of the policies, with its unit and default."""
+"""Every option of the policies, once: default, meaning, unit and range.
+
+An option of an ordinary user is a field of `PolicyFlags` and has a flag of its own; one of an
+ablation is a field of `PolicyOptions`, a knob of `--kv-tuning`. What goes beyond the range of one
+option is for `Policy.check` of the policy that reads it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
+from typing import Literal, get_args
+
+from vllm_budgetkv.option import (
+    COUNT,
+    NOT_NEGATIVE,
+    ODD,
+    POSITIVE_SHARE,
+    SHARE,
+    WEIGHT,
+    check_options,
+    knob,
+    option,
+)
 
 HeadClass = Literal["static", "dynamic"]
 HybridMerge = Literal["none", "value"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions:
-    """Knobs shared by all policies; a policy reads those that it knows.
+class PolicyFlags:
+    """Options of the policies that have a flag; `BudgetConfig` inherits them.
 
     Raises:
-        ValueError: a value is outside its range.
+        ValueError: a value has the wrong type or is outside its range.
     """
 
-    sink_tokens: int = 4
-    """First tokens of the request, always kept (StreamingLLM). At most a quarter of the budget."""
-    window_tokens: int = 64
-    """Most recent tokens, always kept. At most a quarter of the budget."""
-    frame_share: float = 0.5
-    """Share of the average budget that a frame cut by the chunk's end may pin."""
-    probe_tokens: int = 32
-    """Queries per layer that score the cache."""
-    template_tokens: int = 5
-    """Last tokens of a prompt that are the chat template alone and ask nothing: of Qwen's
-    `<|im_end|>\\n<|im_start|>assistant\\n`."""
-    static_threshold: float = 0.9
-    """A head is static if this share of its attention falls on its top-k tokens (HybridKV)."""
-    hysteresis: float = 0.05
-    """How far beyond the threshold a head must go before it changes class."""
-    dynamic_weight: float = 1.5
-    """Budget of a dynamic head relative to `static_weight`. Above it, because what a dynamic head
-    drops cannot be recalled."""
-    static_weight: float = 1.0
-    """Budget of a static head relative to `dynamic_weight`."""
-    floor_ratio: float = 0.2
-    """Share of the static budget that is split evenly; the rest follows the scores (Ada-KV)."""
-    text_share: float = 0.5
-    """Share of a static head's budget, less its pinned tokens, that text may take before vision."""
-    pool_width_tokens: int = 7
-    """Width of the baselines' max-pool over the attention, odd; 1 switches it off."""
-    hybrid_pool_tokens: int = 1
-    """The same for `hybrid`. Off: each spurious peak would take its neighbours along. At a quota of
-    5 % a whole frame was found in 33 % of the examples with 7, in 60 % with 3, in 93 % without."""
-    unlike_share: float = 0.25
-    """Share of a head's budget in `hybrid`, less its pins and the text before vision, for tokens
-    whose keys are unlike the others (KeyDiff), whatever the question looks at: the later tokens of
-    an answer look up what no token of the question asks for."""
-    top_k_min: int = 64
-    """Least k of the top-k mass, tokens."""
-    top_k_ratio: float = 0.1
-    """k of the top-k mass as a share of the tokens held, if that is more than `top_k_min`."""
-    retrieval_ratio: float = 0.4
-    """Share of its resident pages that a dynamic head reads in a decode step; 1 reads all."""
-    dynamic_unit_tokens: int = 1
-    """Unit in which dynamic heads keep tokens: 1, or a divisor of the page. Whole pages lose small
-    details: 0.18 where single tokens scored 1.00 on a prototype with frames of 4 tokens."""
-    recent_frames_share: float = 0.25
-    """Share of a head's budget for the most recent frames (InfiniPot-V)."""
-    redundancy_share: float = 0.5
-    """Share of the scored tokens that stay because recent frames do not repeat them; the others
-    stay for the norm of their value (InfiniPot-V)."""
-    uniform_share: float = 0.1
-    """Share of the budget that all heads get alike; the rest follows their offline scores
-    (SparseMM)."""
-    head_scores_file: str | None = None
-    """JSON list with a list per layer with a number, 0 or more, per KV head (SparseMM)."""
-    seed: int = 0
-    """Of random ranks."""
-    merge: HybridMerge = "none"
-    """Whether `hybrid` merges the values of dropped tokens into kept ones of like keys. Off: it
-    changes what is cached and has not won yet."""
-    force_class: HeadClass | None = None
-    """Class of every head, for ablations and exactness tests; None classifies."""
+    template_tokens: int = option(
+        5,
+        "Last tokens of every prompt that belong to the chat template alone and ask nothing; 5 are "
+        "those of Qwen.",
+        metavar="TOKENS",
+        within=COUNT,
+    )
+    probe_tokens: int = option(
+        32, "Queries per layer that score the cache.", metavar="TOKENS", within=COUNT
+    )
+    sink_tokens: int = option(
+        4,
+        "First tokens of a request that always stay (StreamingLLM), up to a quarter of the budget.",
+        metavar="TOKENS",
+        within=NOT_NEGATIVE,
+    )
+    window_tokens: int = option(
+        64,
+        "Most recent tokens that always stay, up to a quarter of the budget.",
+        metavar="TOKENS",
+        within=NOT_NEGATIVE,
+    )
+    static_threshold: float = option(
+        0.9,
+        "A head is static when the probe's top-k attention mass is at least this, 0 to 1 "
+        "(HybridKV).",
+        metavar="MASS",
+        within=SHARE,
+    )
+    retrieval_ratio: float = option(
+        0.4,
+        "Share of its pages that a dynamic head reads in a decode step, above 0 to 1; 1 reads all.",
+        metavar="RATIO",
+        within=POSITIVE_SHARE,
+    )
+    force_class: HeadClass | None = option(
+        None, "Treat every head as of this class (for ablations).", choices=get_args(HeadClass)
+    )
+    # off: it changes what is cached and has not won yet
+    merge: HybridMerge = option(
+        "none",
+        "Merge the 'value' of dropped tokens into kept ones of like keys, or 'none' (for "
+        "ablations).",
+        choices=get_args(HybridMerge),
+        policies=("hybrid",),
+    )
+    head_scores_file: str | None = option(
+        None,
+        "JSON file with offline scores of the heads, a list per layer with a number, 0 or more, "
+        "per KV head. Read by policy 'sparsemm', which needs it.",
+        metavar="PATH",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("sink_tokens", "window_tokens"):
-            self._require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("probe_tokens", "template_tokens", "top_k_min", "dynamic_unit_tokens"):
-            self._require(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("dynamic_weight", "static_weight"):
-            self._require(name, 0.01 <= getattr(self, name) <= 100, "from 0.01 to 100")
-        for name in _FROM_0_TO_1:
-            self._require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
-        for name in ("top_k_ratio", "retrieval_ratio"):
-            self._require(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1")
-        for name in ("pool_width_tokens", "hybrid_pool_tokens"):
-            odd = getattr(self, name) >= 1 and getattr(self, name) % 2 == 1
-            self._require(name, odd, "odd and 1 or more")
-        self._require("merge", self.merge in ("none", "value"), "'none' or 'value'")
-        known = self.force_class in (None, "static", "dynamic")
-        self._require("force_class", known, "None, 'static' or 'dynamic'")
+        check_options(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(PolicyFlags):
+    """All options of the policies: those with a flag and the knobs of `--kv-tuning`.
+
+    A policy reads those that it knows.
+    """
+
+    frame_share: float = knob(
+        0.5,
+        "Share of the average budget that a frame cut by the chunk's end may pin.",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    hysteresis: float = knob(
+        0.05,
+        "How far beyond the threshold a head must go before it changes class.",
+        metavar="MASS",
+        within=SHARE,
+    )
+    dynamic_weight: float = knob(
+        1.5,
+        "Budget of a dynamic head relative to `static_weight`. Above it, because what a dynamic "
+        "head drops cannot be recalled.",
+        metavar="WEIGHT",
+        within=WEIGHT,
+    )
+    static_weight: float = knob(
+        1.0,
+        "Budget of a static head relative to `dynamic_weight`.",
+        metavar="WEIGHT",
+        within=WEIGHT,
+    )
+    floor_ratio: float = knob(
+        0.2,
+        "Share of the static budget that is split evenly; the rest follows the scores (Ada-KV).",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    text_share: float = knob(
+        0.5,
+        "Share of a static head's budget, less its pinned tokens, that text may take before "
+        "vision.",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    pool_width_tokens: int = knob(
+        7,
+        "Width of the baselines' max-pool over the attention; 1 switches it off.",
+        metavar="TOKENS",
+        within=ODD,
+    )
+    hybrid_pool_tokens: int = knob(
+        1,
+        "The same for `hybrid`. Off: each spurious peak would take its neighbours along. At a "
+        "quota of 5 % a whole frame was found in 33 % of the examples with 7, in 60 % with 3, in "
+        "93 % without.",
+        metavar="TOKENS",
+        within=ODD,
+    )
+    unlike_share: float = knob(
+        0.25,
+        "Share of a head's budget in `hybrid`, less its pins and the text before vision, for "
+        "tokens whose keys are unlike the others (KeyDiff), whatever the question looks at: the "
+        "later tokens of an answer look up what no token of the question asks for.",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    top_k_min: int = knob(64, "Least k of the top-k mass.", metavar="TOKENS", within=COUNT)
+    top_k_ratio: float = knob(
+        0.1,
+        "k of the top-k mass as a share of the tokens held, if that is more than `top_k_min`.",
+        metavar="RATIO",
+        within=POSITIVE_SHARE,
+    )
+    dynamic_unit_tokens: int = knob(
+        1,
+        "Unit in which dynamic heads keep tokens: 1, or a divisor of the page. Whole pages lose "
+        "small details: 0.18 where single tokens scored 1.00 on a prototype with frames of 4 "
+        "tokens.",
+        metavar="TOKENS",
+        within=COUNT,
+    )
+    recent_frames_share: float = knob(
+        0.25,
+        "Share of a head's budget for the most recent frames (InfiniPot-V).",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    redundancy_share: float = knob(
+        0.5,
+        "Share of the scored tokens that stay because recent frames do not repeat them; the others "
+        "stay for the norm of their value (InfiniPot-V).",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    uniform_share: float = knob(
+        0.1,
+        "Share of the budget that all heads get alike; the rest follows their offline scores "
+        "(SparseMM).",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    seed: int = knob(0, "Seed of random ranks.")
 
     def top_k_tokens(self, held_tokens: int) -> int:
         """k of the top-k mass for heads that hold at most `held_tokens`."""
@@ -110,20 +210,3 @@ class PolicyOptions:
         The last page is partly filled, so a window of whole pages touches one page more.
         """
         return ceil(self.window_tokens / page_tokens) + 1
-
-    def _require(self, name: str, holds: bool, range_text: str) -> None:
-        if not holds:
-            raise ValueError(f"{name} is {getattr(self, name)!r}; set it to a value {range_text}")
-
-
-_FROM_0_TO_1 = (
-    "static_threshold",
-    "hysteresis",
-    "floor_ratio",
-    "text_share",
-    "unlike_share",
-    "frame_share",
-    "recent_frames_share",
-    "redundancy_share",
-    "uniform_share",
-)

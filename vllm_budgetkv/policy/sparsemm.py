@@ -34,13 +34,19 @@ class SparseMMPolicy(SnapKVPolicy):
 
     name: ClassVar[str] = "sparsemm"
 
-    def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
-        super().__init__(options, page_tokens)
+    @classmethod
+    def check(cls, options: PolicyOptions, lookahead: bool = True) -> None:
+        """See `Policy.check`."""
+        super().check(options, lookahead)
         if options.head_scores_file is None:
             raise ValueError(
-                "policy 'sparsemm' needs head scores that were measured offline: set "
-                "head_scores_file to a JSON file with a list per layer, a number per KV head"
+                "--kv-policy sparsemm needs --kv-head-scores-file: set it to a JSON file with a "
+                "list per layer, a number per KV head, measured offline"
             )
+
+    def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
+        super().__init__(options, page_tokens)
+        assert options.head_scores_file is not None
         scores = read_head_scores(Path(options.head_scores_file))
         self._shares = head_shares(scores, options.uniform_share)
 

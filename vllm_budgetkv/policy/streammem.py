@@ -31,6 +31,15 @@ class StreamMemPolicy(Policy):
     probe_source = ChatTemplate
     compresses: ClassVar[bool] = True
 
+    @classmethod
+    def check(cls, options: PolicyOptions, lookahead: bool = True) -> None:
+        """See `Policy.check`."""
+        super().check(options, lookahead)
+        if not lookahead:
+            raise ValueError(
+                "--kv-policy streammem asks with what runs ahead: remove --no-kv-lookahead"
+            )
+
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         self._options = options
 
