@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.spans import PromptSpans
-from vllm_budgetkv.vision import frame_records, vision_items
+from vllm_budgetkv.vision import frame_records, spans_of
 from vllm_budgetkv.worker.report import RequestRecord
 from vllm_budgetkv.worker.requests import RequestState
 
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.bank import ProbeBank
     from vllm_budgetkv.worker.tables import HeadTables
 
@@ -99,9 +99,8 @@ class Slots:
     def _admit_new(self, new: NewRequestData) -> None:
         request_id = new.req_id
         if request_id not in self.spans:
-            items = tuple(vision_items(new.mm_features))
             device = self.tables.lens.device
-            self.spans[request_id] = PromptSpans(new.prompt_len, items, device)
+            self.spans[request_id] = spans_of(new.prompt_len, new.mm_features, device)
             if self.has_clients and self.parent_of(request_id) is None:
                 self.records[request_id] = self._new_record(request_id, new)
         # runner V2 resumes a preempted request as a new one whose prefill includes its output
