@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import Field, asdict, dataclass, field, fields
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.policy import POLICIES
@@ -151,6 +152,8 @@ class BudgetConfig:
             )
         if self.policy == "sparsemm" and self.head_scores_file is None:
             raise ValueError("--kv-policy sparsemm needs --kv-head-scores-file")
+        for name in ("head_scores_file", "report_file"):
+            _check_path(name, getattr(self, name))
         self.policy_options()
 
     def _check_lookahead(self) -> None:
@@ -286,6 +289,11 @@ _QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")
 def _check_count(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{flag_of(name)} must be a whole number of at least 1; got {value!r}")
+
+
+def _check_path(name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, str | PathLike) or not str(value)):
+        raise ValueError(f"{flag_of(name)} must be the path of a file; got {value!r}")
 
 
 def flag_of(option: Field[Any] | str) -> str:

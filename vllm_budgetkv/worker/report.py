@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_budgetkv.notices import warn_once
+from vllm_budgetkv.report_file import append_line
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -63,13 +66,24 @@ class RequestRecord:
         self.full_cache_blocks = -(-seen_tokens // self.page_tokens)
 
     def append_to(self, path: Path) -> None:
-        """Write the record as one line of JSON behind the file's others."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
+        """Write the record as one line of JSON behind the file's others; never raises."""
+        try:
+            append_line(path, json.dumps(asdict(self)).encode() + b"\n")
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once(f"--kv-report-file {path} cannot be written: requests go unreported")
 
 
 def record_kept(request: RequestState, tables: HeadTables) -> None:
-    """Count what each class of head holds after prefill. Reads the device; only for reports."""
+    """Count what each class of head holds after prefill. Reads the device; never raises."""
+    try:
+        _count_kept(request, tables)
+    except Exception:  # noqa: BLE001
+        # what only reports does not end a request
+        warn_once("what requests keep cannot be counted: their report lacks it")
+
+
+def _count_kept(request: RequestState, tables: HeadTables) -> None:
     record, slot = request.record, request.slot
     page_tokens = tables.pool.layout.page_tokens
     length = request.prefill_tokens
