@@ -9,6 +9,7 @@ from vllm_budgetkv.config import SECTION, BudgetConfig
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.report_file import check_report_file
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,13 +32,23 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         scheduler.long_prefill_token_threshold = _chunk_tokens(vllm_config, config)
     model = vllm_config.model_config
     PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
-    # asked here too, so that options which do not fit the page end the start before any process
-    make_policy(config.policy, config.policy_options(), vllm_config.cache_config.block_size)
-    resolve_quota(vllm_config, config)
+    _check_policy(vllm_config, config)
     scheduler.scheduler_cls = SCHEDULER_CLASS
     parallel.worker_cls = platform.worker
     if platform.selects_slot:
         _select_backend(vllm_config, platform.backend_slot)
+    if config.report_file is not None:
+        check_report_file(config.report_file)
+
+
+def _check_policy(vllm_config: VllmConfig, config: BudgetConfig) -> None:
+    """Build what each worker builds: the quota, and the policy with the files that it reads."""
+    quota = resolve_quota(vllm_config, config)
+    if not quota.compresses:
+        return
+    policy = make_policy(config.policy, config.policy_options(), quota.page_tokens)
+    num_heads = vllm_config.model_config.get_num_kv_heads(vllm_config.parallel_config)
+    policy.layer_budgets(quota.num_layers, num_heads, quota.budget_tokens)
 
 
 def _select_backend(vllm_config: VllmConfig, slot: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from vllm_budgetkv.upload import upload
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 class VisionItem(NamedTuple):
@@ -201,6 +201,30 @@ class PromptSpans:
             return seen_tokens
         item = self.items[index]
         return seen_tokens - (seen_tokens - item.offset) % _frame_tokens(item)
+
+
+def fit_items(prompt_tokens: int, items: Iterable[VisionItem]) -> list[VisionItem]:
+    """What `PromptSpans` takes of any items: the first to stand at a place has it.
+
+    Args:
+        prompt_tokens: tokens of the prompt; what reaches beyond them is cut off.
+        items: in order of their offsets.
+    """
+    fitting = []
+    free = 0
+    for item in items:
+        start, stop = max(item.offset, free), min(item.stop, prompt_tokens)
+        if start >= stop:
+            continue
+        frame_tokens = item.frame_tokens
+        if start > item.offset or (frame_tokens is not None and frame_tokens < 1):
+            # its first frame is cut, and the others cannot be counted from there
+            frame_tokens = None
+        if frame_tokens is not None:
+            frame_tokens = min(frame_tokens, stop - start)
+        fitting.append(item._replace(offset=start, length=stop - start, frame_tokens=frame_tokens))
+        free = stop
+    return fitting
 
 
 def _frame_tokens(item: VisionItem) -> int:

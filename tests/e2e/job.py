@@ -76,7 +76,10 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         for request in [r for r in waiting if r.get("arrives", 0) <= step]:
             waiting.remove(request)
             params = SamplingParams(
-                max_tokens=request.get("max_tokens", 16), temperature=0.0, ignore_eos=True
+                max_tokens=request.get("max_tokens", 16),
+                temperature=1.0 if "seed" in request else 0.0,
+                seed=request.get("seed"),
+                ignore_eos=True,
             )
             engine.add_request(request["name"], prompts[request["name"]], params)
         aborted = [r["name"] for r in requests if r.get("aborts") == step]

@@ -87,6 +87,39 @@ def test_refused_options(text_model: Path, budget: dict[str, Any], message: str)
         create(text_model, budget)
 
 
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        ({"report_file": "missing/r.jsonl"}, r"--kv-report-file .*missing/r.jsonl cannot be wri"),
+        ({"report_file": "."}, "cannot be written .*: name a file in a directory that exists"),
+        ({"head_scores_file": "missing.json"}, "--kv-head-scores-file .* cannot be read as JSON"),
+        ({"head_scores_file": "list.json"}, "--kv-head-scores-file .* must hold a JSON list"),
+        ({"head_scores_file": "one.json"}, "has 1 layers of 2 KV heads, but this worker has 2 of"),
+    ],
+    ids=["no-directory", "a-directory", "no-scores", "no-table", "another-model"],
+)
+def test_refused_files(
+    tmp_path: Path, text_model: Path, budget: dict[str, Any], message: str
+) -> None:
+    """The report's ended the engine with its first request; the scores' the worker, unexplained."""
+    (tmp_path / "list.json").write_text("[1, 2]", encoding="utf-8")
+    (tmp_path / "one.json").write_text("[[1, 2]]", encoding="utf-8")
+    files = {name: str(tmp_path / file) for name, file in budget.items()}
+    policy = "sparsemm" if "head_scores_file" in files else "hybrid"
+    with pytest.raises(ValueError, match=message):
+        create(text_model, QUOTA | files | {"policy": policy})
+
+
+def test_a_report_file_that_can_be_written_is_there_from_the_start(
+    tmp_path: Path, text_model: Path
+) -> None:
+    file = tmp_path / "report.jsonl"
+    file.write_text("earlier\n", encoding="utf-8")
+    for name in (file, tmp_path / "new.jsonl"):
+        create(text_model, QUOTA | {"report_file": str(name)})
+    assert file.read_text(encoding="utf-8") == "earlier\n"
+
+
 def test_the_smallest_quota_that_is_named_works(text_model: Path) -> None:
     with pytest.raises(ValueError, match="too small") as error:
         create(text_model, {"policy": "window", "page_quota": 1})

@@ -188,12 +188,28 @@ def test_sparsemm_gives_heads_their_shares(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "[[1, 2], [3]]", "[[0, 0]]", '[["a"]]', "[[-1, 2]]", "[[NaN]]", "[1]"]
+    "content",
+    [
+        *("{}", "[]", "[[1, 2], [3]]", "[[0, 0]]", '[["a"]]', "[[-1, 2]]", "[[NaN]]", "[1]"),
+        *("[[true, 1]]", "[[1e308, 1]]", f"[[1{'0' * 400}]]"),
+    ],
+    ids=lambda content: content[:15],
 )
 def test_sparsemm_refuses_a_file_that_is_no_table(tmp_path: Path, content: str) -> None:
     scores_file = tmp_path / "scores.json"
     scores_file.write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="must hold a JSON list with a list per layer"):
+        make_policy("sparsemm", PolicyOptions(head_scores_file=str(scores_file)), PAGE_TOKENS)
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"[[1,", b"\xff\xfe", b"[" * 100_000], ids=lambda c: str(c)[:12]
+)
+def test_sparsemm_refuses_a_file_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    scores_file = tmp_path / "scores.json"
+    if content is not None:
+        scores_file.write_bytes(content)
+    with pytest.raises(ValueError, match="--kv-head-scores-file .* cannot be read as JSON"):
         make_policy("sparsemm", PolicyOptions(head_scores_file=str(scores_file)), PAGE_TOKENS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from vllm.multimodal.inputs import (
@@ -13,7 +15,10 @@ from vllm.multimodal.inputs import (
 )
 
 from vllm_budgetkv.spans import PromptSpans, VisionItem
-from vllm_budgetkv.vision import FrameGrid, frame_grid, frame_records, vision_items
+from vllm_budgetkv.vision import FrameGrid, frame_grid, frame_records, spans_of, vision_items
+
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def feature(
@@ -21,7 +26,7 @@ def feature(
     length: int,
     *,
     modality: str = "video",
-    grid: tuple[int, int, int] | None = None,
+    grid: Any = None,
     is_embed: torch.Tensor | None = None,
     has_data: bool = True,
 ) -> MultiModalFeatureSpec:
@@ -52,18 +57,30 @@ def timestamped(frames: int, frame_tokens: int, stamp_tokens: int) -> torch.Tens
     ("grid", "length", "expected"),
     [
         ((8, 4, 6), 8 * 2 * 3, FrameGrid(6, 2, 3)),
+        ([(8, 4, 6)], 8 * 2 * 3, FrameGrid(6, 2, 3)),
+        ([(1, 4, 6)] * 8, 8 * 2 * 3, FrameGrid(6, 2, 3)),
+        ([(3, 4, 6), (1, 4, 6), (4, 4, 6)], 8 * 2 * 3, FrameGrid(6, 2, 3)),
+        ([(1, 4, 6), (1, 6, 4)], 2 * 2 * 3, None),
         ((1, 28, 42), 14 * 21, FrameGrid(294, 14, 21)),
         ((5, 3, 7), 5 * 21, FrameGrid(21, 3, 7)),
         ((2, 9, 12), 2 * 3 * 4, FrameGrid(12, 3, 4)),
         ((8, 4, 6), 50, None),
         (None, 48, None),
     ],
-    ids=["merge-2", "image", "merge-1", "merge-3", "odd-length", "no-grid"],
+    ids=[
+        *("merge-2", "one-row", "row-a-frame", "rows", "rows-of-two-shapes"),
+        *("image", "merge-1", "merge-3", "odd-length", "no-grid"),
+    ],
 )
-def test_frame_grid(
-    grid: tuple[int, int, int] | None, length: int, expected: FrameGrid | None
-) -> None:
+def test_frame_grid(grid: Any, length: int, expected: FrameGrid | None) -> None:
+    """A grid with a row for each frame ended the engine."""
     assert frame_grid(feature(3, length, grid=grid)) == expected
+
+
+def test_a_grid_of_nested_lists() -> None:
+    item = feature(3, 48, grid=(1, 1, 1))
+    item.data["video_grid_thw"].data = [[torch.tensor([8.0, 4.0])], [[6]]]
+    assert frame_grid(item) == FrameGrid(6, 2, 3)
 
 
 def test_an_item_whose_data_stayed_in_the_front_end_has_no_grid() -> None:
@@ -110,9 +127,34 @@ def test_two_frames_without_a_stamp_between_keep_their_length() -> None:
     assert items == [VisionItem(6, 12, "video", 6)]
 
 
+SIZES = [(1, 8, 4), (2, 4, 2), (1, 8, 4)]  # frames of 8, 2, 2 and 8 tokens
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (None, [(0, 8, 8), (8, 4, 2), (12, 8, 8)]),
+        (
+            [0, *[1] * 8, 0, 1, 1, 0, 1, 1, 0, *[1] * 8],
+            [(1, 8, 8), (10, 2, 2), (13, 2, 2), (16, 8, 8)],
+        ),
+        ([0, *[1] * 9, 0, *[1] * 11], [(1, 8, 8), (9, 1, 1), (11, 3, 2), (14, 8, 8)]),
+    ],
+    ids=["in-one-piece", "behind-stamps", "cut-anywhere"],
+)
+def test_frames_of_two_sizes(mask: list[int] | None, expected: list[tuple[int, int, int]]) -> None:
+    """Slow and fast frames, a row of the grid for each size."""
+    is_embed = torch.tensor(mask).bool() if mask else None
+    item = feature(0, len(mask or [0] * 20), grid=SIZES, is_embed=is_embed)
+    items = [VisionItem(start, length, "video", frame) for start, length, frame in expected]
+    assert vision_items([item]) == items
+    assert spans_of(len(mask or [0] * 20) + 5, [item]).items == tuple(items)
+    assert frame_records([item])[0]["grid"] == [1, item.mm_position.length]
+
+
 def test_an_item_without_embeddings_is_text() -> None:
     mask = torch.zeros(6, dtype=torch.bool)
-    assert vision_items([feature(2, 6, is_embed=mask)]) == []
+    assert vision_items([feature(2, 6, grid=(2, 4, 6), is_embed=mask)]) == []
 
 
 def test_records_are_plain_data_for_the_report() -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_SHARE = 2.0
 """Most that a head may get, in mean budgets: what the quota's page tables are made for."""
+MAX_SCORE = 1e100
+"""Scores stay below it, so that their sum is a number."""
 
 
 class SparseMMPolicy(SnapKVPolicy):
@@ -55,9 +57,9 @@ class SparseMMPolicy(SnapKVPolicy):
         shape = (len(self._shares), len(self._shares[0]))
         if shape != (num_layers, num_heads):
             raise ValueError(
-                f"{self._options.head_scores_file} has {shape[0]} layers of {shape[1]} KV heads, "
-                f"but this worker has {num_layers} of {num_heads}: measure this model, without "
-                "tensor parallelism"
+                f"--kv-head-scores-file {self._options.head_scores_file} has {shape[0]} layers of "
+                f"{shape[1]} KV heads, but this worker has {num_layers} of {num_heads}: measure "
+                "this model, without tensor parallelism"
             )
         means = [sum(row) / num_heads for row in self._shares]
         return tuple(max(1, math.floor(mean * (budget_tokens - 1))) for mean in means)
@@ -84,19 +86,24 @@ def read_head_scores(path: Path) -> list[list[float]]:
     """Scores of all KV heads, a list per layer.
 
     Raises:
-        ValueError: the file holds anything but equally long lists of numbers, 0 or more and not
-            all 0.
-        OSError: the file cannot be read.
+        ValueError: the file cannot be read or holds anything but equally long lists of numbers, 0
+            or more and not all 0.
     """
-    scores: Any = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        scores: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, RecursionError, ValueError) as error:
+        raise ValueError(
+            f"--kv-head-scores-file {path} cannot be read as JSON ({error}): name a file with a "
+            "list per layer, each with a number per KV head"
+        ) from error
     rows = scores if isinstance(scores, list) else []
     valid = bool(rows) and all(isinstance(row, list) and len(row) == len(rows[0]) for row in rows)
     flat = [score for row in rows for score in row] if valid else []
-    numbers = [s for s in flat if isinstance(s, int | float) and math.isfinite(s) and s >= 0]
+    numbers = [s for s in flat if type(s) in (int, float) and 0 <= s < MAX_SCORE]
     if not flat or len(numbers) != len(flat) or sum(numbers) <= 0:
         raise ValueError(
-            f"{path} must hold a JSON list with a list per layer, each with a number per KV head, "
-            "0 or more and not all 0"
+            f"--kv-head-scores-file {path} must hold a JSON list with a list per layer, each with "
+            f"a number per KV head, 0 or more, below {MAX_SCORE:g} and not all 0"
         )
     return rows
 

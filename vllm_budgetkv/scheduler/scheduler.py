@@ -11,8 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_budgetkv.activation import config_of, resolve_quota
 from vllm_budgetkv.scheduler.lookahead import lookahead_id, make_lookahead, parent_of
 from vllm_budgetkv.scheduler.manager import QuotaManager
-from vllm_budgetkv.spans import PromptSpans
-from vllm_budgetkv.vision import vision_items
+from vllm_budgetkv.vision import spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -93,7 +92,7 @@ class BudgetScheduler(AsyncScheduler):
         stop = start + num_new_tokens
         if self._quota.fits(request.num_tokens) or stop >= request.num_prompt_tokens:
             return num_new_tokens
-        spans = PromptSpans(request.num_prompt_tokens, vision_items(request.mm_features))
+        spans = spans_of(request.num_prompt_tokens, request.mm_features)
         between_frames = spans.trailing_frame_start(stop)
         return between_frames - start if between_frames > start else num_new_tokens
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_budgetkv.notices import warn_once
 from vllm_budgetkv.quota import ceil_div
+from vllm_budgetkv.report_file import append_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,9 +59,12 @@ class RequestRecord:
     frames: list[dict[str, Any]] = field(default_factory=list)
 
     def append_to(self, path: Path) -> None:
-        """Write the record as one line of JSON behind the file's others."""
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self)) + "\n")
+        """Write the record as one line of JSON behind the file's others; never raises."""
+        try:
+            append_line(path, json.dumps(asdict(self)).encode() + b"\n")
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once(f"--kv-report-file {path} cannot be written: requests go unreported")
 
 
 @dataclass
@@ -124,10 +129,15 @@ class Reports:
         record.preemptions += is_preempted
 
     def prefilled(self, request: RequestState) -> None:
-        """The prompt of a request is in the cache. Reads the device."""
+        """The prompt of a request is in the cache. Reads the device; never raises."""
         record = self.records.get(request.request_id)
-        if record is not None:
-            _record_kept(record, request, self.tables)
+        if record is None:
+            return
+        try:
+            _count_kept(record, request, self.tables)
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once("what requests keep cannot be counted: their report lacks it")
 
     def close(self, request_id: str) -> None:
         """A request ended."""
@@ -136,7 +146,7 @@ class Reports:
             self.on_finished(record)
 
 
-def _record_kept(record: RequestRecord, request: RequestState, tables: HeadTables) -> None:
+def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables) -> None:
     """Count what each class of head holds after prefill."""
     slot = request.slot
     page_tokens = tables.pool.layout.page_tokens

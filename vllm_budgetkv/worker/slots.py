@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.spans import PromptSpans
-from vllm_budgetkv.vision import frame_records, vision_items
+from vllm_budgetkv.vision import frame_records, spans_of
 from vllm_budgetkv.worker.requests import RequestState
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.spans import PromptSpans
     from vllm_budgetkv.worker.probes import Probes
     from vllm_budgetkv.worker.report import Reports
     from vllm_budgetkv.worker.tables import HeadTables
@@ -84,9 +84,8 @@ class Slots:
     def _admit_new(self, new: NewRequestData) -> None:
         request_id = new.req_id
         if request_id not in self.spans:
-            items = tuple(vision_items(new.mm_features))
-            spans = PromptSpans(new.prompt_len, items, self.tables.lens.device)
-            self.introduce(request_id, spans)
+            device = self.tables.lens.device
+            self.introduce(request_id, spans_of(new.prompt_len, new.mm_features, device))
             if self.parent_of(request_id) is None:
                 frames = frame_records(new.mm_features)
                 self.reports.open(request_id, self.quota, new.prompt_len, frames)

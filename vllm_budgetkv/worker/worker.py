@@ -20,6 +20,7 @@ from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.worker.assemble import model_of
 from vllm_budgetkv.worker.build import Rules, build_cache
+from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.rehearsal import rehearse
@@ -78,6 +79,7 @@ class BudgetWorker(Worker):
             assert isinstance(builder, BudgetMetadataBuilder)
             builder.bind(self.budget_cache, self._row_ids)
         keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
+        rest_in_chunks(self.model_runner, self.use_v2_model_runner)
         self.model_runner.get_model().register_forward_pre_hook(
             self._see_positions, with_kwargs=True
         )
