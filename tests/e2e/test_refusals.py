@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -91,37 +90,3 @@ def test_the_smallest_quota_that_is_named_works(text_model: Path) -> None:
         create(text_model, {"policy": "window", "page_quota": 1})
     smallest = int(str(error.value).split("at least ")[1].split()[0])
     create(text_model, {"policy": "window", "page_quota": smallest})
-
-
-MODELS = {
-    "sliding window": {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": 128,
-    },
-    "MLA": {
-        "architectures": ["DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v2",
-        "kv_lora_rank": 32,
-        "q_lora_rank": None,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 32,
-    },
-    "recurrent state": {
-        "architectures": ["FalconH1ForCausalLM"],
-        "model_type": "falcon_h1",
-    },
-}
-
-
-@pytest.mark.parametrize("reason", MODELS)
-def test_refused_models(tmp_path: Path, text_model: Path, reason: str) -> None:
-    config = json.loads((text_model / "config.json").read_text(encoding="utf-8"))
-    config.update(MODELS[reason])
-    for file in text_model.iterdir():
-        if file.name != "config.json":
-            (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ValueError, match=reason.replace(" ", ".")):
-        create(tmp_path)
