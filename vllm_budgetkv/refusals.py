@@ -95,11 +95,7 @@ def _cache(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm import envs
 
     cache = vllm_config.cache_config
-    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", model_dtype):
-        # a quantised checkpoint may have asked for it, which `auto` would follow again
-        wanted = f"use {model_dtype}" if model_dtype != "float32" else "use auto (here float32)"
-        yield f"--kv-cache-dtype {cache.cache_dtype} is not supported: {wanted}"
+    yield from _quantised(vllm_config)
     if cache.kv_sharing_fast_prefill:
         yield "layers that share their cache are not supported: remove --kv-sharing-fast-prefill"
     if cache.prefix_match_unit not in (None, cache.block_size):
@@ -112,6 +108,28 @@ def _cache(vllm_config: VllmConfig) -> Iterator[str]:
             f"the cache cannot be laid out as {envs.VLLM_KV_CACHE_LAYOUT}: unset "
             "VLLM_KV_CACHE_LAYOUT"
         )
+
+
+def _quantised(vllm_config: VllmConfig) -> Iterator[str]:
+    """Whether keys and values are stored otherwise than the model computes them."""
+    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
+
+    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
+    # what `auto` means, here or, for checkpoints of llm-compressor, when a layer is built
+    automatic = resolve_kv_cache_dtype_string("auto", vllm_config.model_config)
+    if automatic == "auto" and getattr(vllm_config.quant_config, "kv_cache_scheme", None):
+        automatic = "fp8"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    stored = automatic if cache_dtype == "auto" else cache_dtype
+    if stored in ("auto", model_dtype):
+        return
+    if automatic in ("auto", model_dtype):
+        wanted = f"use auto (here {model_dtype})"
+    elif model_dtype == "float32":
+        wanted = f"the checkpoint asks for {automatic}, so use bfloat16 and --dtype bfloat16"
+    else:
+        wanted = f"the checkpoint asks for {automatic}, so use {model_dtype}"
+    yield f"--kv-cache-dtype {stored} is not supported: {wanted}"
 
 
 def _connections(vllm_config: VllmConfig) -> Iterator[str]:
