@@ -37,6 +37,7 @@ ALWAYS = {
     "MiMoV2OmniForCausalLM": OTHER_HEADS,
     "Step1ForCausalLM": "ALiBi, a bias by distance",
     "Step3p5ForCausalLM": OTHER_HEADS,
+    "VoxtralRealtimeGeneration": "an audio encoder with a cache of its own",
 }
 
 # fields of a text configuration that turn something on, and what
@@ -77,19 +78,25 @@ def sliding_window(model: ModelConfig) -> Iterator[str]:
     window_tokens = model.get_sliding_window()
     if window_tokens is None:
         if not can_go and "sliding_attention" in _layer_types(text):
-            yield (
-                "the model has sliding windows and computes something else without them: remove "
-                "--disable-sliding-window and start without --kv-policy"
-            )
+            yield _windows_of_layers(model.disable_sliding_window)
         return
-    reason = f"the model has sliding windows of {window_tokens} tokens, which bound their cache by "
-    reason += "themselves: start without --kv-policy"
-    if can_go:
-        reason += (
-            f", or with --disable-sliding-window, which serves prompt and output of at most "
-            f"{window_tokens} tokens together"
+    or_else = (
+        f", or with --disable-sliding-window, which serves prompt and output of at most "
+        f"{window_tokens} tokens together"
+    )
+    yield (
+        f"the model has sliding windows of {window_tokens} tokens, which bound their cache by "
+        f"themselves: start without --kv-policy{or_else if can_go else ''}"
+    )
+
+
+def _windows_of_layers(are_disabled: bool) -> str:
+    if are_disabled:
+        return (
+            "the model has sliding windows and computes something else without them: remove "
+            "--disable-sliding-window and start without --kv-policy"
         )
-    yield reason
+    return "the model has sliding windows, another in each layer: start without --kv-policy"
 
 
 def _of_the_whole(model: ModelConfig) -> Iterator[str]:
