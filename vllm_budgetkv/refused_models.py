@@ -45,7 +45,7 @@ SWITCHES = {
     "attention_chunk_size": "attention in chunks of {} tokens",
     "dual_chunk_attention_config": "dual chunk attention",
     "attn_logit_softcapping": "attention logits with a soft cap of {}",
-    "num_kv_shared_layers": "{} layers that read the cache of another layer",
+    "num_kv_shared_layers": "layers that read the cache of another layer",
     "interleaved_sliding_window": "sliding windows of {} tokens",
     "param_sink_number": "{} learned attention sinks",
     "attention_sinks": SINKS,
@@ -74,10 +74,13 @@ def dead_ends(model: ModelConfig) -> list[str]:
 def sliding_window(model: ModelConfig) -> Iterator[str]:
     """Why a model with sliding windows is refused, and what to change where that was tried."""
     text = model.hf_text_config
-    can_go = text.model_type in WINDOW_CAN_GO
+    can_go, kinds = text.model_type in WINDOW_CAN_GO, _layer_types(text)
     window_tokens = model.get_sliding_window()
+    if kinds and "sliding_attention" not in kinds:
+        # no layer has the window that the configuration names
+        return
     if window_tokens is None:
-        if not can_go and "sliding_attention" in _layer_types(text):
+        if kinds and not can_go:
             yield _windows_of_layers(model.disable_sliding_window)
         return
     or_else = (

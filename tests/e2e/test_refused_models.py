@@ -81,7 +81,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "LlamaForCausalLM",
         "llama",
         {"num_kv_shared_layers": 1},
-        "1 layers that read the cache of another",
+        "layers that read the cache of another",
     ),
     "head size": ("LlamaForCausalLM", "llama", {"head_dim": 512}, "heads of 512 elements"),
     "another layer": (
@@ -184,6 +184,12 @@ def test_windows_that_cannot_go(folder: Path, text_model: Path, name: str) -> No
     text = refusal(folder, disable_sliding_window=True)
     assert "start without --kv-policy" in text
     assert ("remove --disable-sliding-window" in text) == (name in ("windows", "no rope"))
+
+
+def test_a_window_that_no_layer_has_is_served(folder: Path, text_model: Path) -> None:
+    full = {"layer_types": ["full_attention"] * 2, "sliding_window": 128}
+    write(folder, text_model, "LlamaForCausalLM", "llama", **full)
+    assert create(folder).cache_config.sliding_window is None
 
 
 def test_an_option_is_named_beside_a_window_that_can_go(folder: Path, text_model: Path) -> None:
