@@ -30,7 +30,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     if model.runner_type == "generate" and not refused_models.dead_ends(model):
         reasons += [
             *refused_models.sliding_window(model),
-            *_video(model),
+            *_media(vllm_config),
             *_parallel(vllm_config),
             *_cache(vllm_config),
             *_connections(vllm_config),
@@ -68,10 +68,12 @@ def _runner(model: ModelConfig) -> Iterator[str]:
         yield "the model writes no text, so its cache does not grow: start without --kv-policy"
 
 
-def _video(model: ModelConfig) -> Iterator[str]:
+def _media(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm.platforms import current_platform
 
-    media = model.multimodal_config
+    media = vllm_config.model_config.multimodal_config
+    if vllm_config.is_mm_encoder_only:
+        yield "an engine that runs encoders alone keeps no cache: remove --mm-encoder-only"
     if media is not None and media.is_multimodal_pruning_enabled() and current_platform.is_cpu():
         yield (
             f"vLLM prunes no video on a CPU: remove --video-pruning-rate {media.video_pruning_rate}"

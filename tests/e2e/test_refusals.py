@@ -136,10 +136,18 @@ def test_a_checkpoint_with_a_quantised_cache(
     create(text_model, **overrides, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
-def test_pruned_video_is_refused_on_a_cpu(vision_model: Path) -> None:
-    create(vision_model, video_pruning_rate=0.0)
-    with pytest.raises(ValueError, match=r"prunes no video on a CPU: remove --video-pruning-rate"):
-        create(vision_model, video_pruning_rate=0.5)
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"video_pruning_rate": 0.5}, "prunes no video on a CPU: remove --video-pruning-rate 0.5"),
+        ({"mm_encoder_only": True}, "keeps no cache: remove --mm-encoder-only"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_refused_media(vision_model: Path, engine: dict[str, Any], message: str) -> None:
+    create(vision_model, **{name: type(value)() for name, value in engine.items()})
+    with pytest.raises(ValueError, match=message):
+        create(vision_model, **engine)
 
 
 def test_a_model_shorter_than_a_chunk_starts(text_model: Path) -> None:
