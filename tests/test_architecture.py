@@ -36,6 +36,7 @@ MAY_IMPORT_VLLM: dict[str, Place] = {
     "activation.py": "function",
     "platforms.py": "function",
     "refusals.py": "function",
+    "pool_size.py": "function",
     "upstream.py": "function",
 }
 

@@ -15,7 +15,7 @@ from tests.worker.lab import Client, Lab
 from vllm_budgetkv import notices
 from vllm_budgetkv.quota import Quota
 from vllm_budgetkv.report_file import append_line, check_report_file
-from vllm_budgetkv.worker.report import RequestRecord, record_kept
+from vllm_budgetkv.worker.report import RequestRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +111,6 @@ def test_what_cannot_be_counted_ends_no_request(said: list[str]) -> None:
     request = lab.cache.slots.requests["r"]
     # as if a page held tokens that the prompt has not
     lab.pool.positions.fill_(10**6)
-    record_kept(request, lab.cache.tables)
+    lab.cache.reports.prefilled(request)
     (line,) = said
     assert "what requests keep cannot be counted" in line and "IndexError" in line

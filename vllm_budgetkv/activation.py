@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv import platforms, refusals
+from vllm_budgetkv import platforms, pool_size, refusals
 from vllm_budgetkv.config import SECTION, BudgetConfig
 from vllm_budgetkv.layout import PageLayout
 from vllm_budgetkv.policy import make_policy
@@ -21,7 +21,8 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     """Make `vllm_config` serve under `config`. Mutates `vllm_config`.
 
     Raises:
-        ValueError: the engine configuration cannot be served or the quota is too small.
+        ValueError: the engine configuration cannot be served, or the quota is too small for its
+            chunks or too large for the pool.
     """
     refusals.check(vllm_config, config)
     platform, parallel = platforms.current(), vllm_config.parallel_config
@@ -33,6 +34,9 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     model = vllm_config.model_config
     PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
     _check_policy(vllm_config, config)
+    if config.compresses:
+        quota = resolve_quota(vllm_config, config)
+        pool_size.check(vllm_config, quota, vllm_config.cache_config.kv_cache_memory_bytes)
     scheduler.scheduler_cls = SCHEDULER_CLASS
     parallel.worker_cls = platform.worker
     if platform.selects_slot:
@@ -78,13 +82,15 @@ def resolve_quota(vllm_config: VllmConfig, config: BudgetConfig) -> Quota:
     """
     page_tokens = vllm_config.cache_config.block_size
     max_model_len = vllm_config.model_config.max_model_len
+    blocks = config.quota_blocks(page_tokens, max_model_len)
     return Quota(
-        blocks=config.quota_blocks(page_tokens, max_model_len),
+        blocks=blocks,
         page_tokens=page_tokens,
         num_layers=vllm_config.model_config.get_num_layers(vllm_config.parallel_config),
         chunk_tokens=_chunk_tokens(vllm_config, config),
         decode_interval_tokens=config.decode_interval_tokens,
-        compresses=config.compresses,
+        # no request outgrows a quota that holds the longest
+        compresses=config.compresses and blocks * page_tokens < max_model_len,
     )
 
 

@@ -67,4 +67,3 @@ def _prepare_arguments(engine_args: EngineArgs, config: BudgetConfig) -> None:
             f"{config.chunk_tokens}: both are the most prompt tokens of a request in one step; "
             "remove the former"
         )
-    engine_args.long_prefill_token_threshold = config.chunk_tokens

@@ -78,6 +78,23 @@ TOUCHPOINTS = (
     Touchpoint(_ARGS, "EngineArgs.create_engine_config", "wrap",
                "check the options against the engine's and name our scheduler and worker"),
 
+    *(
+        Touchpoint("vllm.config.model", f"ModelConfig.{name}", "read",
+                   "which models are refused at start")
+        for name in ("use_mla", "is_hybrid", "is_attention_free", "is_encoder_decoder",
+                     "is_mm_prefix_lm", "is_diffusion", "rswa_window", "uses_alibi", "has_noops",
+                     "get_sliding_window", "get_head_size")
+    ),
+    Touchpoint("vllm.config.model_arch", "ModelArchitectureConfig.per_layer_overrides", "read",
+               "layers whose heads differ are refused at start"),
+    Touchpoint("vllm.config.parallel", "ParallelConfig.use_ubatching", "read",
+               "a batch that runs as two is refused at start"),
+    Touchpoint("vllm.utils.torch_utils", "resolve_kv_cache_dtype_string", "read",
+               "whether the checkpoint asks for a quantised cache",
+               ("kv_cache_dtype", "model_config")),
+    Touchpoint("vllm.v1.attention.backend", "CommonAttentionMetadata", "read",
+               "a batch whose fields ask for other mathematics is refused"),
+
     Touchpoint(_REGISTRY, "KVCacheSpecRegistry.register", "register", "our spec and its manager",
                ("cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec")),
     Touchpoint(_REGISTRY, "KVCacheSpecRegistry._ensure_registered", "read",
@@ -187,6 +204,12 @@ TOUCHPOINTS = (
     Touchpoint("vllm.v1.worker.cpu_worker", "CPUWorker", "subclass", "the same on a CPU"),
     Touchpoint(_WORKER, "Worker.load_model", "override", "our backend while the model loads",
                ("self", "load_dummy_weights")),
+    Touchpoint(_WORKER, "Worker.get_kv_cache_spec", "override",
+               "refuse layers whose cache is of another kind",
+               ("self",)),
+    Touchpoint(_WORKER, "Worker.determine_available_memory", "override",
+               "refuse a pool below a quota in terms of the quota",
+               ("self",)),
     Touchpoint(_WORKER, "Worker.initialize_from_config", "override",
                "our cache over the engine's buffer",
                ("self", "kv_cache_config")),

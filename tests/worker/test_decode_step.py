@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
+from tests.attention.test_fields import batch, bound
 from tests.worker.lab import Client, Feature, Lab
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.policy import PolicyOptions
@@ -163,10 +163,9 @@ def test_a_graph_has_no_more_rows_than_requests_have_slots() -> None:
 
 def test_the_builder_offers_it_to_vllm() -> None:
     lab = Replayed()
-    builder = BudgetMetadataBuilder(None, [], None, torch.device("cpu"))
-    assert builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3)) is None, "not bound yet"
+    builder = bound()
     builder.bind(lab.cache, lambda common: [])
-    step = builder.build_for_cudagraph_capture(SimpleNamespace(num_reqs=3))
+    step = builder.build_for_cudagraph_capture(batch(num_reqs=3))
     assert step is not None and step.is_decode and step.starts[-1] == 3
     assert step.rows.slots.data_ptr() == lab.cache.rows.slots.data_ptr()
     support = BudgetMetadataBuilder.get_cudagraph_support(None, None)

@@ -10,12 +10,14 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.attention.impl import BudgetAttention
 from vllm_budgetkv.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
-from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.scheduler.spec import QuotaSpec, foreign_to
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import torch
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
 
 class BudgetBackend(AttentionBackend):
@@ -59,3 +61,17 @@ class BudgetBackend(AttentionBackend):
     @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
+
+
+def require_plain_layers(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse layers that keep a cache of another kind than ours.
+
+    Raises:
+        ValueError: names the first such layer and what its cache is.
+    """
+    for name, spec in specs.items():
+        if not isinstance(spec, QuotaSpec):
+            raise ValueError(
+                f"layer {name} of the model has {', '.join(foreign_to(spec))}, which no quota "
+                "covers: start without --kv-policy"
+            )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.v1.attention.backend import (
@@ -17,6 +18,25 @@ if TYPE_CHECKING:
     from vllm_budgetkv.worker.cache import BudgetCache
 
 RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
+
+
+# fields of a batch that leave the mathematics alone; any other that has a default must have it
+FREE_FIELDS = {
+    "causal",
+    "positions",
+    "is_prefilling",
+    "seq_lens_cpu_upper_bound",
+    "req_idx",
+    # Model Runner V2 fills it for every model; one with that window is refused at start
+    "rswa_prefix_lens",
+    "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+}
+UNSET_FIELDS = tuple(
+    field.name
+    for field in fields(CommonAttentionMetadata)
+    if field.default is not MISSING and field.name not in FREE_FIELDS
+)
 
 
 class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
@@ -48,17 +68,59 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Step | None:
-        if self._cache is None or self._row_ids is None or not self._cache.plans:
-            # a dummy batch holds no request; `BudgetCache.end_step` refuses a real one without step
+        cache = self._bound_cache()
+        if cache is None or self._row_ids is None or not cache.plans:
+            # a dummy batch holds no request; a layer refuses a real one without step
             return None
+        require_plain(common_attn_metadata)
         query_start = common_attn_metadata.query_start_loc_cpu
         row_ids = self._row_ids(common_attn_metadata)
-        return self._cache.open_step(row_ids, query_start[: len(row_ids) + 1])
+        if len(row_ids) != len(cache.plans):
+            raise RuntimeError(
+                f"vLLM asked for {len(row_ids)} rows of a batch of {len(cache.plans)} requests, "
+                "which must run as one: start without --kv-policy"
+            )
+        return cache.open_step(row_ids, query_start[: len(row_ids) + 1])
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
     ) -> Step | None:
         """The decode step that a graph of so many rows replays."""
-        if self._cache is None:
+        cache = self._bound_cache()
+        if cache is None:
             return None
-        return self._cache.step_to_capture(common_attn_metadata.num_reqs)
+        require_plain(common_attn_metadata)
+        return cache.step_to_capture(common_attn_metadata.num_reqs)
+
+    def _bound_cache(self) -> BudgetCache | None:
+        """The cache, or None while no layer has one either.
+
+        Raises:
+            RuntimeError: the worker has given its layers a cache, but it never saw this builder.
+        """
+        if self._cache is None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            if any(layers[name].impl.cache is not None for name in self.layer_names):
+                raise RuntimeError(
+                    "vLLM prepares a batch with a second metadata builder, which knows no "
+                    "requests: start without --kv-policy"
+                )
+        return self._cache
+
+
+def require_plain(common: CommonAttentionMetadata) -> None:
+    """Refuse a batch whose tokens attend to anything but all tokens before them.
+
+    Raises:
+        RuntimeError: names the field of vLLM's metadata and its value.
+    """
+    asked = {} if common.causal is True else {"causal": common.causal}
+    for name in UNSET_FIELDS:
+        value = getattr(common, name)
+        if value is not None and not (isinstance(value, dict) and not value):
+            asked[name] = value
+    if asked:
+        raise RuntimeError(
+            f"vLLM asks for attention with {asked}, which a KV quota does not support: start "
+            "without --kv-policy"
+        )

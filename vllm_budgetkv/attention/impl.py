@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -11,6 +11,16 @@ from vllm_budgetkv.worker.step import Step
 if TYPE_CHECKING:
     import torch
     from vllm.v1.attention.backend import AttentionLayer
+
+    from vllm_budgetkv.worker.cache import BudgetCache
+
+# what an argument means that vLLM gives to some implementations only
+EXTRAS = {
+    "dual_chunk_attention_config": "dual chunk attention",
+    "layer_idx": "attention that depends on the layer",
+    "use_alibi_sqrt": "ALiBi",
+    "chunk_lookback": "attention in chunks",
+}
 
 
 class BudgetAttention(AttentionImpl[Step]):
@@ -33,19 +43,26 @@ class BudgetAttention(AttentionImpl[Step]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        **extra: Any,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
+        # the worker fills it once vLLM has allocated the cache
+        self.cache: BudgetCache | None = None
         unsupported = {
             "ALiBi": alibi_slopes is not None,
             "a sliding window": sliding_window is not None,
             "a soft cap on logits": bool(logits_soft_cap),
             "learned attention sinks": sinks is not None,
             "layers that share their cache": kv_sharing_target_layer_name is not None,
-            f"{attn_type} attention": attn_type != AttentionType.DECODER,
+            f"{getattr(attn_type, 'value', attn_type)} attention": (
+                attn_type != AttentionType.DECODER
+            ),
+            # a new argument of vLLM's may change the mathematics, so none is ignored
+            **{EXTRAS.get(name, f"attention with {name}"): True for name in extra},
         }
         found = [name for name, present in unsupported.items() if present]
         if found:
@@ -72,12 +89,20 @@ class BudgetAttention(AttentionImpl[Step]):
             layer: the layer; its name finds its index in the pool.
             query: [T, Hq, D], rotated. key, value: [T, H, D].
             kv_cache: vLLM's view of the layer, unused: pages are found through our tables.
-            attn_metadata: the step; None in a dummy run.
+            attn_metadata: the step; None in a dummy run, which holds no request.
             output: [T, Hq, D] or [T, Hq * D], written.
+
+        Raises:
+            RuntimeError: requests run, but nothing says which tokens are theirs.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantisation is not supported")
         if attn_metadata is None:
+            if self.cache is not None and self.cache.plans:
+                raise RuntimeError(
+                    f"vLLM ran layer {layer.layer_name} for {len(self.cache.plans)} requests "
+                    "without the metadata of this plugin: start without --kv-policy"
+                )
             return output.zero_()
         out = output.view(-1, self.num_heads, self.head_size)
         attn_metadata.run_layer(layer.layer_name, query, key, value, out)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
@@ -13,6 +13,31 @@ from vllm_budgetkv.scheduler.manager import QuotaManager
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+
+# fields of a full-attention spec that a page serves; any other must have its default
+FREE_FIELDS = {"block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded", "max_tp_shards"}
+
+# what a field means, where the name does not tell
+MEANINGS = {
+    "sliding_window": "a sliding window of {} tokens",
+    "attention_chunk_size": "attention in chunks of {} tokens",
+    "non_causal": "tokens that attend to later ones",
+    "head_size_v": "values of {} elements, other than its keys",
+    "kv_quant_mode": "a quantised cache ({!r})",
+}
+
+# and the specs of other kinds, by class
+KINDS = {
+    "SlidingWindowSpec": "a sliding window",
+    "ChunkedLocalAttentionSpec": "attention in chunks",
+    "RSWASpec": "a sliding window behind the prompt",
+    "SinkFullAttentionSpec": "learned attention sinks",
+    "MLAAttentionSpec": "MLA",
+    "CrossAttentionSpec": "cross attention",
+    "MambaSpec": "recurrent state",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +51,12 @@ class QuotaSpec(FullAttentionSpec):
         """The spec of a layer under the quota; its pages pay for all fields of a head-page.
 
         Raises:
-            ValueError: the layer is not full attention, or its page layout is not supported.
+            ValueError: the layer is not plain full attention, or its page layout is not supported.
         """
-        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+        if foreign := foreign_to(spec):
             raise ValueError(
-                f"a layer with {type(spec).__name__} cannot be served under a quota: "
-                "start without --kv-policy"
-            )
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                f"keys of {spec.head_size} and values of {spec.head_size_v} elements are not "
-                "supported: start without --kv-policy"
+                f"a layer of the model has {', '.join(foreign)}, which no quota covers: start "
+                "without --kv-policy"
             )
         layout = PageLayout(spec.block_size, spec.head_size, spec.dtype)
         return replace_as(
@@ -56,6 +76,25 @@ class QuotaSpec(FullAttentionSpec):
         first = specs[0]
         assert all(spec == first for spec in specs), "layers of one pool must have equal specs"
         return replace(first)
+
+
+def foreign_to(spec: KVCacheSpec) -> list[str]:
+    """What a layer's spec asks for beyond plain full attention; empty if nothing."""
+    if type(spec) is not FullAttentionSpec:
+        name = type(spec).__name__
+        return [KINDS.get(name, f"a cache of another kind ({name})")]
+    plain = FullAttentionSpec(
+        block_size=spec.block_size,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=spec.head_size,
+        dtype=spec.dtype,
+    )
+    asked = {field.name: getattr(spec, field.name) for field in fields(spec)}
+    return [
+        MEANINGS.get(name, f"a cache with {name} {{!r}}").format(value)
+        for name, value in asked.items()
+        if name not in FREE_FIELDS and value != getattr(plain, name)
+    ]
 
 
 # vLLM fills its registry only while it is empty, so its own specs must come first

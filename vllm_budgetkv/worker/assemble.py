@@ -53,16 +53,28 @@ def pool_of(
     return PagePool(raw, layout), index
 
 
-def _heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
-    """Query heads, KV heads and head size, which all layers must share."""
+def heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size, which all layers must share.
+
+    Args:
+        layers: vLLM's attention layers by name, with `impl` and its head counts.
+        quota: of the engine.
+
+    Raises:
+        ValueError: the layers differ, or there are more or fewer than the quota counts on.
+    """
     if len(layers) != quota.num_layers:
         raise ValueError(
-            f"the model has {len(layers)} KV layers, the quota is for {quota.num_layers}"
+            f"the model has {len(layers)} layers with a cache, its configuration says "
+            f"{quota.num_layers}: start without --kv-policy"
         )
     impls = [layer.impl for layer in layers.values()]
     shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls}
     if len(shapes) != 1:
-        raise ValueError(f"layers with different heads are not supported: {sorted(shapes)}")
+        raise ValueError(
+            "layers with different heads are not supported, here (query heads, KV heads, head "
+            f"size) are {sorted(shapes)}: start without --kv-policy"
+        )
     return shapes.pop()
 
 
@@ -76,7 +88,7 @@ def model_of(layers: Mapping[str, Any], quota: Quota) -> Model:
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
     """
-    num_query_heads, num_heads, head_size = _heads_of(layers, quota)
+    num_query_heads, num_heads, head_size = heads_of(layers, quota)
     views = {name: layer.kv_cache for name, layer in layers.items()}
     dtype = next(iter(views.values())).dtype
     pool, layer_index = pool_of(views, PageLayout(quota.page_tokens, head_size, dtype))

@@ -12,13 +12,13 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_budgetkv import platforms
+from vllm_budgetkv import platforms, pool_size
 from vllm_budgetkv.activation import config_of, resolve_quota
-from vllm_budgetkv.attention.backend import BudgetBackend
+from vllm_budgetkv.attention.backend import BudgetBackend, require_plain_layers
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import parent_of
-from vllm_budgetkv.worker.assemble import model_of
+from vllm_budgetkv.worker.assemble import heads_of, model_of
 from vllm_budgetkv.worker.build import Rules, build_cache
 from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.worker.worker_base import CompilationTimes
 
     from vllm_budgetkv.worker.bank import Rotary
@@ -69,11 +69,26 @@ class BudgetWorker(Worker):
         with backend_registered():
             super().load_model(**kwargs)
 
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        specs = super().get_kv_cache_spec()
+        require_plain_layers(specs)
+        context = self.vllm_config.compilation_config.static_forward_context
+        heads_of({name: context[name] for name in specs}, self._quota)
+        return specs
+
+    def determine_available_memory(self) -> int:
+        pool_bytes = super().determine_available_memory()
+        if self._config.compresses:
+            pool_size.check(self.vllm_config, self._quota, pool_bytes)
+        return pool_bytes
+
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
         (group,) = kv_cache_config.kv_cache_groups
         context = self.vllm_config.compilation_config.static_forward_context
         self.budget_cache = self._make_cache({name: context[name] for name in group.layer_names})
+        for name in group.layer_names:
+            context[name].impl.cache = self.budget_cache
         for attn_group in self.model_runner.attn_groups[0]:
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)

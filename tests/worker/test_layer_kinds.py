@@ -1,0 +1,83 @@
+"""Layers that no configuration told of are refused as soon as the model has them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.worker.worker import BudgetWorker
+
+QUOTA = Quota(blocks=64, page_tokens=16, num_layers=2, chunk_tokens=256, decode_interval_tokens=64)
+SIZES: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+OURS = QuotaSpec.of(FullAttentionSpec(**SIZES), quota_blocks=QUOTA.blocks)
+OURS_TOO = {"a": OURS, "b": OURS}
+
+
+def layer(num_heads: int = 4) -> Any:
+    impl = SimpleNamespace(num_heads=num_heads, num_kv_heads=2, head_size=32)
+    return SimpleNamespace(impl=impl)
+
+
+def specs_of(
+    monkeypatch: pytest.MonkeyPatch, specs: dict[str, KVCacheSpec], layers: dict[str, Any]
+) -> dict[str, KVCacheSpec]:
+    """What a worker answers whose model has these layers."""
+    monkeypatch.setattr(Worker, "get_kv_cache_spec", lambda self: specs)
+    worker: Any = BudgetWorker.__new__(BudgetWorker)
+    compilation = SimpleNamespace(static_forward_context=layers)
+    worker.vllm_config = SimpleNamespace(compilation_config=compilation)
+    worker._quota = QUOTA
+    return worker.get_kv_cache_spec()
+
+
+def test_plain_layers_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert specs_of(monkeypatch, OURS_TOO, {"a": layer(), "b": layer()}) is OURS_TOO
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (SlidingWindowSpec(**SIZES, sliding_window=64), "layer b of the model has a sliding wind"),
+        (ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64), "has attention in chunks"),
+        (MLAAttentionSpec(**SIZES), "has MLA, which no quota covers"),
+        (FullAttentionSpec(**SIZES, non_causal=True), "has tokens that attend to later ones"),
+        (KVCacheSpec(block_size=16), r"a cache of another kind \(KVCacheSpec\)"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, KVCacheSpec) else "",
+)
+def test_other_layers_are_refused(
+    monkeypatch: pytest.MonkeyPatch, spec: KVCacheSpec, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*start without --kv-policy"):
+        specs_of(monkeypatch, {"a": OURS, "b": spec}, {"a": layer(), "b": layer()})
+
+
+@pytest.mark.parametrize(
+    ("specs", "layers", "message"),
+    [
+        ({"a": OURS}, {"a": layer()}, "has 1 layers with a cache, its configuration says 2"),
+        (OURS_TOO, {"a": layer(), "b": layer(8)}, "layers with different heads"),
+    ],
+    ids=["a-layer-less", "other-heads"],
+)
+def test_layers_that_the_quota_does_not_count_on(
+    monkeypatch: pytest.MonkeyPatch,
+    specs: dict[str, KVCacheSpec],
+    layers: dict[str, Any],
+    message: str,
+) -> None:
+    with pytest.raises(ValueError, match=f"{message}.*start without --kv-policy"):
+        specs_of(monkeypatch, specs, layers)
