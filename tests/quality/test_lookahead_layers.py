@@ -61,8 +61,10 @@ def test_all_ask_alike_once_the_question_is_read(seed: ProbeBank, template: Prob
 def test_seeds_are_parted_before_requests_take_them(
     seed: ProbeBank, template: ProbeBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first = seed
+
     class Probes:
-        seeds = {"a": seed}
+        seeds: ClassVar[dict[str, ProbeBank]] = {"a": first}
 
         def seed(self, request_id: str, bank: ProbeBank) -> None:
             self.seeds[request_id] = bank
