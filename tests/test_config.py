@@ -99,6 +99,7 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "hybrid", "page_quota": 8, "merge": "pivot"}, "unknown --kv-merge 'pivot'"),
         ({"policy": "snapkv", "page_quota": 8, "merge": "value"}, "is of --kv-policy hybrid"),
         ({"policy": "sparsemm", "page_quota": 8}, "needs --kv-head-scores-file"),
+        ({"policy": "full", "report_file": 5}, "--kv-report-file must be the path of a file; g"),
         ({"policy": "streammem", "page_quota": 8, "lookahead": False}, "--no-kv-lookahead"),
         ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "text, template$"),
         ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "words"}, "--kv-chunk-ends"),

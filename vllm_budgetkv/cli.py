@@ -25,6 +25,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {
     "int": int,
     "float": float,
     "str": str,
+    "path": str,
     "mapping": _json_object,
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 
@@ -94,7 +95,9 @@ def spelling(item: Field[Any]) -> str:
 
 
 def kind_of(item: Field[Any]) -> str:
-    """What its type allows beside None: `int`, `float`, `bool`, `mapping`, else `str`."""
+    """What it may be beside None: `int`, `float`, `bool`, `mapping`, `path`, else `str`."""
+    if about(item).metavar == "PATH":
+        return "path"
     name = str(item.type).removesuffix(" | None")
     if name.startswith("Mapping"):
         return "mapping"
@@ -106,6 +109,7 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "float": ("a number", lambda v: isinstance(v, int | float) and not isinstance(v, bool)),
     "bool": ("true or false", lambda v: isinstance(v, bool)),
     "str": ("text", lambda v: isinstance(v, str)),
+    "path": ("the path of a file", lambda v: isinstance(v, str | PathLike) and str(v) != ""),
     "mapping": ("a JSON object", lambda v: isinstance(v, Mapping)),
 }
 
