@@ -45,6 +45,7 @@ KNOBS = {item.name for item in fields(PolicyOptions)} - {item.name for item in f
         ("sink_tokens", None),
         ("seed", 0.5),
         ("head_scores_file", 7),
+        ("head_scores_file", ""),
     ],
 )
 def test_what_an_option_may_not_be(name: str, value: object) -> None:
