@@ -130,7 +130,7 @@ READS = (
         "decode_context_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size",
         "worker_cls")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
-        "enable_chunked_prefill", "long_prefill_token_threshold",
+        "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
         "long_prefill_token_threshold_adaptive", "max_num_batched_tokens", "max_num_seqs",
         "scheduler_cls")),
     Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", ("backend",)),

@@ -58,6 +58,7 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
         ({"worker_cls": "some.where.Worker"}, "--worker-cls some.where.Worker would replace ours"),
         ({"long_prefill_token_threshold": 100}, "contradicts --kv-chunk-tokens 256"),
         ({"long_prefill_token_threshold_adaptive": True}, "must not outgrow the quota"),
+        ({"disable_chunked_mm_input": True}, "remove --disable-chunked-mm-input"),
         ({"block_size": 48}, "a page of 48 tokens is not supported; set --block-size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
