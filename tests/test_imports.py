@@ -22,6 +22,7 @@ WITHOUT_VLLM = (
     "plugin",
     "activation",
     "upstream",
+    "upstream_reads",
     "refusals",
     "worker.assemble",
     "worker.cache",

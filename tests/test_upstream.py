@@ -21,6 +21,7 @@ from vllm_budgetkv.scheduler.manager import QuotaManager
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.upstream import TOUCHPOINTS, Touchpoint
+from vllm_budgetkv.upstream_reads import READS, Reads
 from vllm_budgetkv.worker.worker import BudgetWorker
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SUBCLASSES = (
 
 
 def place(point: Touchpoint) -> str:
-    return f"{point.module}.{point.name}"
+    return point.place
 
 
 def overrides(cls: type) -> Iterator[str]:
@@ -90,6 +91,7 @@ def test_overridden_functions_are_pinned() -> None:
 
 def test_no_symbol_is_listed_twice() -> None:
     names = [place(point) for point in TOUCHPOINTS]
+    names += [f"{reads.place}.{member}" for reads in READS for member in reads.members]
     assert len(set(names)) == len(names)
 
 
@@ -145,20 +147,82 @@ def test_a_changed_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         upstream.check()
 
 
+def test_a_missing_field_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It used to be missed in the first request that needed it."""
+    reads = Reads("vllm.v1.request", "Request", "test", ("urgency", "request_id"))
+    monkeypatch.setattr(upstream, "READS", (*READS, reads))
+    with pytest.raises(RuntimeError, match=r"\n  vllm.v1.request.Request.urgency: missing$"):
+        upstream.check()
+
+
+def test_a_missing_class_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "READS", (Reads("vllm.v1.request", "Wish", "test", ("old",)),))
+    with pytest.raises(RuntimeError, match=r"vllm.v1.request.Wish: missing"):
+        upstream.check()
+
+
+class Sample:
+    """Has members in every way in which vLLM's classes have theirs."""
+
+    annotated: int
+    constant = 1
+
+    def __init__(self, first: int, second: int = 2) -> None:
+        self.first = first
+        self.unpacked, self._hidden = first, second
+        other = SimpleNamespace()
+        other.foreign = 1
+
+    @property
+    def lazy(self) -> int:
+        self.made_late = 1
+        return lambda: self
+
+    def method(self, value: int, extra: int = 0) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("member", "problem"),
+    [
+        ("annotated", None),
+        ("constant", None),
+        ("first", None),
+        ("unpacked", None),
+        ("_hidden", None),
+        ("lazy", None),
+        ("made_late", None),
+        ("second", "missing"),
+        ("foreign", "missing"),
+        ("(first)", None),
+        ("(first, second)", None),
+        ("(second)", "wants first too"),
+        ("(first, third)", "takes no third"),
+        ("method(value)", None),
+        ("method()", "wants value too"),
+        ("gone()", "missing"),
+    ],
+)
+def test_members_of_a_class(member: str, problem: str | None) -> None:
+    found = list(Reads("somewhere", "Sample", "test", (member,)).problems(Sample))
+    name = member.partition("(")[0] or "__init__"
+    assert found == ([f"somewhere.Sample.{name}: {problem}"] if problem else [])
+
+
 def test_a_missing_method_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("vllm.v1.core.sched.scheduler.Scheduler._free_request")
     with pytest.raises(RuntimeError, match="Scheduler._free_request: missing"):
         upstream.check()
 
 
-@pytest.mark.parametrize("version", ["0.31.1", "0.33.0", "1.0", "0.320.0", "0.3"])
+@pytest.mark.parametrize("version", ["0.31.1", "0.34.0", "1.0", "0.320.0", "0.3", "1.0.33"])
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
-    with pytest.raises(RuntimeError, match=rf"supports vLLM 0.32, found {re.escape(version)}"):
+    message = f"supports vLLM 0.32 or 0.33, found {version}: install one of them"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
         upstream.check()
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.2rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1+cpu", "0.32.2rc1", "0.33.0", "0.33.1"])
 def test_a_patch_release_is_accepted(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(vllm, "__version__", version)
     upstream.check()
@@ -170,6 +234,7 @@ def test_the_document_is_up_to_date() -> None:
         "run `python -m vllm_budgetkv.upstream > docs/upstream.md`"
     )
     assert all(f"| `{place(point)}` | {point.how} |" in text for point in TOUCHPOINTS)
+    assert all(f"| `{reads.place}` | " in text for reads in READS)
 
 
 @pytest.fixture

@@ -159,6 +159,9 @@ def _scheduler(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
         yield _unchunked()
     if scheduler.long_prefill_token_threshold_adaptive and config.compresses:
         yield "chunks must not outgrow the quota: remove --long-prefill-token-threshold-adaptive"
+    if scheduler.disable_chunked_mm_input and config.compresses:
+        # vLLM 0.33 never schedules a video that is longer than a chunk then
+        yield "chunks must be able to cut a picture or video: remove --disable-chunked-mm-input"
 
 
 def _unchunked() -> str:

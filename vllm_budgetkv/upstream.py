@@ -1,7 +1,9 @@
 """Every vLLM symbol that we wrap, subclass, register or read, in one table, checked at start.
 
-`check` runs when a policy is on, before anything of ours is active. `docs/upstream.md` is made
-from the same table (`python -m vllm_budgetkv.upstream`).
+`check` runs when a policy is on, before anything of ours is active. What we read of vLLM's objects
+and call on them stands in `upstream_reads.py`. `docs/upstream.md` is made from both
+(`python -m vllm_budgetkv.upstream`), and `tests/test_upstream_versions.py` holds both against every
+version below.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from vllm_budgetkv.upstream_reads import READS
 
-SUPPORTED_MINOR = "0.32"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# the one place that names them; each has its extract in `tests/vllm_versions`
+SUPPORTED_MINORS = ("0.32", "0.33")
+SUPPORTED = " or ".join(SUPPORTED_MINORS)
 
 
 @dataclass(frozen=True)
@@ -37,25 +43,26 @@ class Touchpoint:
     why: str
     parameters: tuple[str, ...] | None = None
 
+    @property
+    def place(self) -> str:
+        return f"{self.module}.{self.name}"
+
     def resolve(self) -> Any:
-        target: Any = importlib.import_module(self.module)
-        for part in self.name.split("."):
-            target = inspect.getattr_static(target, part)
-        return target
+        return resolve(self.module, self.name)
 
     def problem(self) -> str | None:
         """What differs from the vLLM that this table was written for; None if nothing does."""
         try:
             target = self.resolve()
         except (ImportError, AttributeError) as error:
-            return f"{self.module}.{self.name}: missing ({error})"
+            return f"{self.place}: missing ({error})"
         if self.parameters is None:
             return None
         function = target.__func__ if isinstance(target, classmethod | staticmethod) else target
         found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
         if found == self.parameters:
             return None
-        return f"{self.module}.{self.name}: takes {found}, expected {self.parameters}"
+        return f"{self.place}: takes {found}, expected {self.parameters}"
 
 
 _ARGS = "vllm.engine.arg_utils"
@@ -258,10 +265,16 @@ TOUCHPOINTS = (
     Touchpoint("vllm.v1.worker.gpu_input_batch", "InputBatch._make_sampling_metadata", "read",
                "the sampler gets the dict `generators` itself, by row (runner V1)",
                ("self",)),
-    Touchpoint("vllm.v1.worker.gpu.states", "RequestState.__init__", "read",
-               "index_to_req_id: rows to requests (runner V2)"),
 )
 # fmt: on
+
+
+def resolve(module: str, name: str) -> Any:
+    """The symbol itself; of a class or static method what its class holds."""
+    target: Any = importlib.import_module(module)
+    for part in name.split("."):
+        target = inspect.getattr_static(target, part)
+    return target
 
 
 def check() -> None:
@@ -272,17 +285,33 @@ def check() -> None:
     """
     import vllm
 
-    if not vllm.__version__.startswith(SUPPORTED_MINOR + "."):
+    if minor_of(vllm.__version__) not in SUPPORTED_MINORS:
         raise RuntimeError(
-            f"vllm-budgetkv supports vLLM {SUPPORTED_MINOR}, found {vllm.__version__}: install "
-            f"vllm {SUPPORTED_MINOR} or start without --kv-policy"
+            f"vllm-budgetkv supports vLLM {SUPPORTED}, found {vllm.__version__}: install one of "
+            "them or start without --kv-policy"
         )
-    problems = [problem for point in TOUCHPOINTS if (problem := point.problem())]
+    problems = list(_problems())
     if problems:
         raise RuntimeError(
             "this vLLM differs from the one that vllm-budgetkv was written for; start without "
             "--kv-policy or install a matching version:\n  " + "\n  ".join(problems)
         )
+
+
+def minor_of(version: str) -> str:
+    """`0.32` of `0.32.1+cpu`."""
+    return ".".join(version.split(".")[:2])
+
+
+def _problems() -> Iterator[str]:
+    yield from (problem for point in TOUCHPOINTS if (problem := point.problem()))
+    for reads in READS:
+        try:
+            cls = resolve(reads.module, reads.name)
+        except (ImportError, AttributeError) as error:
+            yield f"{reads.place}: missing ({error})"
+        else:
+            yield from reads.problems(cls)
 
 
 def wrap(name: str, wrapper: Callable[..., Any]) -> None:
@@ -326,12 +355,20 @@ def as_markdown() -> str:
     lines = [
         "# What we touch in vLLM",
         "",
-        f"Made from `vllm_budgetkv/upstream.py`; checked at start against vLLM {SUPPORTED_MINOR}.",
+        "Made from `vllm_budgetkv/upstream.py` and `upstream_reads.py`; checked at start. Written "
+        f"for vLLM {SUPPORTED}.",
+        "",
+        "## Overridden, wrapped, registered",
         "",
         "| symbol | how | why |",
         "|---|---|---|",
     ]
-    lines += [f"| `{p.module}.{p.name}` | {p.how} | {p.why} |" for p in TOUCHPOINTS]
+    lines += [f"| `{p.place}` | {p.how} | {p.why} |" for p in TOUCHPOINTS]
+    lines += ["", "## Fields that we read or set, methods that we call", ""]
+    lines += ["| class | members | why |", "|---|---|---|"]
+    for reads in READS:
+        members = ", ".join(f"`{member}`" for member in reads.members)
+        lines.append(f"| `{reads.place}` | {members} | {reads.why} |")
     return "\n".join(lines) + "\n"
 
 

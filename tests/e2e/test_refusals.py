@@ -69,6 +69,7 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
         ({"kv_cache_dtype": "bfloat16"}, r"use auto \(here float32\)"),
         ({"runner": "pooling"}, "keeps no growing cache: use --runner generate"),
         ({"num_gpu_blocks_override": 64}, "the pool has 64, of which vLLM reserves 1"),
+        ({"disable_chunked_mm_input": True}, "remove --disable-chunked-mm-input"),
         ({"block_size": 48}, "a page of 48 tokens is not supported; set --block-size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

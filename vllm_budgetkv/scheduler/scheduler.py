@@ -70,11 +70,12 @@ class BudgetScheduler(AsyncScheduler):
         """(running, waiting) requests of clients; a look-ahead counts as its waiting parent.
 
         vLLM lifts the chunk cap when it counts one request in all. The quota has no room for that,
-        so while scheduling a request is never alone.
+        so while scheduling a request is never alone. The one more counts as running, because vLLM
+        also asks whether any is left waiting, and then ends `--prefill-schedule-interval`.
         """
         num_running, num_waiting = super().get_request_counts()
         if self._scheduling:
-            return num_running, num_waiting + 1
+            return num_running + 1, num_waiting
         lookaheads = [self.requests[lookahead_id(parent_id)] for parent_id in self._held]
         ahead_running = sum(r.status == RequestStatus.RUNNING for r in lookaheads)
         return num_running - ahead_running, num_waiting + ahead_running

@@ -1,0 +1,213 @@
+"""Fields that we read or set on vLLM's objects, and methods that we call there, by class.
+
+`upstream.py` lists what we override, wrap and register. What stands here would otherwise be missed
+only in the middle of a request; `upstream.check` looks for it at start.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+from dataclasses import dataclass
+from itertools import pairwise
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What we use of one vLLM class.
+
+    Args:
+        module: module that defines it.
+        name: the class.
+        why: what we need it for.
+        members: fields as `name`; methods as `name(parameter, ...)` with the parameters that we
+            pass, by position or name. `(...)` alone is the class called.
+    """
+
+    module: str
+    name: str
+    why: str
+    members: tuple[str, ...]
+
+    @property
+    def place(self) -> str:
+        return f"{self.module}.{self.name}"
+
+    def calls(self) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """Methods that we call and the parameters that we pass."""
+        for member in self.members:
+            name, is_call, rest = member.partition("(")
+            if is_call:
+                passed = tuple(p.strip() for p in rest.removesuffix(")").split(",") if p.strip())
+                yield name or "__init__", passed
+
+    def fields(self) -> Iterator[str]:
+        yield from (member for member in self.members if "(" not in member)
+
+    def problems(self, cls: type) -> Iterator[str]:
+        """What `cls`, the class of this name, has no more or calls otherwise."""
+        for name in self.fields():
+            if not has_member(cls, name):
+                yield f"{self.place}.{name}: missing"
+        for name, passed in self.calls():
+            function = getattr(cls, name, None)
+            if function is None:
+                yield f"{self.place}.{name}: missing"
+                continue
+            parameters = inspect.signature(inspect.unwrap(function)).parameters
+            if wrong := call_problem(passed, _required(parameters)):
+                yield f"{self.place}.{name}: {wrong}"
+
+
+def _required(parameters: Mapping[str, inspect.Parameter]) -> dict[str, bool]:
+    return {
+        name: parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        for name, parameter in parameters.items()
+    }
+
+
+def call_problem(passed: tuple[str, ...], required: Mapping[str, bool]) -> str | None:
+    """Why a call that passes `passed` does not fit a function; None if it does.
+
+    Args:
+        passed: names of what the call passes, without the object itself.
+        required: parameters of the function; whether a call must pass them.
+    """
+    if unknown := [name for name in passed if name not in required]:
+        return f"takes no {', '.join(unknown)}"
+    missing = [
+        name
+        for name, must in required.items()
+        if must and name not in passed and name not in ("self", "cls")
+    ]
+    return f"wants {', '.join(missing)} too" if missing else None
+
+
+def has_member(cls: type, name: str) -> bool:
+    """Whether objects of `cls` have `name`: in a class body, annotated there, or set on `self`."""
+    return any(
+        name in vars(base)
+        or name in inspect.get_annotations(base)
+        or any(_sets_on_self(attribute, name) for attribute in vars(base).values())
+        for base in cls.__mro__
+    )
+
+
+def _sets_on_self(attribute: Any, name: str) -> bool:
+    function = inspect.unwrap(getattr(attribute, "fget", None) or attribute)
+    if not isinstance(function, FunctionType) or name not in function.__code__.co_names:
+        return False
+    # 3.13 loads two variables at once: the object is the last of them
+    return any(
+        instruction.opname == "STORE_ATTR"
+        and instruction.argval == name
+        and (before.argval[-1] if isinstance(before.argval, tuple) else before.argval) == "self"
+        for before, instruction in pairwise(dis.get_instructions(function))
+    )
+
+
+# fmt: off
+READS = (
+    Reads("vllm.engine.arg_utils", "EngineArgs", "the options, before vLLM derives the rest", (
+        "additional_config", "block_size", "long_prefill_token_threshold")),
+    Reads("vllm.config", "VllmConfig", "what the engine is; where ours is named", (
+        "additional_config", "attention_config", "cache_config", "compilation_config",
+        "kv_transfer_config", "model_config", "parallel_config", "scheduler_config",
+        "speculative_config")),
+    Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
+        "dtype", "is_attention_free", "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm",
+        "max_model_len", "runner_type", "use_mla", "get_head_size()",
+        "get_num_layers(parallel_config)", "get_sliding_window()")),
+    Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
+        "block_size", "cache_dtype", "kv_sharing_fast_prefill")),
+    Reads("vllm.config", "ParallelConfig", "our worker's name; what is not served", (
+        "decode_context_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size",
+        "worker_cls")),
+    Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
+        "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
+        "long_prefill_token_threshold_adaptive", "max_num_batched_tokens", "max_num_seqs",
+        "scheduler_cls")),
+    Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", ("backend",)),
+    Reads("vllm.config", "CompilationConfig", "the attention layers by name", (
+        "static_forward_context",)),
+    Reads("vllm.platforms.interface", "Platform", "which worker and kernels", (
+        "device_type", "is_cpu()", "is_cuda()")),
+
+    Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
+        "data", "mm_position", "modality")),
+    Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
+        "is_embed", "length", "offset", "extract_embeds_range()", "get_num_embeds()")),
+    Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
+
+    Reads("vllm.v1.request", "Request", "notes of its length; look-ahead", (
+        "arrival_time", "client_index", "lora_request", "max_tokens", "mm_features",
+        "num_computed_tokens", "num_prompt_tokens", "num_tokens", "priority", "prompt_token_ids",
+        "request_id", "resumable", "skip_reading_prefix_cache", "status",
+        "(request_id, client_index, prompt_token_ids, sampling_params, pooling_params, "
+        "arrival_time, lora_request, priority)")),
+    Reads("vllm.v1.request", "RequestStatus", "which look-aheads run", ("RUNNING",)),
+    Reads("vllm.sampling_params", "SamplingParams", "a look-ahead's one token", (
+        "detokenize", "max_tokens", "temperature")),
+
+    Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "our spec of a layer", (
+        "attention_chunk_size", "block_size", "dtype", "head_size", "head_size_v",
+        "page_size_bytes", "sliding_window", "state_content_bytes")),
+    Reads("vllm.v1.kv_cache_interface", "KVCacheConfig", "blocks of the pool, its one group", (
+        "kv_cache_groups", "num_blocks")),
+    Reads("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "our layers", ("layer_names",)),
+    Reads("vllm.v1.kv_cache_layout", "KVCacheLayout", "one buffer, block outermost", ("BLHNC",)),
+    Reads("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager",
+          "blocks that a request holds", ("block_size", "req_to_blocks")),
+    Reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "find our manager", ("coordinator",)),
+    Reads("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator", "the same", (
+        "single_type_managers",)),
+
+    Reads("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "requests, and those to end", (
+        "encoder_cache_mismatch_reqs", "finished_req_ids", "finished_req_ids_dict",
+        "kv_cache_config", "kv_cache_manager", "max_model_len", "need_mamba_block_aligned_split",
+        "requests", "vllm_config")),
+    Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
+        "finished_req_ids", "num_scheduled_tokens", "preempted_req_ids", "scheduled_cached_reqs",
+        "scheduled_new_reqs")),
+    Reads("vllm.v1.core.sched.output", "NewRequestData", "a request that is admitted", (
+        "block_ids", "mm_features", "num_computed_tokens", "prefill_token_ids", "prompt_len",
+        "req_id")),
+    Reads("vllm.v1.core.sched.output", "CachedRequestData", "requests that grow or resume", (
+        "new_block_ids", "num_computed_tokens", "num_output_tokens", "req_ids",
+        "resumed_req_ids")),
+    Reads("vllm.v1.engine", "EngineCoreOutputs", "take out what a look-ahead says", ("outputs",)),
+    Reads("vllm.v1.engine", "EngineCoreOutput", "the same", ("request_id",)),
+
+    Reads("vllm.v1.attention.backend", "CommonAttentionMetadata", "rows of the batch", (
+        "num_reqs", "query_start_loc_cpu", "req_idx")),
+    Reads("vllm.v1.attention.backend", "AttentionCGSupport", "decode steps can be captured", (
+        "UNIFORM_SINGLE_TOKEN_DECODE",)),
+    Reads("vllm.v1.attention.backend", "AttentionType", "no other is served", ("DECODER",)),
+    Reads("vllm.v1.attention.backend", "MultipleOf", "page sizes", ("base",)),
+    Reads("vllm.v1.attention.backends.registry", "AttentionBackendEnum", "slots of our backend", (
+        "CPU_ATTN",)),
+    Reads("vllm.model_executor.layers.attention", "Attention", "the layer behind a call", (
+        "impl", "kv_cache", "layer_name")),
+    Reads("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbedding",
+          "turn stored queries", ("is_neox_style",)),
+
+    Reads("vllm.v1.worker.gpu_worker", "Worker", "model, rank and runner", (
+        "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
+    Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows (runner V1)", (
+        "attn_groups", "input_batch", "get_model()")),
+    Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests (runner V1)", (
+        "req_ids",)),
+    Reads("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "builders, rows (runner V2)", (
+        "attn_groups", "req_states", "get_model()")),
+    Reads("vllm.v1.worker.gpu.states", "RequestState", "rows to requests (runner V2)", (
+        "index_to_req_id",)),
+    Reads("vllm.v1.worker.utils", "AttentionGroup", "bind the builders", (
+        "get_metadata_builder()",)),
+)
+# fmt: on
