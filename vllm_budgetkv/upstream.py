@@ -247,7 +247,7 @@ TOUCHPOINTS = (
                ("model",)),
     Touchpoint("vllm.config", "ModelConfig.uses_mrope", "read", "the axes of positions"),
     Touchpoint("vllm.config", "ModelConfig.mrope_num_dims", "read", "how many they are"),
-    Touchpoint(_ROPE, "base.RotaryEmbeddingBase.__init__", "read",
+    Touchpoint(_ROPE + ".base", "RotaryEmbeddingBase.__init__", "read",
                "cos_sin_cache, is_neox_style: how queries may turn",
                ("self", "head_size", "rotary_dim", "max_position_embeddings", "base",
                 "is_neox_style", "dtype", "init_cache")),
