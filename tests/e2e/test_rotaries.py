@@ -18,7 +18,10 @@ vllm_budgetkv.register()
 from vllm.config import set_current_vllm_config  # noqa: E402  (after the plugin, as vLLM does)
 from vllm.distributed import parallel_state  # noqa: E402
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
+from vllm.model_executor.model_loader.utils import (  # noqa: E402
+    initialize_model,
+    process_weights_after_loading,
+)
 
 from vllm_budgetkv.worker.query_samples import sample_queries  # noqa: E402
 from vllm_budgetkv.worker.rotaries import find_rotaries  # noqa: E402
@@ -29,8 +32,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_budgetkv.worker.bank import Rotary
-
-pytestmark = pytest.mark.engine
 
 HEAD_SIZE = 32
 MAX_TOKENS = 4096
@@ -128,6 +129,7 @@ def rotaries_of(
             parameter.data.uniform_(0.5, 1.5, generator=generator)
         else:
             parameter.data.normal_(std=0.1, generator=generator)
+    process_weights_after_loading(model, config.model_config, torch.device("cpu"))
     runner = SimpleNamespace(
         get_model=lambda: model,
         device=torch.device("cpu"),

@@ -313,6 +313,20 @@ def test_a_rotation_that_follows_the_batch_is_refused() -> None:
         find(torch.nn.Sequential(Layer(Switching())), torch.float32)
 
 
+class Unsteady(torch.nn.Module):
+    """Rotates equal queries of one position each in another way."""
+
+    def forward(self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> Any:
+        places = torch.arange(len(positions)) * 7
+        return build_rope("default", True, torch.float32)(places, query, key)
+
+
+def test_noise_excuses_nothing() -> None:
+    """Equal tokens got queries that differed by 60 %, so whatever was guessed was within it."""
+    with pytest.raises(ValueError, match="in a way that is not known"):
+        find(torch.nn.Sequential(Layer(Unsteady())), torch.float32)
+
+
 def test_layers_that_turn_alike_share_an_object() -> None:
     """So that a compaction turns the queries of all of them at once."""
     rope = build_rope("default", True, torch.float32)

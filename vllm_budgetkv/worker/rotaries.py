@@ -75,10 +75,12 @@ class Samples:
         Each of two rotations rounds its table, products, sum and answer, the turn its answer and
         the frequencies read from the table once more: 8 units, or 4 times eps. Angles are float32
         products of a position, here and in the model. And equal rows of a matrix product may
-        differ by their place in it.
+        differ by their place in it, but by no more than that: where equal tokens get queries that
+        have nothing in common, nothing is proven.
         """
         angles = 4 * self.positions.max().item() * FLOAT32_ROUNDING
-        return 4 * torch.finfo(self.queries.dtype).eps + angles + 2 * self.noise
+        rounding = 4 * torch.finfo(self.queries.dtype).eps + angles
+        return rounding + min(2 * self.noise, rounding)
 
 
 def turns_probe(policy: Policy | type[Policy]) -> bool:
