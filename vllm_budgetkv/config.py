@@ -44,18 +44,17 @@ class BudgetConfig:
         metavar="TOKENS",
     )
     quota_ratio: float | None = _option(
-        None, "The quota as a share of --max-model-len instead of blocks, 0 to 1.", metavar="RATIO"
+        None,
+        "The quota as a share of --max-model-len instead of blocks, 0 to 1; with 'auto' for that, "
+        "of the longest that the model allows.",
+        metavar="RATIO",
     )
     chunk_tokens: int = _option(
         1024,
-        "Most prompt tokens of one request in one step; each chunk is compressed.",
+        "Most prompt tokens of one request in one step. A prompt that does not fit the quota is "
+        "compressed at multiples of it, whatever else is in the batch, so "
+        "--max-num-batched-tokens must have room for a chunk beside --max-num-seqs other tokens.",
         metavar="TOKENS",
-    )
-    chunk_ends: str = _option(
-        "anywhere",
-        "Where a chunk may end: 'anywhere', or between the 'frames' of a video when a frame fits "
-        "into a chunk, which makes chunks shorter (for ablations).",
-        choices=("anywhere", "frames"),
     )
     decode_interval_tokens: int = _option(
         64, "Tokens that decode appends between two compactions.", metavar="TOKENS"
@@ -141,10 +140,6 @@ class BudgetConfig:
         for name in _COUNT_FIELDS:
             _check_count(name, getattr(self, name))
         self._check_lookahead()
-        if self.chunk_ends not in ("anywhere", "frames"):
-            raise ValueError(
-                f"--kv-chunk-ends must be 'anywhere' or 'frames'; got {self.chunk_ends!r}"
-            )
         if self.merge != "none" and self.policy != "hybrid":
             raise ValueError(
                 f"--kv-merge {self.merge} is of --kv-policy hybrid; got --kv-policy {self.policy}"
@@ -190,6 +185,11 @@ class BudgetConfig:
     @property
     def compresses(self) -> bool:
         return POLICIES[self.policy].compresses
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether decode reads only some pages of a request that was compressed."""
+        return POLICIES[self.policy].retrieves and self.retrieval_ratio < 1
 
     @property
     def looks_ahead(self) -> bool:

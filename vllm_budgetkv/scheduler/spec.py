@@ -14,15 +14,17 @@ from vllm_budgetkv.scheduler.manager import QuotaManager
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_budgetkv.quota import Quota
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuotaSpec(FullAttentionSpec):
-    """Full attention whose requests hold at most `quota_blocks` blocks."""
+    """Full attention whose requests hold what their quota says; `quota` is the largest of them."""
 
-    quota_blocks: int
+    quota: Quota
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, quota_blocks: int) -> QuotaSpec:
+    def of(cls, spec: FullAttentionSpec, quota: Quota) -> QuotaSpec:
         """The spec of a layer under the quota; its pages pay for all fields of a head-page.
 
         Raises:
@@ -38,18 +40,17 @@ class QuotaSpec(FullAttentionSpec):
                 f"keys of {spec.head_size} and values of {spec.head_size_v} elements are not "
                 "supported: start without --kv-policy"
             )
+        assert spec.block_size == quota.page_tokens, "the quota counts blocks of another size"
         layout = PageLayout(spec.block_size, spec.head_size, spec.dtype)
-        return replace_as(
-            spec, cls, quota_blocks=quota_blocks, state_content_bytes=layout.token_bytes
-        )
+        return replace_as(spec, cls, quota=quota, state_content_bytes=layout.token_bytes)
 
     @property
     def uses_slot_mapping(self) -> bool:
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        quota_bytes = self.quota_blocks * self.page_size_bytes
-        return min(quota_bytes, super().max_memory_usage_bytes(vllm_config))
+        longest_tokens = vllm_config.model_config.max_model_len
+        return self.quota.blocks_for(longest_tokens, longest_tokens) * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[QuotaSpec]) -> QuotaSpec:
