@@ -154,8 +154,6 @@ class Quota:
                 if start_tokens == 0:
                     longest = min(longest, self.page_tokens)
             return min(longest, prompt_tokens)
-        if not self.compresses:
-            return longest
         first = self._first_compression(prompt_tokens)
         if start_tokens < first:
             return min(longest, first)

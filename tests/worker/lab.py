@@ -137,7 +137,6 @@ class Lab:
             tables=tables,
             policy=make_policy(policy, self.options, quota.page_tokens),
             options=self.options,
-            quota=quota,
             scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
             rotaries=dict.fromkeys(range(self.layers), Rotary(inv_freq, True)),
             poison=True,
@@ -147,7 +146,7 @@ class Lab:
             quota=quota,
             policy_name=policy,
             block_bytes=self.layers * self.heads * self.pool.layout.page_bytes,
-            parent_of=parent_of,
+            parent_of_new=lambda new: parent_of(new.req_id),
             poison=True,
             on_finished=self.finished.append,
         )
@@ -165,8 +164,14 @@ class Lab:
     # --- what the engine core does -------------------------------------------------------------
 
     def blocks_needed(self, client: Client, seen_tokens: int) -> int:
-        whole = self.quota.compresses and not self.quota.fits(client.total_tokens)
-        return self.quota.blocks if whole else self.quota.blocks_for(seen_tokens)
+        return self.quota.blocks_for(seen_tokens, client.prompt_tokens)
+
+    def room(self, client: Client) -> int:
+        """Most tokens of its next chunk, which may be any part of the prompt."""
+        start, prompt_tokens = client.computed_tokens, client.prompt_tokens
+        if start < prompt_tokens:
+            return min(self.quota.chunk_tokens, prompt_tokens - start)
+        return min(self.quota.next_stop(start, prompt_tokens), client.total_tokens) - start
 
     def take_blocks(self, client: Client, seen_tokens: int) -> list[int] | None:
         """Give the client what it needs to have seen so many tokens; None if the pool is out."""

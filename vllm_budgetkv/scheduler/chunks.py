@@ -1,8 +1,8 @@
 """Where the next chunk of a prompt that is compressed ends: the request alone decides.
 
-Each chunk is compressed, so the answer hangs on where it ends. vLLM cuts a chunk by what is left of
-the batch and of the encoder in that step; here such a chunk waits for a step with more room. What no
-step has room for is cut at the start of an item, whoever else is there.
+Each chunk is compressed, so the answer hangs on where it ends. vLLM cuts a chunk by what is left
+of the batch and of the encoder in that step; here such a chunk waits for a step with more room.
+What no step has room for is cut at the start of an item, whoever else is there.
 """
 
 from __future__ import annotations

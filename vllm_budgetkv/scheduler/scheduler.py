@@ -1,4 +1,4 @@
-"""The scheduler: notes every request for the manager, runs look-aheads, ends chunks where it must."""
+"""The scheduler: notes requests for the manager, runs look-aheads, ends chunks where it must."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_budgetkv.activation import config_of
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
-from vllm_budgetkv.scheduler.lookahead import Lookaheads, LookaheadParams, make_lookahead
+from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 

@@ -19,6 +19,8 @@ from vllm_budgetkv.worker.tables import HeadTables
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from vllm.v1.core.sched.output import NewRequestData
+
     from vllm_budgetkv.config import BudgetConfig
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.worker.report import RequestRecord
@@ -122,13 +124,12 @@ def _make_compressor(
         tables=tables,
         policy=policy,
         options=options,
-        quota=quota,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
         rotaries=rotaries_of(model, layer_index) if turns_probe else {},
         poison=config.check_ledger,
     )
     if quota.compresses:
-        compressor.new_layer_budgets()  # refuses a model that does not fit before any request
+        compressor.new_layer_budgets(quota)  # refuses a model that does not fit before any request
     return compressor
 
 
@@ -139,7 +140,7 @@ def make_cache(
     layers: Mapping[str, Any],
     model: torch.nn.Module,
     max_num_seqs: int,
-    parent_of: Callable[[str], str | None],
+    parent_of: Callable[[NewRequestData], str | None],
     writes_report: bool,
 ) -> BudgetCache:
     """Build the cache of one worker.
@@ -150,7 +151,7 @@ def make_cache(
         layers: vLLM's attention layers by name, with `kv_cache`, `impl` and head counts.
         model: for its rotary embeddings.
         max_num_seqs: requests that may hold a slot at once.
-        parent_of: id of the request that a look-ahead runs for, or None.
+        parent_of: id of the request that a new one looks ahead for; None for a client's.
         writes_report: whether this rank appends to the report file.
 
     Raises:
@@ -182,7 +183,7 @@ def make_cache(
         quota=quota,
         policy_name=config.policy,
         block_bytes=quota.num_layers * num_heads * pool.layout.page_bytes,
-        parent_of=parent_of,
+        parent_of_new=parent_of,
         poison=config.check_ledger,
         on_finished=finish,
     )

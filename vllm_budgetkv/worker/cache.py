@@ -29,7 +29,7 @@ class BudgetCache:
     """Everything that the worker holds under the quota.
 
     Args:
-        quota: what one request may hold.
+        quota: the largest of any request.
         tables: page tables and the pool.
         slots: the requests.
         compressor: compresses one layer of one request.
@@ -108,29 +108,34 @@ class BudgetCache:
         if self.check_ledger:
             for request in self.slots.requests.values():
                 check_slot(
-                    self.tables, request.slot, request.blocks, request.shared, self.quota.blocks
+                    self.tables,
+                    request.slot,
+                    request.blocks,
+                    request.shared,
+                    request.quota.blocks,
                 )
 
     def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
+        quota, prompt_tokens = request.quota, request.prompt_tokens
         start_tokens = request.computed_tokens
         stop_tokens = start_tokens + num_tokens
         plan = RowPlan(request, num_tokens)
         if request.in_prefill(start_tokens):
-            plan.compress = self.quota.compresses_after(stop_tokens, request.prefill_tokens)
-            if plan.compress and not request.shared:
-                self._share(request)
-        else:
-            held_tokens = None if request.shared else start_tokens
-            if self.quota.compacts_before_decode(request.grown_tokens, held_tokens):
-                if not request.shared:
-                    self._share(request)
-                self.compressor.compact_all(request)
+            plan.compress = quota.compresses_after(stop_tokens, prompt_tokens)
+        elif quota.compresses:
+            last_stop = quota.next_stop(start_tokens, prompt_tokens)
+            assert stop_tokens <= last_stop, "output runs past a compaction"
+        compacts = quota.compacts_before(start_tokens, prompt_tokens)
+        if (plan.compress or compacts) and not request.shared:
+            self._share(request)
+        if compacts:
+            self.compressor.compact_all(request)
         plan.bank_positions = self._bank_positions(request, start_tokens, stop_tokens)
         return plan
 
     def _share(self, request: RequestState) -> None:
         self.slots.share(request)
-        request.layer_budgets = self.compressor.new_layer_budgets()
+        request.layer_budgets = self.compressor.new_layer_budgets(request.quota)
 
     def _bank_positions(self, request: RequestState, start: int, stop: int) -> list[int]:
         """Positions of this step's tokens whose queries join the request's bank."""
@@ -152,16 +157,18 @@ class BudgetCache:
         return spans.last_text_positions(start, stop, options.probe_tokens)
 
     def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
-        compressor = self.compressor
-        if not (self.quota.compresses and compressor.policy.needs_scores):
+        compressor, quota = self.compressor, request.quota
+        if not (quota.compresses and compressor.policy.needs_scores):
             return False
-        if self.slots.parent_of(request.request_id) is not None or request.is_long(self.quota):
+        if self.slots.parent_of(request.request_id) is not None:
             return True
         if compressor.policy.probe_source == "template":
             # its queries pass once, long before the output of a short prompt needs them
             return True
-        # a short prompt needs probes only once its output comes near the quota
-        return stop_tokens + compressor.options.probe_tokens > self.quota.tokens
+        # a short prompt needs probes only once its output comes near the quota; where the prompt
+        # itself does, all of its chunks give theirs, however they were cut
+        near_tokens = max(stop_tokens, request.prompt_tokens)
+        return near_tokens + compressor.options.probe_tokens > quota.tokens
 
     def new_bank(self) -> ProbeBank:
         """An empty bank for one request."""

@@ -33,7 +33,6 @@ class Compressor:
         tables: page tables and the pool; mutated.
         policy: says which tokens stay.
         options: knobs of the policy.
-        quota: says how many tokens stay.
         scales: softmax scale of each layer.
         rotaries: rotary embedding of each layer; empty for a model without one.
         poison: fill freed pages with NaN.
@@ -42,7 +41,6 @@ class Compressor:
     tables: HeadTables
     policy: Policy
     options: PolicyOptions
-    quota: Quota
     scales: Mapping[int, float]
     rotaries: Mapping[int, Rotary]
     poison: bool
@@ -117,7 +115,7 @@ class Compressor:
     def compact_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""
         layers = range(self.tables.num_layers)
-        longest_tokens = request.longest_head_tokens(self.quota, 0)
+        longest_tokens = request.longest_head_tokens(0)
         self.compress(request, layers, longest_tokens, request.computed_tokens, last=True)
         self.finish(request, last=True)
 
@@ -133,13 +131,12 @@ class Compressor:
         """Whether dynamic heads read only some of their pages in decode."""
         return self.policy.retrieves and self.options.retrieval_ratio < 1
 
-    def new_layer_budgets(self) -> LayerBudgets | None:
-        """Running budgets of a new request; None if all layers are equal.
+    def new_layer_budgets(self, quota: Quota) -> LayerBudgets | None:
+        """Running budgets of a new request under a quota; None if all layers are equal.
 
         Raises:
             ValueError: the policy does not fit the model.
         """
-        quota = self.quota
         sizes = (self.tables.num_layers, self.tables.num_heads, quota.budget_tokens)
         desired_tokens = self.policy.layer_budgets(*sizes)
         if desired_tokens is None:
@@ -176,7 +173,7 @@ class Compressor:
             seen_tokens=seen_tokens,
             protected_position=spans.trailing_frame_start(seen_tokens),
             budget_tokens=self._claim_tokens(request, layers[0]),
-            max_head_tokens=self.quota.max_head_tokens,
+            max_head_tokens=request.quota.max_head_tokens,
             was_static=tables.is_static[where] if request.has_classes else None,
             text_tokens=spans.count_text(seen_tokens),
             span_tokens=spans.span_tokens(seen_tokens),
@@ -227,7 +224,7 @@ class Compressor:
     def _claim_tokens(self, request: RequestState, layer: int) -> int:
         """Tokens per head, on average, that the layer may keep."""
         if request.layer_budgets is None:
-            return self.quota.budget_tokens
+            return request.quota.budget_tokens
         return request.layer_budgets.claim(layer)
 
     def _score(

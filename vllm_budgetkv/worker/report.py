@@ -72,7 +72,8 @@ def record_kept(request: RequestState, tables: HeadTables) -> None:
     """Count what each class of head holds after prefill. Reads the device; only for reports."""
     record, slot = request.record, request.slot
     page_tokens = tables.pool.layout.page_tokens
-    length = request.prefill_tokens
+    # the prompt, unless a request that nothing compresses computed output with its end
+    length = request.computed_tokens
     record.static_heads = tables.is_static[slot].tolist()
     for index, name in enumerate(CLASSES):
         counts = torch.zeros(length, dtype=torch.int64)

@@ -23,7 +23,7 @@ class RequestState:
     Args:
         request_id: its id in the engine.
         slot: its row of the tables.
-        prefill_tokens: tokens to prefill; after a preemption the prompt and the output so far.
+        quota: what it may hold.
         spans: which prompt positions are vision and which text.
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
@@ -39,7 +39,7 @@ class RequestState:
 
     request_id: str
     slot: int
-    prefill_tokens: int
+    quota: Quota
     spans: PromptSpans
     blocks: list[int]
     computed_tokens: int
@@ -52,19 +52,20 @@ class RequestState:
     position_offset: torch.Tensor | None = None
     layer_budgets: LayerBudgets | None = None
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt; what follows is output, whether decoded or computed again."""
+        return self.spans.prompt_tokens
+
     def in_prefill(self, start_tokens: int) -> bool:
-        return start_tokens < self.prefill_tokens
+        return start_tokens < self.prompt_tokens
 
-    def is_long(self, quota: Quota) -> bool:
-        """Whether the prompt will not fit the quota, so that its chunks are compressed."""
-        return quota.compresses and not quota.fits(self.prefill_tokens)
-
-    def longest_head_tokens(self, quota: Quota, num_tokens: int) -> int:
+    def longest_head_tokens(self, num_tokens: int) -> int:
         """Upper bound of any head's length once `num_tokens` more are appended."""
         seen_tokens = self.computed_tokens + num_tokens
         if not self.has_classes:
             return seen_tokens
-        return min(seen_tokens, quota.max_head_tokens + self.grown_tokens + num_tokens)
+        return min(seen_tokens, self.quota.max_head_tokens + self.grown_tokens + num_tokens)
 
 
 @dataclass
@@ -90,7 +91,7 @@ class RowPlan:
 
     @property
     def is_decode(self) -> bool:
-        """Whether one generated token is appended to every head."""
+        """Whether one generated token, new or computed again, is appended to every head."""
         return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
 
     @property

@@ -13,7 +13,7 @@ from vllm_budgetkv.worker.requests import RequestState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.worker.bank import ProbeBank
@@ -26,15 +26,16 @@ class Slots:
 
     Args:
         tables: page tables; rows are claimed and released here.
-        quota: what one request may hold.
+        quota: of every new request.
         policy_name: for the records.
         block_bytes: bytes of a block of this rank.
-        parent_of: id of the request that a look-ahead runs for; None for a client's request.
+        parent_of_new: id of the request that a new one looks ahead for; None for a client's.
         poison: fill the pages of a private request with NaN when it goes.
         on_finished: gets the record of every client request that ended.
         has_clients: whether new requests are a client's; False while the worker warms up.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
+        parents: id of the request that each unfinished look-ahead runs for, by its own id.
         records: of every unfinished client request.
         seeds: banks that look-aheads filled, by the id of the request they are for.
     """
@@ -43,12 +44,13 @@ class Slots:
     quota: Quota
     policy_name: str
     block_bytes: int
-    parent_of: Callable[[str], str | None]
+    parent_of_new: Callable[[NewRequestData], str | None]
     poison: bool
     on_finished: Callable[[RequestRecord], None]
     has_clients: bool = True
     requests: dict[str, RequestState] = field(default_factory=dict)
     spans: dict[str, PromptSpans] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)
     records: dict[str, RequestRecord] = field(default_factory=dict)
     seeds: dict[str, ProbeBank] = field(default_factory=dict)
 
@@ -68,7 +70,7 @@ class Slots:
             new_blocks = cached.new_block_ids[index]
             blocks = list(new_blocks[0]) if new_blocks else []
             if request_id in cached.resumed_req_ids:
-                self._resume(request_id, cached, index, blocks)
+                self.admit(request_id, blocks, cached.num_computed_tokens[index])
             else:
                 self._grow(request_id, blocks)
 
@@ -76,10 +78,15 @@ class Slots:
         """Forget a request and hand on its record, if it has one."""
         self._release(request_id)
         self.spans.pop(request_id, None)
+        self.parents.pop(request_id, None)
         self.seeds.pop(request_id, None)
         record = self.records.pop(request_id, None)
         if record is not None:
             self.on_finished(record)
+
+    def parent_of(self, request_id: str) -> str | None:
+        """Id of the request that a look-ahead runs for; None for a client's request."""
+        return self.parents.get(request_id)
 
     def _preempt(self, request_id: str) -> None:
         self._release(request_id)
@@ -102,28 +109,22 @@ class Slots:
             items = tuple(vision_items(new.mm_features))
             device = self.tables.lens.device
             self.spans[request_id] = PromptSpans(new.prompt_len, items, device)
-            if self.has_clients and self.parent_of(request_id) is None:
+            parent_id = self.parent_of_new(new)
+            if parent_id is not None:
+                self.parents[request_id] = parent_id
+            elif self.has_clients:
                 self.records[request_id] = self._new_record(request_id, new)
-        # runner V2 resumes a preempted request as a new one whose prefill includes its output
-        prefill_tokens = max(new.prompt_len, len(new.prefill_token_ids or ()))
-        self.admit(request_id, prefill_tokens, list(new.block_ids[0]), new.num_computed_tokens)
+        # runner V2 resumes a preempted request as a new one
+        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens)
 
-    def _resume(
-        self, request_id: str, cached: CachedRequestData, index: int, blocks: list[int]
-    ) -> None:
-        prefill_tokens = self.spans[request_id].prompt_tokens + cached.num_output_tokens[index]
-        self.admit(request_id, prefill_tokens, blocks, cached.num_computed_tokens[index])
-
-    def admit(
-        self, request_id: str, prefill_tokens: int, blocks: list[int], computed_tokens: int
-    ) -> None:
+    def admit(self, request_id: str, blocks: list[int], computed_tokens: int) -> None:
         """Give a request whose `spans` are known a slot; a seed of it is its first bank."""
         self._release(request_id)
         slot = self._free.pop()
         request = RequestState(
             request_id=request_id,
             slot=slot,
-            prefill_tokens=prefill_tokens,
+            quota=self.quota,
             spans=self.spans[request_id],
             blocks=blocks,
             computed_tokens=computed_tokens,
@@ -144,7 +145,7 @@ class Slots:
         if request.shared:
             raise RuntimeError(
                 f"request {request_id} shares its head-pages, so it already holds its quota of "
-                f"{self.quota.blocks} blocks, but it was given {len(blocks)} more"
+                f"{request.quota.blocks} blocks, but it was given {len(blocks)} more"
             )
         self.tables.extend_identity(request.slot, len(request.blocks), blocks)
         request.blocks += blocks

@@ -151,7 +151,7 @@ class Step:
         for plan in self.plans:
             if plan.compress:
                 request = plan.request
-                longest_tokens = request.longest_head_tokens(cache.quota, plan.num_tokens)
+                longest_tokens = request.longest_head_tokens(plan.num_tokens)
                 cache.compressor.compress(
                     request, [layer], longest_tokens, plan.stop_tokens, last=plan.ends_prefill
                 )
