@@ -1,7 +1,8 @@
-"""Prefill and decode of one request whose every head-page is counted after every append."""
+"""Prefill and output of one request whose every head-page is counted after every append."""
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
@@ -26,46 +27,69 @@ def quotas(draw: st.DrawFn) -> Quota:
 
 
 class PageSimulation:
-    """Lengths of all heads of a request that does not fit its quota.
+    """Lengths of all heads of a request.
 
     Args:
         quota: what must hold.
         num_heads: of each layer.
-        data: draws prompt and chunks.
+        prompt_tokens: of its prompt.
+        chance: draws the tokens of each chunk.
+        keeps_stops: whether the chunks of a prompt that is compressed end where they must, and not
+            anywhere before.
+        compressed: tokens that had been seen at each compression, in order.
     """
 
-    def __init__(self, quota: Quota, num_heads: int, data: st.DataObject) -> None:
-        self.quota, self.data = quota, data
+    def __init__(
+        self,
+        quota: Quota,
+        num_heads: int,
+        prompt_tokens: int,
+        chance: random.Random,
+        *,
+        keeps_stops: bool,
+    ) -> None:
+        self.quota, self.prompt_tokens, self.chance = quota, prompt_tokens, chance
+        self.keeps_stops = keeps_stops and quota.compresses_prompt(prompt_tokens)
         self.lens = [[0] * num_heads for _ in range(quota.num_layers)]
+        self.compressed: list[int] = []
 
-    def run(self, compress: Callable[[int], None]) -> None:
+    @classmethod
+    def drawn(cls, quota: Quota, num_heads: int, data: st.DataObject) -> PageSimulation:
+        """Of a prompt that does not fit, in chunks of any size."""
+        prompt_tokens = quota.tokens + data.draw(st.integers(1, 300))
+        chance = random.Random(data.draw(st.integers(0, 999)))
+        return cls(quota, num_heads, prompt_tokens, chance, keeps_stops=False)
+
+    def run(self, compress: Callable[[int], None], output_tokens: int) -> None:
         """A whole request; `compress` shrinks the lengths of a layer.
 
         Raises:
             AssertionError: the pages exceed the quota, or a head its row of the table.
         """
-        self._prefill(compress)
-        grown_tokens = 0
-        for _ in range(2 * self.quota.decode_interval_tokens + 3):
-            if self.quota.compacts_before_decode(grown_tokens, None):
-                for layer in range(self.quota.num_layers):
+        quota, prompt_tokens, seen_tokens = self.quota, self.prompt_tokens, 0
+        while seen_tokens < prompt_tokens + output_tokens:
+            if quota.compacts_before(seen_tokens, prompt_tokens):
+                self._note(seen_tokens)
+                for layer in range(quota.num_layers):
                     compress(layer)
-                grown_tokens = 0
-            for layer in range(self.quota.num_layers):
-                self._append(layer, 1)
-            grown_tokens += 1
-
-    def _prefill(self, compress: Callable[[int], None]) -> None:
-        prompt_tokens = self.quota.tokens + self.data.draw(st.integers(1, 300))
-        seen_tokens = 0
-        while seen_tokens < prompt_tokens:
-            chunk_tokens = self.data.draw(st.integers(1, self.quota.chunk_tokens))
-            new_tokens = min(chunk_tokens, prompt_tokens - seen_tokens)
+            room = quota.next_stop(seen_tokens, prompt_tokens) - seen_tokens
+            assert 1 <= room <= quota.chunk_tokens
+            in_prompt = seen_tokens < prompt_tokens
+            if not (in_prompt and self.keeps_stops) and self.chance.random() < 0.5:
+                room = self.chance.randint(1, room)
+            new_tokens = min(room, prompt_tokens + output_tokens - seen_tokens)
             seen_tokens += new_tokens
-            for layer in range(self.quota.num_layers):
+            compresses = in_prompt and quota.compresses_after(seen_tokens, prompt_tokens)
+            if compresses:
+                self._note(seen_tokens)
+            for layer in range(quota.num_layers):
                 self._append(layer, new_tokens)
-                if self.quota.compresses_after(seen_tokens, prompt_tokens):
+                if compresses:
                     compress(layer)
+
+    def _note(self, seen_tokens: int) -> None:
+        assert seen_tokens not in self.compressed, "nothing was appended in between"
+        self.compressed.append(seen_tokens)
 
     def _append(self, layer: int, new_tokens: int) -> None:
         quota = self.quota

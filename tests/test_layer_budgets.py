@@ -56,7 +56,7 @@ def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObj
     """With any budgets of layers and any split over heads."""
     desired = data.draw(wishes(quota.num_layers, quota.budget_tokens))
     budgets = LayerBudgets(desired, quota.budget_tokens, quota.max_head_tokens)
-    simulation = PageSimulation(quota, heads, data)
+    simulation = PageSimulation.drawn(quota, heads, data)
 
     def compress(layer: int) -> None:
         total = budgets.claim(layer) * heads
@@ -67,4 +67,4 @@ def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObj
             row[head] = most if data.draw(st.booleans()) else data.draw(st.integers(0, most))
             total -= row[head]
 
-    simulation.run(compress)
+    simulation.run(compress, output_tokens=2 * quota.decode_interval_tokens + 3)

@@ -48,21 +48,18 @@ class BudgetConfig(PolicyFlags):
     )
     quota_ratio: float | None = option(
         None,
-        "The quota as a share of --max-model-len instead of blocks, 0 to 1.",
+        "The quota as a share of --max-model-len instead of blocks; with 'auto' for that, of the "
+        "longest that the model allows.",
         metavar="RATIO",
         within=POSITIVE_SHARE,
     )
     chunk_tokens: int = option(
         1024,
-        "Most prompt tokens of one request in one step; each chunk is compressed.",
+        "Most prompt tokens of one request in one step. A prompt that does not fit the quota is "
+        "compressed at multiples of it, whatever else is in the batch, so "
+        "--max-num-batched-tokens must have room for a chunk beside --max-num-seqs other tokens.",
         metavar="TOKENS",
         within=COUNT,
-    )
-    chunk_ends: str = option(
-        "anywhere",
-        "Where a chunk may end: 'anywhere', or between the 'frames' of a video when a frame fits "
-        "into a chunk, which makes chunks shorter (for ablations).",
-        choices=("anywhere", "frames"),
     )
     decode_interval_tokens: int = option(
         64, "Tokens that decode appends between two compactions.", metavar="TOKENS", within=COUNT
@@ -122,6 +119,11 @@ class BudgetConfig(PolicyFlags):
     @property
     def compresses(self) -> bool:
         return POLICIES[self.policy].compresses
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether decode reads only some pages of a request that was compressed."""
+        return POLICIES[self.policy].retrieves and self.retrieval_ratio < 1
 
     @property
     def looks_ahead(self) -> bool:

@@ -1,6 +1,6 @@
 """START HERE: how the plugin gets into vLLM.
 
-`register` runs in every process. It wraps three methods of `EngineArgs`, which do nothing unless
+`register` runs in every process. It wraps four methods of `EngineArgs`, which do nothing unless
 a policy is asked for. With a policy, `activate` turns one `VllmConfig` into ours: the scheduler
 and worker classes are named there, and everything else follows from those two.
 """
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetkv import upstream
 from vllm_budgetkv.cli import add_flags, fold_flags
 from vllm_budgetkv.config import SECTION, BudgetConfig
+from vllm_budgetkv.quota import least_batch_tokens
 
 if TYPE_CHECKING:
     import argparse
 
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
 DEFAULT_PAGE_TOKENS = 16
 
@@ -27,6 +29,9 @@ def register() -> None:
     upstream.wrap("EngineArgs.add_cli_args", _add_cli_args)
     upstream.wrap("EngineArgs.from_cli_args", _from_cli_args)
     upstream.wrap("EngineArgs.create_engine_config", _create_engine_config)
+    upstream.wrap(
+        "EngineArgs._set_default_max_num_seqs_and_batched_tokens_args", _set_default_batch
+    )
 
 
 def _add_cli_args(original: Any, parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -67,3 +72,24 @@ def _prepare_arguments(engine_args: EngineArgs, config: BudgetConfig) -> None:
             f"{config.chunk_tokens}: both are the most prompt tokens of a request in one step; "
             "remove the former"
         )
+
+
+def _set_default_batch(
+    original: Any,
+    self: EngineArgs,
+    usage_context: UsageContext | None,
+    model_config: ModelConfig,
+    parallel_config: ParallelConfig,
+) -> None:
+    """Where vLLM chooses the size of a batch, let it have room for a chunk and every decode."""
+    is_given = self.max_num_batched_tokens is not None
+    original(self, usage_context, model_config, parallel_config)
+    additional = self.additional_config
+    if is_given or not isinstance(additional, dict) or SECTION not in additional:
+        return
+    config = BudgetConfig.from_mapping(additional[SECTION] or {})
+    if config.compresses:
+        assert self.max_num_batched_tokens is not None and self.max_num_seqs is not None
+        chunk_tokens = min(config.chunk_tokens, model_config.max_model_len)
+        least_tokens = least_batch_tokens(chunk_tokens, self.max_num_seqs)
+        self.max_num_batched_tokens = max(self.max_num_batched_tokens, least_tokens)

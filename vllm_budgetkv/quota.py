@@ -23,6 +23,11 @@ def ceil_div(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
+def least_batch_tokens(chunk_tokens: int, max_num_seqs: int) -> int:
+    """Tokens of a step with room for a chunk of one request and a token of every other."""
+    return chunk_tokens + max_num_seqs - 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quota:
     """What one request may hold, and when it must compress.
@@ -34,6 +39,8 @@ class Quota:
         chunk_tokens: most prompt tokens of a request in one step (T).
         decode_interval_tokens: tokens that decode appends between two compactions (R).
         compresses: False when the policy keeps everything, so that `blocks` is never reached.
+        retrieves: whether decode reads some pages only, so that output which is computed again
+            must be read by decode too, a token at a time.
 
     Raises:
         ValueError: the quota leaves no budget; the message names the smallest that does.
@@ -45,6 +52,7 @@ class Quota:
     chunk_tokens: int
     decode_interval_tokens: int
     compresses: bool = True
+    retrieves: bool = False
 
     def __post_init__(self) -> None:
         if self.compresses and self.blocks < self.min_blocks:
@@ -95,25 +103,65 @@ class Quota:
         """Whether a request of `num_tokens` tokens in all is ordinary paging, never compressed."""
         return num_tokens <= self.tokens
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks held by a request that has seen `num_tokens` tokens: min(need, Q)."""
+    def blocks_for(self, num_tokens: int, prompt_tokens: int) -> int:
+        """Blocks held by a request that has seen `num_tokens` tokens: min(need, Q).
+
+        One whose prompt will not fit holds all of them from its first token.
+        """
+        if not self.fits(prompt_tokens):
+            return self.blocks
         return min(ceil_div(num_tokens, self.page_tokens), self.blocks)
+
+    def compresses_prompt(self, prompt_tokens: int) -> bool:
+        """Whether the chunks of a prompt are compressed, so that its answer hangs on their ends."""
+        return self.compresses and not self.fits(prompt_tokens)
 
     def compresses_after(self, seen_tokens: int, prompt_tokens: int) -> bool:
         """Whether a chunk that ends at `seen_tokens` of the prompt is compressed."""
-        if not self.compresses or self.fits(prompt_tokens):
-            return False
-        return seen_tokens > self.budget_tokens
+        return self.compresses_prompt(prompt_tokens) and seen_tokens > self.budget_tokens
 
-    def compacts_before_decode(self, grown_tokens: int, held_tokens: int | None) -> bool:
-        """Whether decode must compact before it appends one more token.
+    def compacts_before(self, start_tokens: int, prompt_tokens: int) -> bool:
+        """Whether all layers are compacted before the token behind `start_tokens` is appended.
+
+        Output alone leads to it, and whether it is decoded or computed again does not matter: a
+        prompt that fits is compacted when the quota is full, and every request each time that it
+        has grown by the interval since its last compression.
+        """
+        if not self.compresses or start_tokens < prompt_tokens:
+            return False
+        grown_tokens = start_tokens - self._first_compression(prompt_tokens)
+        # behind a prompt that does not fit, its last chunk has just been compressed
+        least_tokens = 0 if self.fits(prompt_tokens) else self.decode_interval_tokens
+        return grown_tokens >= least_tokens and grown_tokens % self.decode_interval_tokens == 0
+
+    def next_stop(self, start_tokens: int, prompt_tokens: int) -> int:
+        """Where a chunk that begins behind `start_tokens` must end at the latest.
+
+        A function of its arguments alone, so that the same request is compressed at the same
+        points whatever runs beside it and however often it is computed again. A chunk of a prompt
+        that is compressed must end there and nowhere before: at a multiple of T, or at its end.
+        The first is a page, for which there is room beside other chunks, so that a request which
+        waits for the room of a whole one has been admitted and holds back nobody.
 
         Args:
-            grown_tokens: tokens appended since the last compression.
-            held_tokens: tokens of every head of a request in the identity state; None once shared.
+            start_tokens: tokens of the request that have been seen.
+            prompt_tokens: of the client's prompt, without any output.
         """
-        if not self.compresses:
-            return False
-        if held_tokens is not None:
-            return held_tokens + 1 > self.tokens
-        return grown_tokens + 1 > self.decode_interval_tokens
+        longest = start_tokens + self.chunk_tokens
+        if start_tokens < prompt_tokens:
+            if self.compresses_prompt(prompt_tokens):
+                longest -= start_tokens % self.chunk_tokens
+                if start_tokens == 0:
+                    longest = min(longest, self.page_tokens)
+            return min(longest, prompt_tokens)
+        first = self._first_compression(prompt_tokens)
+        if start_tokens < first:
+            return min(longest, first)
+        if self.retrieves:
+            return start_tokens + 1
+        grown_tokens = (start_tokens - first) % self.decode_interval_tokens
+        return min(longest, start_tokens - grown_tokens + self.decode_interval_tokens)
+
+    def _first_compression(self, prompt_tokens: int) -> int:
+        """Tokens seen at the first compression that output may lead to, or that it begins with."""
+        return self.tokens if self.fits(prompt_tokens) else prompt_tokens

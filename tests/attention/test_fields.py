@@ -21,6 +21,7 @@ from vllm_budgetkv.attention import builder
 from vllm_budgetkv.attention.backend import BudgetBackend
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.attention.impl import BudgetAttention
+from vllm_budgetkv.quota import Quota
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 
 
@@ -151,6 +152,9 @@ def test_every_field_has_a_verdict(owner: str, found: set[str], listed: set[str]
     assert not listed - found, f"{owner} lost fields: take them from this file and from the code"
 
 
+QUOTA = Quota(blocks=64, page_tokens=16, num_layers=2, chunk_tokens=64, decode_interval_tokens=16)
+
+
 def plain() -> FullAttentionSpec:
     return FullAttentionSpec(block_size=16, num_kv_heads=2, head_size=32, dtype=torch.float32)
 
@@ -158,7 +162,7 @@ def plain() -> FullAttentionSpec:
 @pytest.mark.parametrize(("name", "value", "message"), refused(SPEC))
 def test_refused_specs(name: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        QuotaSpec.of(replace(plain(), **{name: value}), quota_blocks=4)
+        QuotaSpec.of(replace(plain(), **{name: value}), QUOTA)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,8 @@ def test_refused_specs(name: str, value: Any, message: str) -> None:
     ids=lambda changes: next(iter(changes)),
 )
 def test_served_specs(changes: dict[str, Any]) -> None:
-    spec = QuotaSpec.of(replace(plain(), **changes), quota_blocks=4)
+    quota = replace(QUOTA, page_tokens=changes.get("block_size", QUOTA.page_tokens))
+    spec = QuotaSpec.of(replace(plain(), **changes), quota)
     assert {name: getattr(spec, name) for name in changes} == changes
 
 

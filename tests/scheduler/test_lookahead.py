@@ -1,14 +1,23 @@
-"""Which tokens a look-ahead runs, and that it is no one's prefix."""
+"""Which tokens a look-ahead runs, that it is no one's prefix, and who knows it for one."""
 
 from __future__ import annotations
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
+from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
-from vllm_budgetkv.scheduler.lookahead import lookahead_id, make_lookahead, parent_of, text_tokens
+from vllm_budgetkv.scheduler.lookahead import (
+    LookaheadParams,
+    Lookaheads,
+    make_lookahead,
+    parent_of,
+    text_tokens,
+)
 
 
 def feature(offset: int, length: int) -> SimpleNamespace:
@@ -71,5 +80,58 @@ def test_the_internal_request() -> None:
     assert ahead.max_tokens == 1
     assert (ahead.priority, ahead.arrival_time) == (3, 12.0)
     assert ahead.skip_reading_prefix_cache and not ahead.block_hashes
-    assert parent_of(ahead.request_id) == "r" and ahead.request_id == lookahead_id("r")
-    assert parent_of("r") is None
+
+
+def sent(request: Request) -> NewRequestData:
+    """What a worker in another process gets of a new request."""
+    data = NewRequestData.from_request(request, block_ids=([],))
+    return pickle.loads(pickle.dumps(data))
+
+
+def test_a_worker_is_told_for_whom_a_look_ahead_runs() -> None:
+    ahead = make_lookahead(make_request(list(range(40))), 16, 16)
+    assert ahead is not None
+    assert parent_of(sent(ahead)) == "r"
+
+
+@pytest.mark.parametrize("request_id", ["r#kv-lookahead", "kv-lookahead-0", "r"])
+def test_no_client_passes_for_a_look_ahead(request_id: str) -> None:
+    """Not by its id, not by what it sends: parameters that arrive are of vLLM's own class."""
+    forged = LookaheadParams(max_tokens=1, parent_id="r", extra_args={"parent_id": "r"})
+    arrived = MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(forged))
+    request = make_request([1, 2])
+    request.request_id, request.sampling_params = request_id, arrived
+    assert parent_of(sent(request)) is None
+
+
+def test_look_aheads_of_one_parent_differ() -> None:
+    """So that none has the id of a request that came, or that comes, from a client."""
+    aheads = [make_lookahead(make_request([1, 2]), 16, 16) for _ in range(3)]
+    ids = {ahead.request_id for ahead in aheads if ahead is not None}
+    assert len(ids) == 3 and all(request_id != "r" for request_id in ids)
+
+
+def test_the_table_of_look_aheads() -> None:
+    table, parent = Lookaheads(), make_request([1, 2])
+    ahead = make_lookahead(parent, 16, 16)
+    assert ahead is not None and ahead.request_id not in table
+    table.hold(parent, ahead)
+    assert ahead.request_id in table and "r" not in table and [*table] == [ahead.request_id]
+    assert table.cancel("other") is None and table.release("r") is None
+    assert table.release(ahead.request_id) is parent
+    assert table.release(ahead.request_id) is None and table.cancel("r") is None
+    # its last output is still on the way
+    assert ahead.request_id in table and not [*table]
+    table.forget_gone(alive={ahead.request_id})
+    assert ahead.request_id in table
+    table.forget_gone(alive={"r"})
+    assert ahead.request_id not in table
+
+
+def test_a_cancelled_parent_is_not_released() -> None:
+    table, parent = Lookaheads(), make_request([1, 2])
+    ahead = make_lookahead(parent, 16, 16)
+    assert ahead is not None
+    table.hold(parent, ahead)
+    assert table.cancel("r") == (parent, ahead.request_id)
+    assert table.release(ahead.request_id) is None

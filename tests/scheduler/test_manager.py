@@ -16,7 +16,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from vllm_budgetkv.layout import PageLayout
-from vllm_budgetkv.scheduler.manager import QuotaManager
+from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
 
 BLOCK_TOKENS, QUOTA_BLOCKS, POOL_BLOCKS = 8, 6, 30
 QUOTA_TOKENS = BLOCK_TOKENS * QUOTA_BLOCKS
+
+
+def make_quota(blocks: int = QUOTA_BLOCKS) -> Quota:
+    return Quota(
+        blocks=blocks,
+        page_tokens=BLOCK_TOKENS,
+        num_layers=4,
+        chunk_tokens=16,
+        decode_interval_tokens=4,
+    )
+
+
+QUOTA = make_quota()
 
 
 def stock_spec() -> FullAttentionSpec:
@@ -36,12 +50,18 @@ def make_manager() -> QuotaManager:
     """A manager with a pool of 29 usable blocks; vLLM keeps one as its null block."""
     pool = BlockPool(POOL_BLOCKS, enable_caching=True, hash_block_size=BLOCK_TOKENS)
     return QuotaManager(
-        QuotaSpec.of(stock_spec(), QUOTA_BLOCKS),
+        QuotaSpec.of(stock_spec(), QUOTA),
         block_pool=pool,
         enable_caching=True,
         kv_cache_group_id=0,
         scheduler_block_size=BLOCK_TOKENS,
     )
+
+
+def expect(
+    manager: QuotaManager, request_id: str, prompt_tokens: int, *, is_private: bool = True
+) -> None:
+    manager.expect(request_id, Expectation(QUOTA, prompt_tokens, is_private))
 
 
 def need(manager: QuotaManager, request_id: str, num_tokens: int) -> int:
@@ -89,7 +109,7 @@ def cached_blocks(manager: QuotaManager, request: Request) -> int:
 )
 def test_need_and_growth_stop_at_the_quota(num_tokens: int, blocks: int) -> None:
     manager = make_manager()
-    manager.expect("r", prefill_tokens=1, most_tokens=10_000)
+    expect(manager, "r", 1)
     assert need(manager, "r", num_tokens) == blocks
     assert grow(manager, "r", num_tokens) == blocks == held(manager, "r")
     assert need(manager, "r", num_tokens) == 0
@@ -97,7 +117,7 @@ def test_need_and_growth_stop_at_the_quota(num_tokens: int, blocks: int) -> None
 
 def test_growth_token_by_token_is_ordinary_paging_up_to_the_quota() -> None:
     manager = make_manager()
-    manager.expect("r", prefill_tokens=1, most_tokens=200)
+    expect(manager, "r", 1)
     for num_tokens in range(1, 200):
         wanted = need(manager, "r", num_tokens)
         assert grow(manager, "r", num_tokens) == wanted
@@ -105,22 +125,22 @@ def test_growth_token_by_token_is_ordinary_paging_up_to_the_quota() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefill_tokens", "first_tokens", "blocks"),
+    ("prompt_tokens", "first_tokens", "blocks"),
     [(48, 8, 1), (49, 8, 6), (49, 49, 6), (5000, 1, 6)],
     ids=["fits", "one-more", "all-at-once", "long"],
 )
 def test_a_long_request_takes_its_whole_quota_at_once(
-    prefill_tokens: int, first_tokens: int, blocks: int
+    prompt_tokens: int, first_tokens: int, blocks: int
 ) -> None:
     manager = make_manager()
-    manager.expect("r", prefill_tokens, prefill_tokens + 10)
+    expect(manager, "r", prompt_tokens)
     assert need(manager, "r", first_tokens) == blocks
     assert grow(manager, "r", first_tokens) == blocks
 
 
 def test_a_long_request_never_needs_more_than_it_took() -> None:
     manager = make_manager()
-    manager.expect("r", 1000, 2000)
+    expect(manager, "r", 1000)
     grow(manager, "r", 16)
     free_blocks = manager.block_pool.get_num_free_blocks()
     for num_tokens in range(16, 2000, 37):
@@ -130,22 +150,12 @@ def test_a_long_request_never_needs_more_than_it_took() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prefill_tokens", "most_tokens", "is_private"),
-    [(8, 48, False), (48, 48, False), (8, 49, True), (49, 60, True)],
+    ("is_private", "published"), [(False, 4), (True, 0)], ids=["fits", "private"]
 )
-def test_who_is_private(prefill_tokens: int, most_tokens: int, is_private: bool) -> None:
-    assert make_manager().expect("r", prefill_tokens, most_tokens) is is_private
-
-
-@pytest.mark.parametrize(
-    ("most_tokens", "published"),
-    [(QUOTA_TOKENS, 4), (QUOTA_TOKENS + 1, 0)],
-    ids=["fits", "private"],
-)
-def test_only_requests_that_fit_publish_their_blocks(most_tokens: int, published: int) -> None:
+def test_only_requests_that_fit_publish_their_blocks(is_private: bool, published: int) -> None:
     manager = make_manager()
     request = make_request("r", range(36))
-    manager.expect("r", 36, most_tokens)
+    expect(manager, "r", 36, is_private=is_private)
     grow(manager, "r", 36)
     manager.cache_blocks(request, 36, replay_boundaries=())
     assert cached_blocks(manager, make_request("other", range(36))) == published
@@ -155,11 +165,11 @@ def test_only_requests_that_fit_publish_their_blocks(most_tokens: int, published
 
 def test_a_published_prefix_is_found_and_counted() -> None:
     manager = make_manager()
-    manager.expect("first", 36, QUOTA_TOKENS)
+    expect(manager, "first", 36, is_private=False)
     grow(manager, "first", 36)
     manager.cache_blocks(make_request("first", range(36)), 36, replay_boundaries=())
     blocks = manager.req_to_blocks["first"][:4]
-    manager.expect("second", 40, QUOTA_TOKENS)
+    expect(manager, "second", 40, is_private=False)
     wanted = manager.get_num_blocks_to_allocate("second", 40, blocks, 32, 32, 40)
     assert wanted == 1, "four of its five blocks are in use by the first"
     manager.add_local_computed_blocks("second", blocks, 32, 0)
@@ -170,27 +180,39 @@ def test_a_published_prefix_is_found_and_counted() -> None:
 def test_a_request_is_forgotten_when_it_ends() -> None:
     """A later request with the same id is judged by its own length."""
     manager = make_manager()
-    assert manager.expect("r", 1000, 2000)
+    expect(manager, "r", 1000)
     manager.forget("r")
     assert not manager.expect("r", 8, 20)
     assert need(manager, "r", 8) == 1
     manager.forget("never seen")
 
 
-def test_a_preempted_request_that_has_outgrown_its_quota_takes_all_of_it() -> None:
-    """It prefills its output too, so what was a short prompt is now a long one."""
+def test_a_preempted_request_grows_as_it_did_at_first() -> None:
+    """Its output is computed again, but it is compressed where it was and needs no more before."""
     manager = make_manager()
-    manager.expect("r", 40, 100)
-    assert need(manager, "r", 8) == 1
+    expect(manager, "r", 40)
+    grown = [grow(manager, "r", num_tokens) for num_tokens in (16, 40, 48, 60, 90)]
     manager.free("r")
-    manager.expect("r", 60, 100)
-    assert need(manager, "r", 8) == QUOTA_BLOCKS
+    assert grown == [2, 3, 1, 0, 0]
+    assert [grow(manager, "r", num_tokens) for num_tokens in (16, 40, 48, 60, 90)] == grown
+
+
+def test_every_request_has_its_own_quota() -> None:
+    """Two of different quotas in one pool are counted, each by its own."""
+    manager = make_manager()
+    for name, blocks in (("small", 5), ("large", 9)):
+        manager.expect(name, Expectation(make_quota(blocks), 1000, is_private=True))
+        assert need(manager, name, 8) == grow(manager, name, 8) == blocks
+    manager.req_to_blocks["small"] += manager.block_pool.get_new_blocks(1)
+    with pytest.raises(RuntimeError, match="request small holds 6 blocks, its quota is 5"):
+        grow(manager, "small", 8)
+    assert grow(manager, "large", 2000) == 0
 
 
 def test_the_bound_is_asserted() -> None:
     """A block more than the quota, wherever it comes from, is an error and not a habit."""
     manager = make_manager()
-    manager.expect("r", 1000, 2000)
+    expect(manager, "r", 1000)
     grow(manager, "r", 8)
     manager.req_to_blocks["r"] += manager.block_pool.get_new_blocks(1)
     with pytest.raises(RuntimeError, match="request r holds 7 blocks, its quota is 6"):
@@ -201,7 +223,7 @@ def test_blocks_return_to_the_pool() -> None:
     manager = make_manager()
     free_blocks = manager.block_pool.get_num_free_blocks()
     for name in ("a", "b", "c", "d"):
-        manager.expect(name, 1000, 2000)
+        expect(manager, name, 1000)
         grow(manager, name, 24)
     assert manager.block_pool.get_num_free_blocks() == free_blocks - 4 * QUOTA_BLOCKS
     for name in ("c", "a", "d", "b"):
@@ -210,7 +232,7 @@ def test_blocks_return_to_the_pool() -> None:
 
 
 def test_the_spec_pays_for_the_whole_head_page() -> None:
-    spec = QuotaSpec.of(stock_spec(), QUOTA_BLOCKS)
+    spec = QuotaSpec.of(stock_spec(), QUOTA)
     layout = PageLayout(BLOCK_TOKENS, 32, torch.float32)
     assert spec.page_size_bytes == 2 * layout.page_bytes > stock_spec().page_size_bytes
     assert not spec.uses_slot_mapping
@@ -218,12 +240,12 @@ def test_the_spec_pays_for_the_whole_head_page() -> None:
 
 
 def test_vllm_finds_the_manager_by_the_spec() -> None:
-    spec = QuotaSpec.of(stock_spec(), QUOTA_BLOCKS)
+    spec = QuotaSpec.of(stock_spec(), QUOTA)
     assert KVCacheSpecRegistry.get_manager_class(spec) is QuotaManager
     assert KVCacheSpecRegistry.get_manager_class(stock_spec()) is FullAttentionManager
 
 
 def test_layers_with_other_quotas_do_not_merge() -> None:
-    specs = [QuotaSpec.of(stock_spec(), blocks) for blocks in (6, 7)]
+    specs = [QuotaSpec.of(stock_spec(), make_quota(blocks)) for blocks in (6, 7)]
     with pytest.raises(AssertionError, match="equal specs"):
         QuotaSpec.merge(specs)

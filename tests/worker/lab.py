@@ -137,7 +137,7 @@ class Lab:
             num_slots=num_slots,
             check_ledger=True,
         )
-        return build_cache(model, rules, parent_of, self.finished.append)
+        return build_cache(model, rules, lambda new: parent_of(new.req_id), self.finished.append)
 
     def rotaries(self) -> dict[int, Rotary]:
         """The embedding of each layer; all share one."""
@@ -159,8 +159,14 @@ class Lab:
     # --- what the engine core does -------------------------------------------------------------
 
     def blocks_needed(self, client: Client, seen_tokens: int) -> int:
-        whole = self.quota.compresses and not self.quota.fits(client.total_tokens)
-        return self.quota.blocks if whole else self.quota.blocks_for(seen_tokens)
+        return self.quota.blocks_for(seen_tokens, client.prompt_tokens)
+
+    def room(self, client: Client) -> int:
+        """Most tokens of its next chunk, which may be any part of the prompt."""
+        start, prompt_tokens = client.computed_tokens, client.prompt_tokens
+        if start < prompt_tokens:
+            return min(self.quota.chunk_tokens, prompt_tokens - start)
+        return min(self.quota.next_stop(start, prompt_tokens), client.total_tokens) - start
 
     def take_blocks(self, client: Client, seen_tokens: int) -> list[int] | None:
         """Give the client what it needs to have seen so many tokens; None if the pool is out."""

@@ -83,7 +83,7 @@ class Scripted(Lab):
         """Prefill in chunks and decode until the client has so many output tokens."""
         chunk_tokens = chunk_tokens or self.quota.chunk_tokens
         while client.output_tokens < outputs:
-            self.step({client: min(chunk_tokens, client.total_tokens - client.computed_tokens)})
+            self.step({client: min(chunk_tokens, self.room(client))})
         return client
 
     def slot(self, client: Client) -> int:

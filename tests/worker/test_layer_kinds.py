@@ -22,7 +22,7 @@ from vllm_budgetkv.worker.worker import BudgetWorker
 
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=2, chunk_tokens=256, decode_interval_tokens=64)
 SIZES: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
-OURS = QuotaSpec.of(FullAttentionSpec(**SIZES), quota_blocks=QUOTA.blocks)
+OURS = QuotaSpec.of(FullAttentionSpec(**SIZES), QUOTA)
 OURS_TOO = {"a": OURS, "b": OURS}
 
 

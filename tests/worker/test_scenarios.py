@@ -79,8 +79,7 @@ def play(lab: Lab, num_steps: int) -> None:
                     finished.append(client.request_id)
         work = {}
         for client in clients:
-            limit = min(lab.quota.chunk_tokens, client.total_tokens - client.computed_tokens)
-            num_tokens = chance.randint(1, limit)
+            num_tokens = chance.randint(1, lab.room(client))
             needed = lab.blocks_needed(client, client.computed_tokens + num_tokens)
             promised = sum(
                 lab.blocks_needed(c, c.computed_tokens + t) - len(c.blocks) for c, t in work.items()

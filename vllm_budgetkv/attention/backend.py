@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
+    from vllm_budgetkv.quota import Quota
+
 
 class BudgetBackend(AttentionBackend):
-    """Attention over per-head pages. The worker sets `quota_blocks` before it loads a model."""
+    """Attention over per-head pages. The worker sets `quota` before it loads a model."""
 
-    quota_blocks: ClassVar[int]
+    quota: ClassVar[Quota]
     supported_dtypes: ClassVar[list[torch.dtype]] = list(SUPPORTED_DTYPES)
 
     @staticmethod
@@ -56,7 +58,7 @@ class BudgetBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         # vLLM also passes specs that have been customized already
-        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota_blocks)
+        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -8,27 +8,77 @@ content of the probe bank, and the real request starts then.
 
 from __future__ import annotations
 
+import uuid
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Iterator, Sequence
 
     from vllm.multimodal.inputs import MultiModalFeatureSpec
-
-SUFFIX = "#kv-lookahead"
-
-
-def lookahead_id(request_id: str) -> str:
-    """Id of the internal request that runs ahead of `request_id`."""
-    return request_id + SUFFIX
+    from vllm.v1.core.sched.output import NewRequestData
 
 
-def parent_of(request_id: str) -> str | None:
-    """Id of the request that `request_id` runs ahead of; None for a client's request."""
-    return request_id.removesuffix(SUFFIX) if request_id.endswith(SUFFIX) else None
+class LookaheadParams(SamplingParams):
+    """How a look-ahead samples, and for whom it runs.
+
+    They reach the workers with the request. No client can send them: what a front end passes on
+    becomes vLLM's own class.
+    """
+
+    parent_id: str = ""
+
+
+def parent_of(new: NewRequestData) -> str | None:
+    """Id of the request that a new one runs ahead of; None for a client's request."""
+    params = new.sampling_params
+    return params.parent_id if isinstance(params, LookaheadParams) else None
+
+
+@dataclass
+class Lookaheads:
+    """The internal requests of one engine, known by this table and never by the text of an id.
+
+    Args:
+        parents: the client's request that each runs ahead of, by the id of the look-ahead; from
+            its arrival until its last output is out of the way.
+        held: the look-ahead's id, by the id of each client's request that is held back for it.
+    """
+
+    parents: dict[str, Request] = field(default_factory=dict)
+    held: dict[str, str] = field(default_factory=dict)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.parents
+
+    def __iter__(self) -> Iterator[str]:
+        """Ids of those that a client's request is held back for."""
+        return iter(self.held.values())
+
+    def hold(self, parent: Request, ahead: Request) -> None:
+        """Note that `parent` waits until `ahead` has ended."""
+        self.parents[ahead.request_id] = parent
+        self.held[parent.request_id] = ahead.request_id
+
+    def release(self, ahead_id: str) -> Request | None:
+        """The request that was held back for a look-ahead which ended; None if it was cancelled."""
+        parent = self.parents.get(ahead_id)
+        if parent is None or self.held.pop(parent.request_id, None) is None:
+            return None
+        return parent
+
+    def cancel(self, parent_id: str) -> tuple[Request, str] | None:
+        """A held request that is held no more, and its look-ahead's id; None for any other."""
+        ahead_id = self.held.pop(parent_id, None)
+        return None if ahead_id is None else (self.parents[ahead_id], ahead_id)
+
+    def forget_gone(self, alive: Container[str]) -> None:
+        """Drop the look-aheads that are not among the requests that are `alive`."""
+        for ahead_id in [name for name in self.parents if name not in alive]:
+            del self.parents[ahead_id]
 
 
 def text_tokens(
@@ -71,10 +121,13 @@ def make_lookahead(parent: Request, limit_tokens: int, enough_tokens: int) -> Re
     if not prompt:
         return None
     request = Request(
-        request_id=lookahead_id(parent.request_id),
+        # no client can guess it, so none has it or will have it
+        request_id=f"kv-lookahead-{uuid.uuid4().hex}",
         client_index=parent.client_index,
         prompt_token_ids=prompt,
-        sampling_params=SamplingParams(max_tokens=1, temperature=0.0, detokenize=False),
+        sampling_params=LookaheadParams(
+            max_tokens=1, temperature=0.0, detokenize=False, parent_id=parent.request_id
+        ),
         pooling_params=None,
         arrival_time=parent.arrival_time,
         lora_request=parent.lora_request,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
@@ -12,55 +13,52 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from vllm_budgetkv.scheduler.spec import QuotaSpec
+    from vllm_budgetkv.quota import Quota
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is known of a request before it is admitted.
+
+    Args:
+        quota: what it may hold.
+        prompt_tokens: of its prompt, without any output.
+        is_private: whether it neither reads nor publishes cached blocks.
+    """
+
+    quota: Quota
+    prompt_tokens: int
+    is_private: bool
 
 
 class QuotaManager(FullAttentionManager):
-    """Counts `min(need, quota)` blocks wherever vLLM counts blocks.
+    """Counts the blocks of a request's quota wherever vLLM counts blocks.
 
     A request whose prompt will not fit takes its whole quota at admission, so its own growth never
     preempts it. A request that may outgrow the quota is private: it neither reads nor publishes
     cached blocks, because a compression would change them under their readers.
     """
 
-    kv_cache_spec: QuotaSpec
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._expected: dict[str, Expectation] = {}
 
-    def __init__(self, kv_cache_spec: QuotaSpec, **kwargs: Any) -> None:
-        super().__init__(kv_cache_spec, **kwargs)
-        self.quota_blocks = kv_cache_spec.quota_blocks
-        self._private: set[str] = set()
-        self._whole_quota: set[str] = set()
+    def expect(self, request_id: str, expectation: Expectation) -> None:
+        """Note what a request is; called before it is admitted, and it holds until `forget`."""
+        self._expected[request_id] = expectation
 
-    @property
-    def quota_tokens(self) -> int:
-        return self.quota_blocks * self.block_size
-
-    def expect(self, request_id: str, prefill_tokens: int, most_tokens: int) -> bool:
-        """Note how long a request is and may become; called before it is admitted.
-
-        Args:
-            request_id: the request.
-            prefill_tokens: tokens to be prefilled: the prompt, after a preemption also its output.
-            most_tokens: tokens that it can have at its end.
-
-        Returns:
-            Whether the request is private.
-        """
-        if prefill_tokens > self.quota_tokens:
-            self._whole_quota.add(request_id)
-        if most_tokens > self.quota_tokens:
-            self._private.add(request_id)
-        return request_id in self._private
+    def expected(self, request_id: str) -> Expectation:
+        """What was noted of a request."""
+        return self._expected[request_id]
 
     def forget(self, request_id: str) -> None:
         """Drop the notes of a finished request."""
-        self._private.discard(request_id)
-        self._whole_quota.discard(request_id)
+        self._expected.pop(request_id, None)
 
     def _capped_tokens(self, request_id: str, num_tokens: int) -> int:
-        if request_id in self._whole_quota:
-            return self.quota_tokens
-        return min(num_tokens, self.quota_tokens)
+        expected = self._expected[request_id]
+        blocks = expected.quota.blocks_for(num_tokens, expected.prompt_tokens)
+        return blocks * expected.quota.page_tokens
 
     def get_num_blocks_to_allocate(
         self,
@@ -91,9 +89,10 @@ class QuotaManager(FullAttentionManager):
             request_id, self._capped_tokens(request_id, num_tokens), num_tokens_main_model
         )
         held_blocks = len(self.req_to_blocks[request_id])
-        if held_blocks > self.quota_blocks:
+        quota_blocks = self._expected[request_id].quota.blocks
+        if held_blocks > quota_blocks:
             raise RuntimeError(
-                f"request {request_id} holds {held_blocks} blocks, its quota is {self.quota_blocks}"
+                f"request {request_id} holds {held_blocks} blocks, its quota is {quota_blocks}"
             )
         return blocks
 
@@ -105,7 +104,7 @@ class QuotaManager(FullAttentionManager):
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        if request.request_id in self._private:
+        if self._expected[request.request_id].is_private:
             return
         super().cache_blocks(
             request, num_tokens, retention_interval, replay_boundaries=replay_boundaries

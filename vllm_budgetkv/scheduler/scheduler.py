@@ -1,4 +1,4 @@
-"""The scheduler: notes long requests for the manager, runs look-aheads, cuts chunks at frames."""
+"""The scheduler: notes requests for the manager, runs look-aheads, ends chunks where it must."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_budgetkv.activation import config_of, resolve_quota
-from vllm_budgetkv.scheduler.lookahead import lookahead_id, make_lookahead, parent_of
-from vllm_budgetkv.scheduler.manager import QuotaManager
-from vllm_budgetkv.vision import spans_of
+from vllm_budgetkv.activation import config_of
+from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
+from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
+from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
+from vllm_budgetkv.scheduler.spec import QuotaSpec
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_budgetkv.quota import Quota
 
 # a child of vLLM's logger, which alone has a handler
 logger = init_logger("vllm.plugins.budgetkv")
@@ -30,20 +33,37 @@ class BudgetScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config_of(self.vllm_config)
-        self._quota = resolve_quota(self.vllm_config, self._config)
         (self._manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(self._manager, QuotaManager)
-        self._held: dict[str, Request] = {}
-        self._scheduling = False
+        spec = self._manager.kv_cache_spec
+        assert isinstance(spec, QuotaSpec)
+        # what every request gets today
+        self._quota = spec.quota
+        self._lookaheads = Lookaheads()
+        self._encoder_limits = EncoderLimits(
+            embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
+            keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
+        )
+        self._waits_for_encoder = False
         # vLLM's own reason to cut chunks, recurrent state, is refused at start
-        self.need_mamba_block_aligned_split = self._config.chunk_ends == "frames"
+        self.need_mamba_block_aligned_split = self._quota.compresses
         self._log_banner()
 
     def _log_banner(self) -> None:
         quota = self._quota
         if not quota.compresses:
             logger.info("budgetkv: policy %s, no quota", self._config.policy)
-            return
+        else:
+            self._log_quota()
+        if self._config.compresses and quota.fits(self.max_model_len):
+            logger.warning(
+                "budgetkv: the quota holds the %d tokens of --max-model-len, so nothing will be "
+                "compressed: lower the quota or raise --max-model-len",
+                self.max_model_len,
+            )
+
+    def _log_quota(self) -> None:
+        quota = self._quota
         logger.info(
             "budgetkv: policy %s, quota %d blocks of %d tokens (%d tokens per head, %.0f%% of them "
             "retained budget), chunks of %d tokens, %.1f requests at quota fit the pool of %d "
@@ -60,24 +80,14 @@ class BudgetScheduler(AsyncScheduler):
         )
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
-        self._scheduling = True
-        try:
-            return super().schedule(throttle_prefills)
-        finally:
-            self._scheduling = False
+        self._waits_for_encoder = False
+        return super().schedule(throttle_prefills)
 
     def get_request_counts(self) -> tuple[int, int]:
-        """(running, waiting) requests of clients; a look-ahead counts as its waiting parent.
-
-        vLLM lifts the chunk cap when it counts one request in all. The quota has no room for that,
-        so while scheduling a request is never alone. The one more counts as running, because vLLM
-        also asks whether any is left waiting, and then ends `--prefill-schedule-interval`.
-        """
+        """(running, waiting) requests of clients; a look-ahead counts as its waiting parent."""
         num_running, num_waiting = super().get_request_counts()
-        if self._scheduling:
-            return num_running + 1, num_waiting
-        lookaheads = [self.requests[lookahead_id(parent_id)] for parent_id in self._held]
-        ahead_running = sum(r.status == RequestStatus.RUNNING for r in lookaheads)
+        ahead = [self.requests[request_id] for request_id in self._lookaheads]
+        ahead_running = sum(request.status == RequestStatus.RUNNING for request in ahead)
         return num_running - ahead_running, num_waiting + ahead_running
 
     def _mamba_block_aligned_split(
@@ -87,73 +97,105 @@ class BudgetScheduler(AsyncScheduler):
         num_new_local_computed_tokens: int = 0,
         num_external_computed_tokens: int = 0,
     ) -> int:
-        """Tokens of the next chunk: up to the last whole frame if it holds one, else as many."""
+        """Tokens of the next chunk; none if it must be whole and the step has no room for that."""
         start = request.num_computed_tokens
         start += num_new_local_computed_tokens + num_external_computed_tokens
-        stop = start + num_new_tokens
-        if self._quota.fits(request.num_tokens) or stop >= request.num_prompt_tokens:
-            return num_new_tokens
-        spans = spans_of(request.num_prompt_tokens, request.mm_features)
-        between_frames = spans.trailing_frame_start(stop)
-        return between_frames - start if between_frames > start else num_new_tokens
+        quota = self._quota_of(request)
+        chunk_tokens = chunk_stop(request, quota, start, self._encoder_limits) - start
+        if num_new_tokens >= chunk_tokens:
+            return chunk_tokens
+        return 0 if must_be_whole(request, quota, start) else num_new_tokens
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        shift_computed_tokens: int = 0,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """A chunk that must be whole waits where the encoder has no room for all of its items.
+
+        Until it runs, nothing is encoded for requests behind it, and it holds no item back from
+        the ones before it; so those end and it has its turn.
+        """
+        budget = 0 if self._waits_for_encoder else encoder_compute_budget
+        found = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, budget, shift_computed_tokens
+        )
+        is_cut = found[1] < num_new_tokens
+        if is_cut and must_be_whole(request, self._quota_of(request), num_computed_tokens):
+            self._waits_for_encoder = True
+            self.encoder_cache_manager.free(request)
+            return [], 0, encoder_compute_budget, [], []
+        return found
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
             super().add_request(request)
             return
+        assert request.request_id not in self._lookaheads.held, "duplicate request id"
         if request.resumable and self._quota.compresses:
             # a session grows its prompt, but the quota's plan needs its length from the start;
             # vLLM ends the requests of this set with an error that reaches the client
             logger.warning("budgetkv: streaming-input session %s refused", request.request_id)
             self.encoder_cache_mismatch_reqs.add(request.request_id)
-        if self._expect(request):
-            request.skip_reading_prefix_cache = True
-        if self._config.looks_ahead and not self._quota.fits(request.num_prompt_tokens):
-            limit_tokens = min(self._config.lookahead_limit_tokens, self._quota.budget_tokens)
-            ahead = make_lookahead(request, limit_tokens, self._config.lookahead_enough_tokens)
-            if ahead is not None:
-                self._held[request.request_id] = request
-                self._expect(ahead)
-                super().add_request(ahead)
-                return
-        super().add_request(request)
+        self._expect(request, self._quota)
+        ahead = self._lookahead_of(request)
+        if ahead is None:
+            super().add_request(request)
+            return
+        self._lookaheads.hold(request, ahead)
+        self._expect(ahead, self._quota)
+        super().add_request(ahead)
 
-    def _expect(self, request: Request) -> bool:
+    def _lookahead_of(self, request: Request) -> Request | None:
+        quota = self._quota_of(request)
+        if not self._config.looks_ahead or quota.fits(request.num_prompt_tokens):
+            return None
+        limit_tokens = min(self._config.lookahead_limit_tokens, quota.budget_tokens)
+        return make_lookahead(request, limit_tokens, self._config.lookahead_enough_tokens)
+
+    def _expect(self, request: Request, quota: Quota) -> None:
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
-        if parent_of(request.request_id) is not None:
-            # private though it fits: nothing of it may be published
-            most_tokens = self._manager.quota_tokens + 1
-        return self._manager.expect(request.request_id, request.num_tokens, most_tokens)
+        # nothing of a look-ahead may be published, though it fits
+        is_private = isinstance(request.sampling_params, LookaheadParams)
+        is_private |= not quota.fits(most_tokens)
+        request.skip_reading_prefix_cache |= is_private
+        expectation = Expectation(quota, request.num_prompt_tokens, is_private)
+        self._manager.expect(request.request_id, expectation)
 
-    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super()._preempt_request(request, *args, **kwargs)
-        self._expect(request)
+    def _quota_of(self, request: Request) -> Quota:
+        return self._manager.expected(request.request_id).quota
 
     def finish_requests(
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
         if request_ids is None:
-            ids = [*self.requests, *self._held]
+            ids = [*self.requests, *self._lookaheads.held]
         else:
             ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        cancelled = [self._held.pop(request_id) for request_id in ids if request_id in self._held]
-        for parent in cancelled:
+        cancelled = []
+        for found in [self._lookaheads.cancel(request_id) for request_id in ids]:
+            if found is None:
+                continue
+            parent, ahead_id = found
             parent.status = finished_status
             self._manager.forget(parent.request_id)
             # the worker never saw the parent, but it may keep the look-ahead's queries for it
             self.finished_req_ids.add(parent.request_id)
-            ids.append(lookahead_id(parent.request_id))
+            cancelled.append(parent)
+            ids.append(ahead_id)
         finished = super().finish_requests(ids, finished_status)
-        return cancelled + [r for r in finished if parent_of(r.request_id) is None]
+        return cancelled + [r for r in finished if r.request_id not in self._lookaheads]
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         result = super()._free_request(request, delay_free_blocks)
         self._manager.forget(request.request_id)
-        parent_id = parent_of(request.request_id)
-        if parent_id is not None:
+        if request.request_id in self._lookaheads:
             if self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].discard(request.request_id)
-            parent = self._held.pop(parent_id, None)
+            parent = self._lookaheads.release(request.request_id)
             if parent is not None:
                 super().add_request(parent)
         return result
@@ -164,6 +206,7 @@ class BudgetScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             of_client.outputs = [
-                output for output in of_client.outputs if parent_of(output.request_id) is None
+                output for output in of_client.outputs if output.request_id not in self._lookaheads
             ]
+        self._lookaheads.forget_gone(self.requests)
         return outputs

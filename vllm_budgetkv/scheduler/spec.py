@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
+    from vllm_budgetkv.quota import Quota
+
 
 # fields of a full-attention spec that a page serves; any other must have its default
 FREE_FIELDS = {"block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded", "max_tp_shards"}
@@ -42,12 +44,12 @@ KINDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class QuotaSpec(FullAttentionSpec):
-    """Full attention whose requests hold at most `quota_blocks` blocks."""
+    """Full attention whose requests hold what their quota says; `quota` is the largest of them."""
 
-    quota_blocks: int
+    quota: Quota
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, quota_blocks: int) -> QuotaSpec:
+    def of(cls, spec: FullAttentionSpec, quota: Quota) -> QuotaSpec:
         """The spec of a layer under the quota; its pages pay for all fields of a head-page.
 
         Raises:
@@ -58,18 +60,17 @@ class QuotaSpec(FullAttentionSpec):
                 f"a layer of the model has {', '.join(foreign)}, which no quota covers: start "
                 "without --kv-policy"
             )
+        assert spec.block_size == quota.page_tokens, "the quota counts blocks of another size"
         layout = PageLayout(spec.block_size, spec.head_size, spec.dtype)
-        return replace_as(
-            spec, cls, quota_blocks=quota_blocks, state_content_bytes=layout.token_bytes
-        )
+        return replace_as(spec, cls, quota=quota, state_content_bytes=layout.token_bytes)
 
     @property
     def uses_slot_mapping(self) -> bool:
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        quota_bytes = self.quota_blocks * self.page_size_bytes
-        return min(quota_bytes, super().max_memory_usage_bytes(vllm_config))
+        longest_tokens = vllm_config.model_config.max_model_len
+        return self.quota.blocks_for(longest_tokens, longest_tokens) * self.page_size_bytes
 
     @classmethod
     def merge(cls, specs: list[QuotaSpec]) -> QuotaSpec:

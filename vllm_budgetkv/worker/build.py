@@ -19,6 +19,8 @@ from vllm_budgetkv.worker.tables import HeadTables
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from vllm.v1.core.sched.output import NewRequestData
+
     from vllm_budgetkv.layout import PagePool
     from vllm_budgetkv.policy import Policy, PolicyOptions
     from vllm_budgetkv.quota import Quota
@@ -73,7 +75,7 @@ class Rules:
 def build_cache(
     model: Model,
     rules: Rules,
-    parent_of: Callable[[str], str | None],
+    parent_of: Callable[[NewRequestData], str | None],
     on_finished: Callable[[RequestRecord], None] | None,
 ) -> BudgetCache:
     """Build the cache of one worker.
@@ -81,7 +83,7 @@ def build_cache(
     Args:
         model: what it is for.
         rules: what its requests may hold.
-        parent_of: id of the request that a look-ahead runs for, or None.
+        parent_of: id of the request that a new one looks ahead for; None for a client's.
         on_finished: gets the record of every client request; None if nobody reads them.
 
     Raises:

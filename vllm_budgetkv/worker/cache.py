@@ -145,19 +145,20 @@ class BudgetCache:
                 check_slot(self.tables, request)
 
     def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
+        quota, prompt_tokens = request.quota, request.prompt_tokens
         start_tokens = request.computed_tokens
         stop_tokens = start_tokens + num_tokens
-        quota, compressor = request.quota, self.layers.compressor
         plan = RowPlan(request, num_tokens)
         if request.in_prefill(start_tokens):
-            plan.compress = quota.compresses_after(stop_tokens, request.prefill_tokens)
-            if plan.compress:
-                self._share(request)
-        else:
-            held_tokens = None if request.shared else start_tokens
-            if quota.compacts_before_decode(request.grown_tokens, held_tokens):
-                self._share(request)
-                compressor.compress_all(request)
+            plan.compress = quota.compresses_after(stop_tokens, prompt_tokens)
+        elif quota.compresses:
+            last_stop = quota.next_stop(start_tokens, prompt_tokens)
+            assert stop_tokens <= last_stop, "output runs past a compaction"
+        compacts = quota.compacts_before(start_tokens, prompt_tokens)
+        if plan.compress or compacts:
+            self._share(request)
+        if compacts:
+            self.layers.compressor.compress_all(request)
         plan.bank_positions = self.layers.probes.plan(request, start_tokens, stop_tokens)
         return plan
 

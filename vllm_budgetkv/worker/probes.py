@@ -70,12 +70,12 @@ class Probes:
     def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
         if not self.are_asked:
             return False
-        if self.policy.probe_source.asks_from_start:
+        if request.parent_id is not None or self.policy.probe_source.asks_from_start:
             return True
-        if request.parent_id is not None or request.is_long:
-            return True
-        # a short prompt needs probes only once its output comes near the quota
-        return stop_tokens + self.options.probe_tokens > request.quota.tokens
+        # a short prompt needs probes only once its output comes near the quota; where the prompt
+        # itself does, all of its chunks give theirs, however they were cut
+        near_tokens = max(stop_tokens, request.prompt_tokens)
+        return near_tokens + self.options.probe_tokens > request.quota.tokens
 
     # --- seeds -----------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ def rehearse(cache: BudgetCache) -> None:
             seed.queries.normal_(generator=generator)
             seed.plan_write(list(range(seed.capacity)))
             probes.seed(REQUEST_ID, seed)
-        slots.admit(REQUEST_ID, prompt_tokens, list(blocks), 0)
+        slots.admit(REQUEST_ID, list(blocks), 0)
         # one token more than decode appends between two compactions
         for num_tokens in (*chunks, *[1] * (quota.decode_interval_tokens + 1)):
             _run_step(cache, num_tokens, generator)

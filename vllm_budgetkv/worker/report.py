@@ -150,7 +150,8 @@ def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables
     """Count what each class of head holds after prefill."""
     slot = request.slot
     page_tokens = tables.pool.layout.page_tokens
-    length = request.prefill_tokens
+    # the prompt, unless a request that nothing compresses computed output with its end
+    length = request.computed_tokens
     record.static_heads = tables.is_static[slot].tolist()
     for index, name in enumerate(CLASSES):
         counts = torch.zeros(length, dtype=torch.int64)

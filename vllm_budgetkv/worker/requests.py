@@ -25,7 +25,6 @@ class RequestState:
         request_id: its id in the engine.
         slot: its row of the tables.
         quota: what it may hold.
-        prefill_tokens: tokens to prefill; after a preemption the prompt and the output so far.
         spans: which prompt positions are vision and which text.
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
@@ -44,7 +43,6 @@ class RequestState:
     request_id: str
     slot: int
     quota: Quota
-    prefill_tokens: int
     spans: PromptSpans
     blocks: list[int]
     computed_tokens: int
@@ -64,12 +62,12 @@ class RequestState:
         return self.compressions > 0
 
     @property
-    def is_long(self) -> bool:
-        """Whether the prompt will not fit the quota, so that its chunks are compressed."""
-        return self.quota.compresses and not self.quota.fits(self.prefill_tokens)
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt; what follows is output, whether decoded or computed again."""
+        return self.spans.prompt_tokens
 
     def in_prefill(self, start_tokens: int) -> bool:
-        return start_tokens < self.prefill_tokens
+        return start_tokens < self.prompt_tokens
 
     def longest_head_tokens(self, num_tokens: int) -> int:
         """Upper bound of any head's length once `num_tokens` more are appended."""
@@ -149,7 +147,7 @@ class RowPlan:
 
     @property
     def is_decode(self) -> bool:
-        """Whether one generated token is appended to every head."""
+        """Whether one generated token, new or computed again, is appended to every head."""
         return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
 
     @property

@@ -11,7 +11,7 @@ from vllm_budgetkv.worker.requests import RequestState
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.quota import Quota
     from vllm_budgetkv.spans import PromptSpans
@@ -26,23 +26,25 @@ class Slots:
 
     Args:
         tables: page tables; rows are claimed and released here.
-        quota: what a request may hold.
+        quota: of every new request.
         probes: keep the seeds of requests that are to come.
         reports: told of every client request.
-        parent_of: id of the request that a look-ahead runs for; None for a client's request.
+        parent_of: id of the request that a new one looks ahead for; None for a client's.
         poison: fill the pages of a private request with NaN when it goes.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
+        parents: id of the request that each unfinished look-ahead runs for, by its own id.
     """
 
     tables: HeadTables
     quota: Quota
     probes: Probes
     reports: Reports
-    parent_of: Callable[[str], str | None]
+    parent_of: Callable[[NewRequestData], str | None]
     poison: bool
     requests: dict[str, RequestState] = field(default_factory=dict, init=False)
     spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
+    parents: dict[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         self._free = list(reversed(range(self.tables.lens.shape[0])))
@@ -60,7 +62,7 @@ class Slots:
             new_blocks = cached.new_block_ids[index]
             blocks = list(new_blocks[0]) if new_blocks else []
             if request_id in cached.resumed_req_ids:
-                self._resume(request_id, cached, index, blocks)
+                self.admit(request_id, blocks, cached.num_computed_tokens[index])
             elif blocks:
                 self._grow(self.requests[request_id], blocks)
 
@@ -68,6 +70,7 @@ class Slots:
         """Forget a request."""
         self._release(request_id, is_preempted=False)
         self.spans.pop(request_id, None)
+        self.parents.pop(request_id, None)
         self.probes.forget(request_id)
         self.reports.close(request_id)
 
@@ -86,26 +89,20 @@ class Slots:
         if request_id not in self.spans:
             device = self.tables.lens.device
             self.introduce(request_id, spans_of(new.prompt_len, new.mm_features, device))
-            if self.parent_of(request_id) is None:
+            parent_id = self.parent_of(new)
+            if parent_id is not None:
+                self.parents[request_id] = parent_id
+            else:
                 frames = frame_records(new.mm_features)
                 self.reports.open(request_id, self.quota, new.prompt_len, frames)
-        # runner V2 resumes a preempted request as a new one whose prefill includes its output
-        prefill_tokens = max(new.prompt_len, len(new.prefill_token_ids or ()))
-        self.admit(request_id, prefill_tokens, list(new.block_ids[0]), new.num_computed_tokens)
-
-    def _resume(
-        self, request_id: str, cached: CachedRequestData, index: int, blocks: list[int]
-    ) -> None:
-        prefill_tokens = self.spans[request_id].prompt_tokens + cached.num_output_tokens[index]
-        self.admit(request_id, prefill_tokens, blocks, cached.num_computed_tokens[index])
+        # runner V2 resumes a preempted request as a new one
+        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens)
 
     def introduce(self, request_id: str, spans: PromptSpans) -> None:
         """Note where the text of a request is, before it is admitted for the first time."""
         self.spans[request_id] = spans
 
-    def admit(
-        self, request_id: str, prefill_tokens: int, blocks: list[int], computed_tokens: int
-    ) -> None:
+    def admit(self, request_id: str, blocks: list[int], computed_tokens: int) -> None:
         """Give a request that was introduced a slot; a seed of it is its first bank."""
         # runner V2 may resume a request that it never said was preempted
         self._release(request_id, is_preempted=True)
@@ -114,11 +111,10 @@ class Slots:
             request_id=request_id,
             slot=slot,
             quota=self.quota,
-            prefill_tokens=prefill_tokens,
             spans=self.spans[request_id],
             blocks=blocks,
             computed_tokens=computed_tokens,
-            parent_id=self.parent_of(request_id),
+            parent_id=self.parents.get(request_id),
             bank=self.probes.seed_of(request_id),
         )
         self.tables.extend_identity(slot, 0, blocks)

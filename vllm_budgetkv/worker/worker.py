@@ -13,7 +13,7 @@ from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_budgetkv import platforms, pool_size
-from vllm_budgetkv.activation import config_of, resolve_quota
+from vllm_budgetkv.activation import config_of, quota_of
 from vllm_budgetkv.attention.backend import BudgetBackend, require_plain_layers
 from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
 from vllm_budgetkv.policy import make_policy
@@ -64,8 +64,8 @@ class BudgetWorker(Worker):
 
     def load_model(self, **kwargs: Any) -> None:
         self._config = config_of(self.vllm_config)
-        self._quota = resolve_quota(self.vllm_config, self._config)
-        BudgetBackend.quota_blocks = self._quota.blocks
+        self._quota = quota_of(self.vllm_config)
+        BudgetBackend.quota = self._quota
         with backend_registered():
             super().load_model(**kwargs)
 
@@ -78,7 +78,7 @@ class BudgetWorker(Worker):
 
     def determine_available_memory(self) -> int:
         pool_bytes = super().determine_available_memory()
-        if self._config.compresses:
+        if self._quota.compresses:
             pool_size.check(self.vllm_config, self._quota, pool_bytes)
         return pool_bytes
 

@@ -1,0 +1,147 @@
+"""vLLM's engine core without a model: our scheduler, its manager and pool, and made-up tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+import vllm_budgetkv
+from vllm_budgetkv.activation import quota_of
+from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
+from vllm_budgetkv.scheduler.spec import QuotaSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+BLOCK_TOKENS = 8
+BUDGET = {"page_quota": 12, "chunk_tokens": 24, "decode_interval_tokens": 8, "window_tokens": 8}
+
+
+def configure(model: Path, policy: str = "window", **changes: Any) -> VllmConfig:
+    """The configuration of an engine; `changes` are of its arguments or, as `budget`, of ours."""
+    vllm_budgetkv.register()
+    arguments = {
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "block_size": BLOCK_TOKENS,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        **changes,
+    }
+    budget = {"policy": policy, **BUDGET, **arguments.pop("budget", {})}
+    arguments["additional_config"] = {"budgetkv": budget}
+    return EngineArgs(**arguments).create_engine_config()
+
+
+def image(offset: int, length: int, name: str) -> MultiModalFeatureSpec:
+    place = PlaceholderRange(offset=offset, length=length)
+    return MultiModalFeatureSpec(
+        data=None, modality="image", identifier=name, mm_position=place, mm_hash=name
+    )
+
+
+class Core:
+    """A scheduler whose requests get token `number` as their `number`-th output.
+
+    Args:
+        vllm_config: of `configure`.
+        pool_blocks: blocks of the pool; one of them is vLLM's null block.
+        encoder_embeds: embeddings that the encoder makes in a step and that its cache holds.
+    """
+
+    def __init__(
+        self, vllm_config: VllmConfig, *, pool_blocks: int = 200, encoder_embeds: int = 0
+    ) -> None:
+        init_none_hash(sha256)
+        vllm_config.cache_config.num_gpu_blocks = pool_blocks
+        layer = FullAttentionSpec(
+            block_size=BLOCK_TOKENS,
+            num_kv_heads=2,
+            head_size=32,
+            dtype=vllm_config.model_config.dtype,
+        )
+        spec = QuotaSpec.of(layer, quota_of(vllm_config))
+        groups = [KVCacheGroupSpec(["layer0", "layer1"], spec)]
+        self.scheduler = BudgetScheduler(
+            vllm_config,
+            KVCacheConfig(pool_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
+            StructuredOutputManager(vllm_config),
+            block_size=BLOCK_TOKENS,
+        )
+        if encoder_embeds:
+            self._limit_encoder(encoder_embeds)
+        self.ends: dict[str, list[int]] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.ended: dict[str, str] = {}
+        self.outputs: list[SchedulerOutput] = []
+
+    def _limit_encoder(self, embeds: int) -> None:
+        scheduler = self.scheduler
+        scheduler.max_num_encoder_input_tokens = embeds
+        scheduler.encoder_cache_manager = EncoderCacheManager(embeds)
+        scheduler._encoder_limits = replace(scheduler._encoder_limits, embeds=embeds)
+
+    def add(
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        output_tokens: int = 4,
+        images: Sequence[MultiModalFeatureSpec] = (),
+    ) -> Request:
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=[*range(prompt_tokens)],
+            sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
+            pooling_params=None,
+            mm_features=list(images),
+            block_hasher=get_request_block_hasher(BLOCK_TOKENS, sha256),
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self) -> SchedulerOutput:
+        """Schedule, note where every chunk ends, and give the requests that got so far a token."""
+        scheduler = self.scheduler
+        scheduled = scheduler.schedule()
+        self.outputs.append(scheduled)
+        ids, sampled = [*scheduled.num_scheduled_tokens], []
+        for request_id in ids:
+            request = scheduler.requests[request_id]
+            self.ends.setdefault(request_id, []).append(request.num_computed_tokens)
+            sampled.append([] if request.is_prefill_chunk else [request.num_output_tokens])
+        index = {request_id: row for row, request_id in enumerate(ids)}
+        ran = ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
+        for of_client in scheduler.update_from_output(scheduled, ran).values():
+            for output in of_client.outputs:
+                self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+                if output.finish_reason is not None:
+                    self.ended[output.request_id] = str(output.finish_reason)
+        return scheduled
+
+    def run(self, most_steps: int = 2000) -> None:
+        """Step until every request has ended.
+
+        Raises:
+            AssertionError: some wait for ever.
+        """
+        for _ in range(most_steps):
+            if not self.scheduler.has_unfinished_requests():
+                return
+            self.step()
+        raise AssertionError(f"unfinished: {sorted(self.scheduler.requests)}")
