@@ -89,8 +89,8 @@ def test_ends_do_not_depend_on_the_load(config: VllmConfig, seed: int, with_imag
 
 
 def test_a_whole_chunk_waits_and_holds_nobody_back(config: VllmConfig) -> None:
-    """One chunk of 24 and 8 other tokens fit a step: the second prompt waits behind the first,
-    and a short one that comes last runs at once."""
+    """A whole chunk and 8 other tokens fit a step: the second prompt waits until the first has
+    ended, and a short one that comes last runs at once."""
     core = Core(config)
     for name in ("first", "second"):
         core.add(name, PROMPT_TOKENS)
@@ -98,7 +98,7 @@ def test_a_whole_chunk_waits_and_holds_nobody_back(config: VllmConfig) -> None:
     for _ in range(4):
         core.step()
     assert core.ends["first"] == [8, 24, 48, 72]
-    assert core.ends["second"] == [8]
+    assert core.ends["second"] == [8, 24]
     assert core.tokens["short"]
     core.run()
     assert prompt_ends(core, "second") == prompt_ends(core, "first")

@@ -80,13 +80,6 @@ def test_a_prompt_that_fits_is_policy_full(force_class: str) -> None:
     assert torch.equal(outputs_of(lab, client), run_full(quota.tokens - 20, 20))
 
 
-class Generous(Scripted):
-    """Gives every client its whole quota at once, as the scheduler does for long ones."""
-
-    def blocks_needed(self, client: Client, seen_tokens: int) -> int:
-        return self.quota.blocks
-
-
 @pytest.mark.parametrize("policy", ["hybrid", "window"])
 @CLASSES
 def test_compression_that_drops_nothing_is_policy_full(
@@ -95,8 +88,10 @@ def test_compression_that_drops_nothing_is_policy_full(
     """Every chunk is scored, selected and compacted, and pages are shared, but all tokens stay."""
     expected = run_full(130, 30)
     monkeypatch.setattr(Quota, "compresses_after", lambda *_: True)
+    # as if the prompt did not fit: all blocks at once, and compactions in decode
+    monkeypatch.setattr(Quota, "fits", lambda *_: False)
     quota = small_quota(blocks=30)
-    lab = Generous(
+    lab = Scripted(
         policy,
         quota,
         pool_blocks=30,
