@@ -141,6 +141,7 @@ def test_fit_items(items: list[tuple], expected: list[tuple]) -> None:
 GRIDS_OF_NOTHING = {
     "zeros": torch.zeros(1, 3, dtype=torch.int64),
     "negative": torch.tensor([-2, -4, 6]),
+    "frames that cancel": torch.tensor([[-2, 4, 6], [4, 4, 6]]),
     "empty": torch.empty(0, 3),
     "two numbers": torch.tensor([4, 6]),
     "fractions": torch.tensor([1.5, 4.0, 8.0]),

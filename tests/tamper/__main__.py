@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")
 TESTS = (
     "tests/test_quota.py",
+    "tests/test_report_file.py",
+    "tests/test_unreadable_items.py",
     "tests/ops/test_merge.py",
     "tests/policy/test_lookm.py",
     "tests/policy/test_policies.py::test_the_most_unlike_stay_up_to_their_share",
@@ -39,6 +41,7 @@ TESTS = (
     "tests/worker/test_scenarios.py",
     "tests/worker/test_merge.py",
     "tests/worker/test_decode_step.py",
+    "tests/worker/test_generators.py",
     "tests/worker/test_graphs.py",
     "tests/worker/test_rehearsal.py",
 )

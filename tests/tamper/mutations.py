@@ -310,8 +310,44 @@ MUTATIONS = (
     Mutation(
         "vision: time stamps count as frames",
         "vision.py",
-        "if place.is_embed is None:",
+        "if mask is None:",
         "if True:",
+    ),
+    Mutation(
+        "vision: frames of another size belong to those before",
+        "vision.py",
+        "length = min(stop - start, run_tokens)",
+        "length = stop - start",
+    ),
+    Mutation(
+        "vision: frames may be fewer than none",
+        "vision.py",
+        "or min(numbers) < 1:",
+        "or False:",
+    ),
+    Mutation(
+        "spans: items overlap",
+        "spans.py",
+        "        free = stop\n",
+        "",
+    ),
+    Mutation(
+        "generators: a chunk draws from a seed",
+        "worker/generators.py",
+        "if is_discarded[row]}",
+        "if False}",
+    ),
+    Mutation(
+        "report: half a line stays",
+        "report_file.py",
+        "os.ftruncate(file, size_bytes)",
+        "pass",
+    ),
+    Mutation(
+        "report: waits for the reader of a pipe",
+        "report_file.py",
+        " | os.O_NONBLOCK",
+        "",
     ),
     Mutation(
         "step: a reserved page is taken again",
