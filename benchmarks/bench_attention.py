@@ -21,7 +21,7 @@ import torch
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.ops import BatchRows, PagedHeads, attend
 
 if TYPE_CHECKING:

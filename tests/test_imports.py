@@ -55,7 +55,7 @@ def test_most_of_it_works_without_vllm_and_triton() -> None:
 
 def test_quota_arithmetic_works_without_torch() -> None:
     blocked = ("vllm", "triton", "torch", "numpy")
-    run(BLOCK.format(blocked=blocked) + "import vllm_budgetkv.quota")
+    run(BLOCK.format(blocked=blocked) + "import vllm_budgetkv.arithmetic.quota")
 
 
 def test_blocking_works() -> None:

@@ -7,7 +7,12 @@ import itertools
 import pytest
 import torch
 
-from vllm_budgetkv.layout import SUPPORTED_DTYPES, SUPPORTED_PAGE_TOKENS, PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import (
+    SUPPORTED_DTYPES,
+    SUPPORTED_PAGE_TOKENS,
+    PageLayout,
+    PagePool,
+)
 
 HEAD_SIZES = range(32, 257, 8)
 SHAPES = [*itertools.product(SUPPORTED_PAGE_TOKENS, SUPPORTED_DTYPES)]

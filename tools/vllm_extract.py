@@ -1,11 +1,11 @@
 """What vLLM's sources say of every class that the plugin touches, without installing vLLM.
 
-    python -m tools.vllm_extract vllm-0.33.0.tar.gz > tests/vllm_versions/0.33.json
+    python -m tools.vllm_extract vllm-0.33.0.tar.gz > tests/start/vllm_versions/0.33.json
 
 A source distribution is read with `ast`: the classes and functions named in
-`vllm_budgetkv/upstream.py` and `upstream_reads.py`, each class with all that it inherits inside
-vLLM. All members are kept, not only those that we use today, so that a new row of the tables seldom
-needs the source distribution again. `tests/test_upstream_versions.py` compares.
+`vllm_budgetkv/start/upstream.py` and `upstream_reads.py`, each class with all that it inherits
+inside vLLM. All members are kept, not only those that we use today, so that a new row of the tables
+seldom needs the source distribution again. `tests/start/test_upstream_versions.py` compares.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.upstream import TOUCHPOINTS
-from vllm_budgetkv.upstream_reads import READS
+from vllm_budgetkv.start.upstream import TOUCHPOINTS
+from vllm_budgetkv.start.upstream_reads import READS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.config import BudgetConfig, budget_args
+    from vllm_budgetkv.start.config import BudgetConfig, budget_args
 
 __version__ = "0.1.0"
 __all__ = ["BudgetConfig", "__version__", "budget_args", "register"]
@@ -20,7 +20,7 @@ def register() -> None:
 
 def __getattr__(name: str) -> Any:
     if name in ("BudgetConfig", "budget_args"):
-        from vllm_budgetkv import config
+        from vllm_budgetkv.start import config
 
         return getattr(config, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv import upstream
-from vllm_budgetkv.cli import add_flags, fold_flags
-from vllm_budgetkv.config import SECTION, BudgetConfig
-from vllm_budgetkv.quota import least_batch_tokens
+from vllm_budgetkv.arithmetic.quota import least_batch_tokens
+from vllm_budgetkv.start import upstream
+from vllm_budgetkv.start.cli import add_flags, fold_flags
+from vllm_budgetkv.start.config import SECTION, BudgetConfig
 
 if TYPE_CHECKING:
     import argparse
@@ -53,7 +53,7 @@ def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs:
     upstream.check()
     _prepare_arguments(self, config)
     vllm_config = original(self, *args, **kwargs)
-    from vllm_budgetkv.activation import activate
+    from vllm_budgetkv.start.activation import activate
 
     activate(vllm_config, config)
     return vllm_config

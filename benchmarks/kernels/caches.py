@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.ops import FreeStack, PagedHeads
 
 

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.kernels.caches import Cache, build_cache, ragged_lens
 from vllm_budgetkv import ops
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference

@@ -20,7 +20,7 @@ from benchmarks.kernels.shapes import (
     ModelShape,
 )
 from vllm_budgetkv import ops
-from vllm_budgetkv.layout import MIN_HEAD_SIZE, PageLayout
+from vllm_budgetkv.arithmetic.layout import MIN_HEAD_SIZE, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

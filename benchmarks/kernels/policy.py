@@ -13,8 +13,8 @@ from benchmarks.kernels.rows import Bench, Row, measure_row
 from benchmarks.kernels.shapes import CHUNK_TOKENS, QWEN25_VL_7B
 from benchmarks.kernels.timing import host_seconds
 from benchmarks.kernels.work import Work
+from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
 from vllm_budgetkv.policy import Observation, PolicyOptions, make_policy
-from vllm_budgetkv.spans import PromptSpans, VisionItem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

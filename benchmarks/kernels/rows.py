@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.kernels.peers import REFUSALS, Batch, is_flash
 from vllm_budgetkv import ops
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vllm_budgetkv.quota import ceil_div
+from vllm_budgetkv.arithmetic.quota import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from benchmarks.quality.lab import Lab
-    from vllm_budgetkv.spans import PromptSpans
-    from vllm_budgetkv.worker.cache import BudgetCache
-    from vllm_budgetkv.worker.probes import Probes
-    from vllm_budgetkv.worker.requests import RequestState, RowPlan
+    from vllm_budgetkv.cache.cache import BudgetCache
+    from vllm_budgetkv.cache.probe.probes import Probes
+    from vllm_budgetkv.cache.requests import RequestState, RowPlan
+    from vllm_budgetkv.cache.spans import PromptSpans
 
 T = TypeVar("T")
 

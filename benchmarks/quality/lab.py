@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.quality.conversations import VIDEO
 from benchmarks.quality.scenes import Palette
-from vllm_budgetkv.config import budget_args
+from vllm_budgetkv.start.config import budget_args
 from vllm_budgetkv.testing.shapes import FRAMES_PER_TOKEN
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.quality.inside import before_admission, closing
 from benchmarks.quality.lab import Lab
-from vllm_budgetkv.worker.bank import ProbeBank, Rotary
+from vllm_budgetkv.cache.probe.bank import ProbeBank, Rotary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
-    from vllm_budgetkv.worker.probes import Probes
+    from vllm_budgetkv.cache.probe.probes import Probes
 
 
 class PartialBank(ProbeBank):

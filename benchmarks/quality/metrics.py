@@ -30,8 +30,8 @@ from benchmarks.quality.inside import (
 from benchmarks.quality.lab import Lab, Setup
 from benchmarks.quality.provenance import settings_of
 from benchmarks.quality.suite import TASKS, make_examples
+from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.quota import ceil_div
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

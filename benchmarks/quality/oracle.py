@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality.inside import PrefillRecorder, before_admission, client_number, closing
 from benchmarks.quality.lab import Lab
-from vllm_budgetkv.config import BudgetConfig
+from vllm_budgetkv.cache.probe.bank import BankShape, ProbeBank
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.policy.probe_source import PromptText
-from vllm_budgetkv.worker.bank import BankShape, ProbeBank
+from vllm_budgetkv.start.config import BudgetConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from benchmarks.quality.inside import Prefill
     from benchmarks.quality.lab import Outcome, Setup
     from benchmarks.quality.suite import Example
-    from vllm_budgetkv.worker.probes import Probes
+    from vllm_budgetkv.cache.probe.probes import Probes
 
 
 def ask_with_oracle(setup: Setup, examples: Sequence[Example]) -> list[Outcome]:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import vllm_budgetkv
-from vllm_budgetkv import platforms
-from vllm_budgetkv.platforms import CPU, CUDA
+from vllm_budgetkv.start import platforms
+from vllm_budgetkv.start.platforms import CPU, CUDA
 
 vllm_budgetkv.register()
 
@@ -21,7 +21,7 @@ from vllm.utils.import_utils import resolve_obj_by_qualname  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
-from vllm_budgetkv.attention.backend import BudgetBackend  # noqa: E402
+from vllm_budgetkv.worker.backend import BudgetBackend  # noqa: E402
 from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
 
 if TYPE_CHECKING:

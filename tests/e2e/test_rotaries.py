@@ -23,15 +23,15 @@ from vllm.model_executor.model_loader.utils import (  # noqa: E402
     process_weights_after_loading,
 )
 
+from vllm_budgetkv.cache.probe.rotaries import find_rotaries  # noqa: E402
 from vllm_budgetkv.worker.query_samples import sample_queries  # noqa: E402
-from vllm_budgetkv.worker.rotaries import find_rotaries  # noqa: E402
 from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from vllm_budgetkv.worker.bank import Rotary
+    from vllm_budgetkv.cache.probe.bank import Rotary
 
 HEAD_SIZE = 32
 MAX_TOKENS = 4096

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.ops import BatchRows, FreeStack, PagedHeads
 
 if TYPE_CHECKING:

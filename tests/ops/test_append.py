@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.factories import Cache, batch_rows, make_cache, strided_randn
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.reference.append import append as append_reference
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.ops.factories import Cache, assert_within_budget, batch_rows, make_cache, strided_randn
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.ops.factories import BAD_PAGE, Cache, make_cache
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.factories import assert_within_budget, make_cache
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.ops.factories import Cache, assert_within_budget, make_cache
 from tests.ops.naive_merge import HeadTokens, naive_merge
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.merge import MERGE_MODES, VALUE_THRESHOLD, merge
 from vllm_budgetkv.ops.reference.merge import merge as merge_reference
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.ops.factories import Cache, batch_rows, make_cache
 from tests.ops.test_append import assert_equal, run
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
 from vllm_budgetkv.ops.reserve import reserve

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.ops.factories import Cache, batch_rows, make_cache, strided_randn
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import PageChoice, PagedHeads
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference

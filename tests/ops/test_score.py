@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.ops.factories import batch_rows, int32, make_cache
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import PageChoice
 
 pytest.importorskip("triton")

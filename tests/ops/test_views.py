@@ -11,7 +11,7 @@ import torch
 
 from tests.ops.factories import batch_rows, make_cache
 from vllm_budgetkv import ops
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import require
 
 if TYPE_CHECKING:

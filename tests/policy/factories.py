@@ -10,8 +10,8 @@ from tempfile import mkdtemp
 
 import torch
 
+from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
 from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention, make_policy
-from vllm_budgetkv.spans import PromptSpans, VisionItem
 
 PAGE_TOKENS = 16
 HEAD_SIZE = 8

@@ -6,10 +6,10 @@ from dataclasses import fields
 
 import pytest
 
-from vllm_budgetkv.config import BudgetConfig
-from vllm_budgetkv.option import about, kind_of
 from vllm_budgetkv.policy import POLICIES, PolicyOptions, make_policy
+from vllm_budgetkv.policy.option import about, kind_of
 from vllm_budgetkv.policy.options import PolicyFlags
+from vllm_budgetkv.start.config import BudgetConfig
 
 KNOBS = {item.name for item in fields(PolicyOptions)} - {item.name for item in fields(PolicyFlags)}
 
@@ -112,7 +112,7 @@ def test_options_of_one_policy_are_refused_by_the_others() -> None:
 
 
 def test_a_policy_demands_what_it_needs() -> None:
-    """`tests/test_config.py` shows that `BudgetConfig` asks."""
+    """`tests/start/test_config.py` shows that `BudgetConfig` asks."""
     with pytest.raises(ValueError, match="streammem asks with what runs ahead"):
         POLICIES["streammem"].check(PolicyOptions(), lookahead=False)
     with pytest.raises(ValueError, match="needs --kv-head-scores-file: set it to a JSON file"):

@@ -25,15 +25,15 @@ from benchmarks.quality.inside import (
 from benchmarks.quality.lab import Lab, Outcome, Setup
 from benchmarks.quality.metrics import QUERY_TOKENS
 from benchmarks.quality.suite import Example, make_examples
+from vllm_budgetkv.cache.probe.bank import ProbeBank
+from vllm_budgetkv.cache.probe.probes import Probes
 from vllm_budgetkv.policy.probe_source import PromptText
-from vllm_budgetkv.worker.bank import ProbeBank
-from vllm_budgetkv.worker.probes import Probes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_budgetkv.worker.cache import BudgetCache
-    from vllm_budgetkv.worker.requests import RequestState
+    from vllm_budgetkv.cache.cache import BudgetCache
+    from vllm_budgetkv.cache.requests import RequestState
 
 PAGE_TOKENS = 8
 PROBE_TOKENS = 16

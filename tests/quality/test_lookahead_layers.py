@@ -11,7 +11,7 @@ import torch
 from benchmarks.quality import inside
 from benchmarks.quality.inside import before_admission
 from benchmarks.quality.lookahead_layers import PartialBank, parting
-from vllm_budgetkv.worker.bank import BankShape, ProbeBank
+from vllm_budgetkv.cache.probe.bank import BankShape, ProbeBank
 
 NUM_LAYERS = 3
 

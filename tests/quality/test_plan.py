@@ -9,9 +9,9 @@ import pytest
 from benchmarks.quality.plan import FULL, HYBRID, PAGE_TOKENS, PLANS, Run, ablation
 from benchmarks.quality.reader import SHAPE
 from benchmarks.quality.suite import make_examples
-from vllm_budgetkv.config import BudgetConfig
+from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.start.config import BudgetConfig
 
 ALL_RUNS = [run for plan in PLANS.values() for run in plan]
 

@@ -17,9 +17,9 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_budgetkv
-from vllm_budgetkv.activation import quota_of
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.start.activation import quota_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

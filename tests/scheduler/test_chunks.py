@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.scheduler.engine_core import Core, configure, image
-from vllm_budgetkv.activation import quota_of
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop
+from vllm_budgetkv.start.activation import quota_of
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm.config import VllmConfig
 
-    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.arithmetic.quota import Quota
 
 PROMPT_TOKENS = 250
 EMBEDS = 40

@@ -15,8 +15,8 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_budgetkv.layout import PageLayout
-from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 

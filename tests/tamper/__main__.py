@@ -26,24 +26,24 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")
 TESTS = (
-    "tests/test_quota.py",
-    "tests/test_report_file.py",
-    "tests/test_unreadable_items.py",
+    "tests/arithmetic/test_quota.py",
+    "tests/cache/test_report_file.py",
+    "tests/cache/test_unreadable_items.py",
     "tests/ops/test_merge.py",
     "tests/policy/test_lookm.py",
     "tests/policy/test_policies.py::test_the_most_unlike_stay_up_to_their_share",
     "tests/scheduler",
-    "tests/worker/test_bank.py",
-    "tests/worker/test_probes.py",
-    "tests/worker/test_vision.py",
-    "tests/worker/test_exact.py",
-    "tests/worker/test_needle.py",
-    "tests/worker/test_scenarios.py",
-    "tests/worker/test_merge.py",
-    "tests/worker/test_decode_step.py",
+    "tests/cache/test_bank.py",
+    "tests/cache/test_probes.py",
+    "tests/cache/test_vision.py",
+    "tests/cache/test_exact.py",
+    "tests/cache/test_needle.py",
+    "tests/cache/test_scenarios.py",
+    "tests/cache/test_merge.py",
+    "tests/cache/test_decode_step.py",
     "tests/worker/test_generators.py",
     "tests/worker/test_graphs.py",
-    "tests/worker/test_rehearsal.py",
+    "tests/cache/test_rehearsal.py",
 )
 
 

@@ -16,7 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_budgetkv.quota import Quota
+from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.worker.worker import BudgetWorker
 

@@ -14,10 +14,10 @@ from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.merge import merge
 from vllm_budgetkv.ops.reserve import reserve
-from vllm_budgetkv.ops.retrieve import PageChoice, retrieve
+from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
-from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
+from vllm_budgetkv.ops.views import BatchRows, FreeStack, PageChoice, PagedHeads
 
 __all__ = [
     "BatchRows",

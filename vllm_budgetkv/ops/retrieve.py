@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,21 +11,7 @@ from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.require import require, require_layer
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
-
-
-class PageChoice(NamedTuple):
-    """How many pages a dynamic head reads, and which of them in any case.
-
-    Attributes:
-        keep_ratio: share of its pages, in (0, 1].
-        sink_pages: first pages, always read.
-        window_pages: last pages, always read, at least 1 (they may have no digest yet).
-    """
-
-    keep_ratio: float
-    sink_pages: int
-    window_pages: int
+    from vllm_budgetkv.ops.views import BatchRows, PageChoice, PagedHeads
 
 
 def retrieve(

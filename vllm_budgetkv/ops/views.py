@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import PagePool
 
 
 class PagedHeads(NamedTuple):
@@ -80,3 +80,17 @@ class BatchRows(NamedTuple):
     query_start: torch.Tensor
     first_position: torch.Tensor
     shared: torch.Tensor
+
+
+class PageChoice(NamedTuple):
+    """How many pages a dynamic head reads, and which of them in any case.
+
+    Attributes:
+        keep_ratio: share of its pages, in (0, 1].
+        sink_pages: first pages, always read.
+        window_pages: last pages, always read, at least 1 (they may have no digest yet).
+    """
+
+    keep_ratio: float
+    sink_pages: int
+    window_pages: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final, Literal, Protocol
 
-from vllm_budgetkv.option import refuse_foreign
+from vllm_budgetkv.policy.option import refuse_foreign
 from vllm_budgetkv.policy.probe_source import ProbeSource, PromptText
 
 if TYPE_CHECKING:

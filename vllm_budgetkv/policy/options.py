@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal, get_args
 
-from vllm_budgetkv.option import (
+from vllm_budgetkv.policy.option import (
     COUNT,
     NOT_NEGATIVE,
     ODD,

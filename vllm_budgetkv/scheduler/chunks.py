@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.v1.request import Request
 
-    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.arithmetic.quota import Quota
 
 
 @dataclass(frozen=True)

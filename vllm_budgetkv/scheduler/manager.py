@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.arithmetic.quota import Quota
 
 
 @dataclass(frozen=True)

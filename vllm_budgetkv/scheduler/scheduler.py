@@ -8,11 +8,11 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request, RequestStatus
 
-from vllm_budgetkv.activation import config_of
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.start.activation import config_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
-    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.arithmetic.quota import Quota
 
 # a child of vLLM's logger, which alone has a handler
 logger = init_logger("vllm.plugins.budgetkv")

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.scheduler.manager import QuotaManager
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
-    from vllm_budgetkv.quota import Quota
+    from vllm_budgetkv.arithmetic.quota import Quota
 
 
 # fields of a full-attention spec that a page serves; any other must have its default

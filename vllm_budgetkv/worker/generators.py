@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv import upstream
+from vllm_budgetkv.start import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable

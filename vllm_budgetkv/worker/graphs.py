@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv import upstream
+from vllm_budgetkv.start import upstream
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from vllm_budgetkv.worker.cache import BudgetCache
+    from vllm_budgetkv.cache.cache import BudgetCache
 
 
 def keep_chunks_out(runner: object, cache: BudgetCache, is_v2: bool) -> None:

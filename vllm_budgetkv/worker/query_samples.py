@@ -9,7 +9,7 @@ import torch
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.interfaces import requires_raw_input_tokens
 
-from vllm_budgetkv.upload import upload
+from vllm_budgetkv.cache.upload import upload
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

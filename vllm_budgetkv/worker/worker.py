@@ -12,19 +12,19 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_budgetkv import platforms, pool_size
-from vllm_budgetkv.activation import config_of, quota_of
-from vllm_budgetkv.attention.backend import BudgetBackend, require_plain_layers
-from vllm_budgetkv.attention.builder import BudgetMetadataBuilder
+from vllm_budgetkv.cache.build import Rules, build_cache
+from vllm_budgetkv.cache.probe.rotaries import find_rotaries, turns_probe
+from vllm_budgetkv.cache.rehearsal import rehearse
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import parent_of
-from vllm_budgetkv.worker.assemble import heads_of, model_of
-from vllm_budgetkv.worker.build import Rules, build_cache
+from vllm_budgetkv.start import platforms, pool_size
+from vllm_budgetkv.start.activation import config_of, quota_of
+from vllm_budgetkv.worker.backend import BudgetBackend, require_plain_layers
+from vllm_budgetkv.worker.engine_view import heads_of, model_of
 from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
+from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
-from vllm_budgetkv.worker.rehearsal import rehearse
-from vllm_budgetkv.worker.rotaries import find_rotaries, turns_probe
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.worker.worker_base import CompilationTimes
 
-    from vllm_budgetkv.worker.bank import Rotary
-    from vllm_budgetkv.worker.cache import BudgetCache
+    from vllm_budgetkv.cache.cache import BudgetCache
+    from vllm_budgetkv.cache.probe.bank import Rotary
 
 BACKEND_PATH = f"{BudgetBackend.__module__}.{BudgetBackend.__qualname__}"
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.factories import make_cache
 from tests.ops.test_append import LENS, assert_equal, give_pages, run
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.triton.arrival import counters

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.factories import batch_rows, make_cache, strided_randn
 from tests.ops.test_attend import DTYPES, check_kernel
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 
 

@@ -22,7 +22,7 @@ from benchmarks.kernels.shapes import QWEN25_VL_7B, ModelShape
 from benchmarks.kernels.timing import Ceilings, Timing
 from tests.ops.factories import batch_rows
 from vllm_budgetkv import ops
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from tests.ops.test_compact import (
     random_keep,
     run,
 )
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import PagedHeads
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference

@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.factories import make_cache
 from tests.ops.test_contrast import DTYPES, check_contrast
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.triton import contrast as launcher
 

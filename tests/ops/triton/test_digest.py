@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.factories import make_cache
 from tests.ops.test_digest import DTYPES, check_digest
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.digest import digest
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops import test_merge as naive
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.merge import MERGE_MODES, merge
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from tests.ops import test_retrieve as naive
 from tests.ops.factories import strided_randn
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.triton.ranking import sort_key

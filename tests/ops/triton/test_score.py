@@ -7,7 +7,7 @@ import torch
 
 from tests.ops.factories import make_cache
 from tests.ops.test_score import DTYPES, check_score
-from vllm_budgetkv.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.triton import score as launcher

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 

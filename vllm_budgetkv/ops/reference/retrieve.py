@@ -10,9 +10,8 @@ from vllm_budgetkv.ops.reference.select import select
 from vllm_budgetkv.ops.reference.tokens import locate_pages
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
-    from vllm_budgetkv.ops.retrieve import PageChoice
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+    from vllm_budgetkv.arithmetic.layout import PagePool
+    from vllm_budgetkv.ops.views import BatchRows, PageChoice, PagedHeads
 
 
 def retrieve(

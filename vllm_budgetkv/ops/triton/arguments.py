@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import FreeStack, PagedHeads
 
 

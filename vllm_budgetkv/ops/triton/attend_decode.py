@@ -17,7 +17,7 @@ from vllm_budgetkv.ops.triton.scratch import scratch
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.layout import PageLayout
+    from vllm_budgetkv.arithmetic.layout import PageLayout
 
 MIN_RUN_TOKENS = 256
 MAX_RUNS = 32

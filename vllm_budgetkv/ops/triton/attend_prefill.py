@@ -12,7 +12,7 @@ from vllm_budgetkv.ops.triton.online_softmax import attend_keys, empty_state, me
 from vllm_budgetkv.ops.triton.rows import find_row, first_block
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PageLayout
+    from vllm_budgetkv.arithmetic.layout import PageLayout
 
 
 def prefill_options(layout: PageLayout) -> dict[str, int]:

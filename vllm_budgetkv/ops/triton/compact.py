@@ -15,7 +15,7 @@ from vllm_budgetkv.ops.triton.arguments import require_dense
 from vllm_budgetkv.ops.triton.heads import Heads
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import FreeStack, PagedHeads
 
 WORD_BYTES = 4

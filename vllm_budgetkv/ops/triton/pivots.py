@@ -13,7 +13,7 @@ from vllm_budgetkv.ops.triton.heads import Heads
 from vllm_budgetkv.ops.triton.precision import dot_type
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.layout import PageLayout
+    from vllm_budgetkv.arithmetic.layout import PageLayout
     from vllm_budgetkv.ops.views import PagedHeads
 
 NO_TOKEN: tl.constexpr = tl.constexpr(2**31 - 1)

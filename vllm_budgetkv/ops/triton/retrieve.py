@@ -14,8 +14,7 @@ from vllm_budgetkv.ops.triton.scratch import scratch
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.ops.retrieve import PageChoice
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+    from vllm_budgetkv.ops.views import BatchRows, PageChoice, PagedHeads
 
 BLOCK_PAGES = 32
 

@@ -1,0 +1,363 @@
+"""A worker without a model: a random scheduler drives the real cache, a shadow checks all bytes."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+from tests.policy.factories import head_scores_file
+from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
+from vllm_budgetkv.cache.build import Model, Rules, build_cache
+from vllm_budgetkv.cache.probe.bank import Rotary
+from vllm_budgetkv.policy import PolicyOptions, make_policy
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.cache import BudgetCache
+    from vllm_budgetkv.cache.report import RequestRecord
+    from vllm_budgetkv.cache.requests import RequestState
+    from vllm_budgetkv.cache.step import Step
+    from vllm_budgetkv.policy import Policy
+
+LOOKAHEAD = "#ahead"
+
+
+def parent_of(request_id: str) -> str | None:
+    return request_id.removesuffix(LOOKAHEAD) if request_id.endswith(LOOKAHEAD) else None
+
+
+@dataclass
+class Feature:
+    """A multimodal item as vLLM describes one, with frames of `frame_tokens`."""
+
+    offset: int
+    length: int
+    frame_tokens: int
+    modality: str = "video"
+
+    @property
+    def mm_position(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            offset=self.offset,
+            length=self.length,
+            is_embed=None,
+            get_num_embeds=lambda: self.length,
+        )
+
+    @property
+    def data(self) -> dict[str, SimpleNamespace]:
+        grid = torch.tensor([[self.length // self.frame_tokens, 2, 2 * self.frame_tokens]])
+        return {"video_grid_thw": SimpleNamespace(data=grid)}
+
+
+@dataclass(eq=False)
+class Client:
+    """What the scheduler knows of one request."""
+
+    request_id: str
+    prompt_tokens: int
+    features: list[Feature] = field(default_factory=list)
+    output_tokens: int = 0
+    computed_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    was_admitted: bool = False
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens
+
+
+class Lab:
+    """The real cache of a worker with `layers` x `heads` heads, and a shadow of every token.
+
+    Queries, keys and values are random; override `project` to say what they are, and `see` to look
+    at what attention makes of them.
+
+    Args:
+        policy: name of the policy.
+        quota: what one request may hold.
+        pool_blocks: blocks of the pool.
+        group: query heads per KV head (G).
+    """
+
+    rope_base = 100.0
+    reads_all_pages = False
+    """Whether rows that retrieve read every page, so that their output must be dense attention."""
+
+    def __init__(
+        self,
+        policy: str,
+        quota: Quota,
+        *,
+        pool_blocks: int,
+        heads: int = 2,
+        group: int = 2,
+        head_size: int = 32,
+        num_slots: int = 6,
+        options: PolicyOptions | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.quota, self.heads, self.group, self.head_size = quota, heads, group, head_size
+        self.layers = quota.num_layers
+        self.options = options or PolicyOptions(sink_tokens=2, window_tokens=8, probe_tokens=4)
+        if policy == "sparsemm":
+            scores_file = str(head_scores_file(self.layers, heads))
+            self.options = replace(self.options, head_scores_file=scores_file)
+        layout = PageLayout(quota.page_tokens, head_size, torch.float32)
+        num_pages = pool_blocks * self.layers * heads
+        raw = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8)
+        self.pool = PagePool(raw, layout)
+        self.free_blocks = list(range(pool_blocks))
+        self.finished: list[RequestRecord] = []
+        self.cache = self.make_cache(policy, num_slots)
+        # per (request, layer): [prompt and output tokens, 2 (K, V), H, D]
+        self.shadow: dict[tuple[str, int], torch.Tensor] = {}
+        self.gone: set[str] = set()
+
+    def make_cache(self, policy: str, num_slots: int) -> BudgetCache:
+        """The cache that a worker would build."""
+        model = Model(
+            pool=self.pool,
+            layer_index={f"layer{i}": i for i in range(self.layers)},
+            scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
+            rotaries=self.rotaries(),
+            num_query_heads=self.heads * self.group,
+            num_heads=self.heads,
+        )
+        rules = Rules(
+            policy=make_policy(policy, self.options, self.quota.page_tokens),
+            options=self.options,
+            quota=self.quota,
+            num_slots=num_slots,
+            check_ledger=True,
+        )
+        return build_cache(model, rules, lambda new: parent_of(new.req_id), self.finished.append)
+
+    def rotaries(self) -> dict[int, Rotary]:
+        """The embedding of each layer; all share one."""
+        return dict.fromkeys(range(self.layers), self.rotary)
+
+    @property
+    def rotary(self) -> Rotary:
+        """How the lab's queries and keys are turned."""
+        return Rotary(self.rope_base ** -torch.linspace(0, 1, self.head_size // 2), True)
+
+    @property
+    def policy(self) -> Policy:
+        return self.cache.layers.compressor.policy
+
+    def state(self, client: Client) -> RequestState:
+        """What the worker knows of a client that holds a slot."""
+        return self.cache.slots.requests[client.request_id]
+
+    # --- what the engine core does -------------------------------------------------------------
+
+    def blocks_needed(self, client: Client, seen_tokens: int) -> int:
+        return self.quota.blocks_for(seen_tokens, client.prompt_tokens)
+
+    def room(self, client: Client) -> int:
+        """Most tokens of its next chunk, which may be any part of the prompt."""
+        start, prompt_tokens = client.computed_tokens, client.prompt_tokens
+        if start < prompt_tokens:
+            return min(self.quota.chunk_tokens, prompt_tokens - start)
+        return min(self.quota.next_stop(start, prompt_tokens), client.total_tokens) - start
+
+    def take_blocks(self, client: Client, seen_tokens: int) -> list[int] | None:
+        """Give the client what it needs to have seen so many tokens; None if the pool is out."""
+        missing = self.blocks_needed(client, seen_tokens) - len(client.blocks)
+        if missing > len(self.free_blocks):
+            return None
+        taken = [self.free_blocks.pop(0) for _ in range(max(0, missing))]
+        client.blocks += taken
+        return taken
+
+    def give_blocks(self, client: Client) -> None:
+        self.free_blocks += client.blocks
+        client.blocks = []
+        client.computed_tokens = 0
+
+    def step(
+        self,
+        work: dict[Client, int],
+        *,
+        finished: tuple[str, ...] = (),
+        preempted: tuple[str, ...] = (),
+    ) -> Step | None:
+        """Run one step in which every client of `work` computes so many tokens."""
+        self.gone.update(finished)
+        scheduled = SimpleNamespace(
+            finished_req_ids=set(finished),
+            preempted_req_ids=set(preempted),
+            scheduled_new_reqs=[],
+            scheduled_cached_reqs=SimpleNamespace(
+                req_ids=[],
+                resumed_req_ids=set(),
+                new_block_ids=[],
+                num_computed_tokens=[],
+                num_output_tokens=[],
+            ),
+            num_scheduled_tokens={},
+        )
+        for client, num_tokens in work.items():
+            self._schedule(scheduled, client, num_tokens)
+        self.cache.begin_step(scheduled)
+        step = self.forward(work) if work else None
+        self.cache.end_step()
+        for client, num_tokens in work.items():
+            client.computed_tokens += num_tokens
+            if client.computed_tokens == client.total_tokens:
+                client.output_tokens += 1
+        return step
+
+    def _schedule(self, scheduled: SimpleNamespace, client: Client, num_tokens: int) -> None:
+        fresh = client.computed_tokens == 0 and not client.blocks
+        taken = self.take_blocks(client, client.computed_tokens + num_tokens)
+        assert taken is not None, "the test must not schedule what the pool cannot hold"
+        assert len(client.blocks) <= self.quota.blocks
+        if fresh and not client.was_admitted:
+            client.was_admitted = True
+            scheduled.scheduled_new_reqs.append(
+                SimpleNamespace(
+                    req_id=client.request_id,
+                    prompt_len=client.prompt_tokens,
+                    prefill_token_ids=None,
+                    mm_features=client.features,
+                    block_ids=(list(client.blocks),),
+                    num_computed_tokens=0,
+                )
+            )
+        else:
+            cached = scheduled.scheduled_cached_reqs
+            cached.req_ids.append(client.request_id)
+            cached.new_block_ids.append((taken,) if taken else None)
+            cached.num_computed_tokens.append(client.computed_tokens)
+            cached.num_output_tokens.append(client.output_tokens)
+            if fresh:
+                cached.resumed_req_ids.add(client.request_id)
+        scheduled.num_scheduled_tokens[client.request_id] = num_tokens
+
+    # --- what the model does --------------------------------------------------------------------
+
+    def forward(self, work: dict[Client, int]) -> Step:
+        rows = sorted(work, key=lambda client: work[client])
+        starts = torch.tensor([0, *(work[c] for c in rows)]).cumsum(0)
+        step = self.cache.open_step([c.request_id for c in rows], starts)
+        positions = [torch.arange(work[c]) + c.computed_tokens for c in rows]
+        step.see_positions(torch.cat(positions).expand(3, -1))
+        for layer in range(self.layers):
+            parts = [self.project(c, layer, c.computed_tokens, work[c]) for c in rows]
+            query, key, value = (torch.cat(part) for part in zip(*parts, strict=True))
+            for client, (_, keys, values) in zip(rows, parts, strict=True):
+                self._remember(client, layer, keys, values)
+            expected = self._expected(rows, starts, layer, query, key, value)
+            out = torch.full_like(query, torch.nan)
+            self.run_layer(step, layer, query, key, value, out)
+            assert not out.isnan().any()
+            if self.reads_all_pages or not step.num_retrieving_rows:
+                torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+            for row, client in enumerate(rows):
+                self.see(client, layer, out[int(starts[row]) : int(starts[row + 1])])
+                self.check_content(client, layer)
+                self.check_budget(client, layer)
+        return step
+
+    def run_layer(self, step: Step, layer: int, *tensors: torch.Tensor) -> None:
+        """What the model's layer calls with query, key, value and out."""
+        step.run_layer(f"layer{layer}", *tensors)
+
+    def project(
+        self, client: Client, layer: int, first: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rotated query [count, Hq, D] and key, and value [count, H, D], of tokens from `first`."""
+        query = self.randn(count, self.heads * self.group)
+        return query, self.randn(count, self.heads), self.randn(count, self.heads)
+
+    def see(self, client: Client, layer: int, out: torch.Tensor) -> None:
+        """Look at the output [count, Hq, D] of a client's tokens."""
+
+    def randn(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, self.head_size, generator=self.generator)
+
+    def _remember(self, client: Client, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        name = (client.request_id, layer)
+        old = self.shadow.get(name)
+        fresh = torch.stack((key, value), dim=1)
+        kept = old[: client.computed_tokens] if old is not None else fresh[:0]
+        self.shadow[name] = torch.cat((kept, fresh))
+
+    def held(self, client: Client, layer: int, head: int) -> torch.Tensor:
+        """Logical positions of the tokens that a head holds, in order."""
+        request = self.cache.slots.requests[client.request_id]
+        tables = self.cache.tables
+        count = int(tables.lens[request.slot, layer, head])
+        page_tokens = self.quota.page_tokens
+        pages = tables.page_table[request.slot, layer, head, : -(-count // page_tokens)].long()
+        return self.pool.positions[pages].flatten()[:count].long()
+
+    def _expected(
+        self,
+        rows: list[Client],
+        starts: torch.Tensor,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> torch.Tensor:
+        """Dense attention over what is held and the new tokens."""
+        out = torch.empty_like(query)
+        for row, client in enumerate(rows):
+            part = slice(int(starts[row]), int(starts[row + 1]))
+            for head in range(self.heads):
+                old = self.shadow[client.request_id, layer][self.held(client, layer, head), :, head]
+                keys = torch.cat((old[:, 0], key[part, head]))
+                values = torch.cat((old[:, 1], value[part, head]))
+                heads = slice(head * self.group, (head + 1) * self.group)
+                logits = torch.einsum("tgd,nd->gtn", query[part, heads], keys)
+                count = logits.shape[1]
+                future = torch.ones(count, logits.shape[2]).triu(logits.shape[2] - count + 1)
+                logits = (logits * self.head_size**-0.5).masked_fill(future.bool(), -torch.inf)
+                mixed = torch.einsum("gtn,nd->tgd", logits.softmax(-1), values)
+                out[part, heads] = mixed
+        return out
+
+    def check_content(self, client: Client, layer: int) -> None:
+        """Every held token is the one that was written at its position, in order, bit by bit."""
+        request = self.cache.slots.requests[client.request_id]
+        tables = self.cache.tables
+        for head in range(self.heads):
+            positions = self.held(client, layer, head)
+            assert (positions.diff() > 0).all()
+            count = len(positions)
+            pages = tables.page_table[
+                request.slot, layer, head, : -(-count // self.quota.page_tokens)
+            ]
+            keys = self.pool.keys[pages.long()].flatten(0, 1)[:count]
+            values = self.pool.values[pages.long()].flatten(0, 1)[:count]
+            shadow = self.shadow[client.request_id, layer][positions, :, head]
+            assert torch.equal(keys, shadow[:, 0])
+            assert torch.equal(values, shadow[:, 1])
+
+    def check_budget(self, client: Client, layer: int) -> None:
+        """A layer that has just been compressed holds its budget at most, and not much less."""
+        plan = self.cache.plans[client.request_id]
+        if not plan.compress:
+            return
+        lens = self.cache.tables.lens[plan.request.slot, layer]
+        held_tokens = int(lens.sum())
+        assert int(lens.max()) <= self.quota.max_head_tokens
+        layer_budgets = plan.request.layer_budgets
+        if layer_budgets is not None:
+            assert held_tokens <= layer_budgets.caps[layer] * self.heads
+            assert sum(layer_budgets.caps) <= self.quota.budget_tokens * self.layers
+            return
+        budget_tokens = self.quota.budget_tokens * self.heads
+        assert held_tokens <= budget_tokens
+        # dynamic heads round down to whole pages
+        slack_tokens = self.heads * self.quota.page_tokens
+        assert held_tokens > min(budget_tokens, plan.stop_tokens * self.heads) - slack_tokens

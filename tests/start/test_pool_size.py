@@ -1,0 +1,89 @@
+"""A pool that never holds one request at quota is refused in terms of the quota."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.start import pool_size
+from vllm_budgetkv.start.config import BudgetConfig
+
+QUOTA = Quota(blocks=64, page_tokens=16, num_layers=4, chunk_tokens=256, decode_interval_tokens=64)
+LAYOUT = PageLayout(16, 32, torch.float32)
+BLOCK_BYTES = 4 * 2 * LAYOUT.page_bytes
+
+
+def engine(override: int | None = None) -> Any:
+    model = SimpleNamespace(
+        dtype=torch.float32,
+        get_head_size=lambda: 32,
+        get_num_kv_heads=lambda parallel_config: 2,
+    )
+    return SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        cache_config=SimpleNamespace(num_gpu_blocks_override=override),
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "pool_bytes", "blocks"),
+    [
+        (None, None, None),
+        (None, 65 * BLOCK_BYTES, 65),
+        (None, 65 * BLOCK_BYTES - 1, 64),
+        (7, None, 7),
+        (7, 65 * BLOCK_BYTES, 7),
+    ],
+)
+def test_blocks_of(override: int | None, pool_bytes: int | None, blocks: int | None) -> None:
+    assert pool_size.blocks_of(engine(override), QUOTA, pool_bytes) == blocks
+
+
+@pytest.mark.parametrize(("override", "pool_bytes"), [(None, None), (65, 0), (None, 1 << 40)])
+def test_a_pool_that_may_hold_it(override: int | None, pool_bytes: int | None) -> None:
+    pool_size.check(engine(override), QUOTA, pool_bytes)
+
+
+@pytest.mark.parametrize(
+    ("override", "pool_blocks", "advice"),
+    [
+        (64, 99, "set --kv-page-quota to at most 63, or give the pool 65 blocks"),
+        (64, 99, r"raise --num-gpu-blocks-override$"),
+        (None, 64, r"raise VLLM_CPU_KVCACHE_SPACE \(GiB\) or --kv-cache-memory-bytes$"),
+        (None, 12, "of which vLLM reserves 1: set --kv-page-quota to at most 11, or"),
+        # the smallest quota for these chunks is 11 blocks
+        (None, 11, "of which vLLM reserves 1: give the pool 65 blocks"),
+    ],
+)
+def test_refused_pools(override: int | None, pool_blocks: int, advice: str) -> None:
+    with pytest.raises(ValueError, match=advice) as error:
+        pool_size.check(engine(override), QUOTA, pool_blocks * BLOCK_BYTES)
+    text = str(error.value)
+    assert text.startswith("one request may hold 64 blocks of 16 tokens, but the pool has ")
+    assert "max-model-len" not in text
+
+
+def test_the_quota_that_is_advised_works() -> None:
+    smaller = Quota(**{**vars(QUOTA), "blocks": 63})
+    pool_size.check(engine(64), smaller, None)
+
+
+def test_the_worker_checks_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu_worker import Worker
+
+    from vllm_budgetkv.worker.worker import BudgetWorker
+
+    monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 64 * BLOCK_BYTES)
+    worker: Any = BudgetWorker.__new__(BudgetWorker)
+    worker.vllm_config, worker._quota = engine(), QUOTA
+    worker._config = BudgetConfig(policy="full")
+    assert worker.determine_available_memory() == 64 * BLOCK_BYTES
+    worker._config = BudgetConfig(policy="hybrid", page_quota=64)
+    with pytest.raises(ValueError, match="the pool has 64, of which vLLM reserves 1"):
+        worker.determine_available_memory()

@@ -1,0 +1,1 @@
+"""Counts and byte offsets, the same in every process."""

@@ -1,1 +1,0 @@
-"""What the model calls: the attention backend, its metadata and its forward."""

@@ -1,0 +1,1 @@
+"""What a worker holds under quotas; knows no vLLM."""

@@ -1,0 +1,182 @@
+"""The worker's cache: what every request does in a step. No number here comes from the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv.cache.ledger import check_slot
+from vllm_budgetkv.cache.requests import RequestState, RowPlan
+from vllm_budgetkv.cache.step import Step, count_retrieving_rows
+from vllm_budgetkv.ops import backend
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from vllm_budgetkv.cache.report import Reports
+    from vllm_budgetkv.cache.rows import Rows
+    from vllm_budgetkv.cache.slots import Slots
+    from vllm_budgetkv.cache.step import Layers
+    from vllm_budgetkv.cache.tables import HeadTables
+
+
+@dataclass
+class BudgetCache:
+    """Everything that the worker holds under quotas. A step is planned, opened, run and ended here.
+
+    Args:
+        slots: the requests.
+        layers: what the layers of every step work with.
+        rows: rows of the current batch; there are as many as slots.
+        reports: told of every client request.
+        check_ledger: check every slot after every step.
+        plans: what each request does in the current step, by id.
+        step: the current batch; None between batches.
+    """
+
+    slots: Slots
+    layers: Layers
+    rows: Rows
+    reports: Reports
+    check_ledger: bool
+    plans: dict[str, RowPlan] = field(default_factory=dict, init=False)
+    step: Step | None = field(default=None, init=False)
+
+    @property
+    def tables(self) -> HeadTables:
+        return self.layers.tables
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the first long request would wait for kernels to be compiled."""
+        return self.layers.compressor.policy.compresses and backend.of(self.tables.lens) == "triton"
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether a request of the current step gets prompt tokens."""
+        return any(not plan.is_decode for plan in self.plans.values())
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
+        self.slots.follow(scheduled)
+        self.plan_step(scheduled.num_scheduled_tokens)
+
+    def plan_step(self, num_tokens_of: Mapping[str, int]) -> None:
+        """Plan a step in which every request, by id, gets so many tokens."""
+        self.plans = {
+            request_id: self._plan(self.slots.requests[request_id], num_tokens)
+            for request_id, num_tokens in num_tokens_of.items()
+        }
+
+    def open_step(self, row_ids: Sequence[str], query_start: torch.Tensor) -> Step:
+        """Order the plans as the batch's rows; a decode step takes its pages.
+
+        Args:
+            row_ids: request id of each row; all have a plan.
+            query_start: int [R + 1] on the host.
+        """
+        plans = [self.plans[request_id] for request_id in row_ids]
+        starts = query_start.tolist()
+        self.rows.fill(plans, starts)
+        rows = self.rows.first(len(plans))
+        is_decode = all(plan.is_decode for plan in plans)
+        if is_decode:
+            self.tables.reserve(rows)
+            rows.shared.zero_()
+        # what a decode step leaves behind is counted in rows
+        first_tokens = range(len(plans)) if is_decode else starts
+        self.step = Step(
+            layers=self.layers,
+            plans=plans,
+            starts=starts,
+            rows=rows,
+            is_decode=is_decode,
+            writes=self.layers.probes.open_writes(plans, first_tokens),
+            num_retrieving_rows=count_retrieving_rows(plans),
+        )
+        return self.step
+
+    def step_to_capture(self, num_rows: int) -> Step:
+        """A decode step of any `num_rows` requests: its layers read the tensors of the cache.
+
+        Until a step is opened, its rows have no tokens and change nothing.
+
+        Raises:
+            ValueError: the cache has room for fewer rows.
+        """
+        if num_rows > (capacity := len(self.rows.slots)):
+            raise ValueError(
+                f"a graph of {num_rows} rows was asked for, but --max-num-seqs is {capacity}: "
+                "lower --max-cudagraph-capture-size"
+            )
+        self.rows.fill([], [0])
+        return Step(
+            layers=self.layers,
+            plans=[],
+            starts=range(num_rows + 1),
+            rows=self.rows.first(num_rows),
+            is_decode=True,
+            writes=[],
+            num_retrieving_rows=num_rows if self.layers.reader.choice else 0,
+        )
+
+    def end_step(self) -> None:
+        """Advance every request that ran, and check the ledger if asked to.
+
+        Raises:
+            RuntimeError: the model ran without our step, so nothing was attended to.
+        """
+        if self.plans and self.step is None:
+            raise RuntimeError(
+                f"the model computed {len(self.plans)} requests without the metadata of this "
+                "plugin: it does not serve this model runner; start without --kv-policy"
+            )
+        if self.step is not None:
+            self.step.close()
+        for plan in self.plans.values():
+            self._advance(plan)
+        self.plans = {}
+        self.step = None
+        if self.check_ledger:
+            for request in self.slots.requests.values():
+                check_slot(self.tables, request)
+
+    def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
+        quota, prompt_tokens = request.quota, request.prompt_tokens
+        start_tokens = request.computed_tokens
+        stop_tokens = start_tokens + num_tokens
+        plan = RowPlan(request, num_tokens)
+        if request.in_prefill(start_tokens):
+            plan.compress = quota.compresses_after(stop_tokens, prompt_tokens)
+        elif quota.compresses:
+            last_stop = quota.next_stop(start_tokens, prompt_tokens)
+            assert stop_tokens <= last_stop, "output runs past a compaction"
+        compacts = quota.compacts_before(start_tokens, prompt_tokens)
+        if plan.compress or compacts:
+            self._share(request)
+        if compacts:
+            self.layers.compressor.compress_all(request)
+        plan.bank_positions = self.layers.probes.plan(request, start_tokens, stop_tokens)
+        return plan
+
+    def _share(self, request: RequestState) -> None:
+        """Let a request's heads share its pages from its first compression on."""
+        if not request.shared:
+            self.tables.share(request.slot, request.blocks, request.computed_tokens)
+            request.share(self.layers.compressor.new_layer_budgets(request.quota))
+
+    def _advance(self, plan: RowPlan) -> None:
+        request, ends_prefill = plan.request, plan.ends_prefill
+        request.advance(plan.num_tokens)
+        if plan.compress:
+            self.layers.compressor.finished(request, last=ends_prefill)
+        if not ends_prefill:
+            return
+        if request.parent_id is None:
+            self.reports.prefilled(request)
+        else:
+            assert request.bank is not None
+            self.layers.probes.seed(request.parent_id, request.bank)

@@ -1,0 +1,231 @@
+"""The only join of policy and ops: score, ask the policy, select, merge, compact, digest."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv import ops
+from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
+from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.probe.probes import Probes
+    from vllm_budgetkv.cache.requests import RequestState
+    from vllm_budgetkv.cache.tables import HeadTables
+
+# of `Retention`, by what a row of them is
+TOKEN_FIELDS, HEAD_FIELDS = ("scores", "tiers"), ("budgets", "is_static")
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """Compresses one layer of one request to its budget.
+
+    Args:
+        tables: page tables and the pool; mutated.
+        policy: says which tokens stay.
+        options: knobs of the policy.
+        probes: ask for the policy.
+        scales: softmax scale of each layer.
+        makes_digests: whether decode reads some pages only, by their digests.
+        poison: fill freed pages with NaN.
+    """
+
+    tables: HeadTables
+    policy: Policy
+    options: PolicyOptions
+    probes: Probes
+    scales: Mapping[int, float]
+    makes_digests: bool
+    poison: bool
+
+    def compress(
+        self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
+    ) -> None:
+        """Keep what the policy keeps of some layers and free the pages behind it.
+
+        The policy is asked layer by layer unless it takes several; their pages move together.
+
+        Args:
+            request: the request; it notes the time.
+            layers: layer indices, one behind the other.
+            num_tokens: tokens that these layers hold beyond `request.computed_tokens`.
+            last: whether decode follows, so that digests are needed.
+        """
+        started_seconds = time.perf_counter()
+        tables, slot = self.tables, request.slot
+        seen = [
+            self._observe(request, group, num_tokens) for group in self._groups(request, layers)
+        ]
+        kept = [self.policy.retain(observation) for observation in seen]
+        # neighbours in the tables, so that their heads are the rows of one view
+        heads = tables.of(slot, layers)
+        scores, tiers = (join([getattr(one, name) for one in kept], 2) for name in TOKEN_FIELDS)
+        budgets, is_static = (join([getattr(one, name) for one in kept], 1) for name in HEAD_FIELDS)
+        keep = ops.select(scores, tiers, heads.lens, budgets)
+        self._merge(request, layers, keep, seen, kept)
+        ops.compact(keep, heads, tables.stack_of(slot), poison=self.poison)
+        rows = slice(layers[0], layers[-1] + 1)
+        is_static = is_static.view(len(layers), -1)
+        tables.is_static[slot, rows] = is_static
+        if last and self.makes_digests:
+            ops.digest(heads)
+            tables.is_retrieving[slot, rows] = ~is_static
+        request.spend(time.perf_counter() - started_seconds)
+
+    def compress_all(self, request: RequestState) -> None:
+        """Compress all layers before a decode step, because the growth would pass the quota."""
+        self.compress(request, range(self.tables.num_layers), 0, last=True)
+        self.finished(request, last=True)
+
+    def finished(self, request: RequestState, last: bool) -> None:
+        """All layers of a request have been compressed; `last` as each was told."""
+        request.compressed(has_digests=last and self.makes_digests)
+
+    def _groups(self, request: RequestState, layers: Sequence[int]) -> list[Sequence[int]]:
+        """Layers that the policy is asked about at once."""
+        if self.policy.takes_layers and request.layer_budgets is None:
+            return [layers]
+        return [[layer] for layer in layers]
+
+    def _merge(
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        keep: torch.Tensor,
+        seen: list[Observation],
+        kept: list[Retention],
+    ) -> None:
+        """Merge what goes into what stays, a layer at a time, since its heads are compared."""
+        mode = kept[0].merge
+        if mode is None:
+            return
+        is_vision = join([observation.is_vision for observation in seen], 2)
+        parts = zip(layers, keep.chunk(len(layers)), is_vision.chunk(len(layers)), strict=True)
+        for layer, part, of_vision in parts:
+            heads = self.tables.of(request.slot, layer)
+            ops.merge(part, heads, of_vision, mode, seen[0].seen_tokens)
+
+    def new_layer_budgets(self, quota: Quota) -> LayerBudgets | None:
+        """Running budgets of a new request; None if all layers are equal.
+
+        Raises:
+            ValueError: the policy does not fit the model.
+        """
+        sizes = (self.tables.num_layers, self.tables.num_heads, quota.budget_tokens)
+        desired_tokens = self.policy.layer_budgets(*sizes)
+        if desired_tokens is None:
+            return None
+        return LayerBudgets(desired_tokens, quota.budget_tokens, quota.max_head_tokens)
+
+    def _observe(
+        self, request: RequestState, layers: Sequence[int], num_tokens: int
+    ) -> Observation:
+        """What the policy is told of one layer, or of several at once."""
+        tables, policy, spans = self.tables, self.policy, request.spans
+        seen_tokens = request.computed_tokens + num_tokens
+        longest_tokens = request.longest_head_tokens(num_tokens)
+        probes = self.probes.of(request, layers, seen_tokens)
+        measured = stack(
+            [
+                self._measure(request, layer, probe, longest_tokens)
+                for layer, probe in zip(layers, probes, strict=True)
+            ]
+        )
+        positions = measured["positions"]
+        frame_ids = patch_ids = None
+        if policy.needs_frames:
+            frame_ids, patch_ids = spans.lookup_frames(positions)
+        span_ids, is_vision = spans.lookup(positions)
+        place = (request.slot, place_of(layers))
+        return Observation(
+            **measured,
+            lens=tables.lens[place],
+            is_vision=is_vision,
+            span_ids=span_ids,
+            seen_tokens=seen_tokens,
+            protected_position=spans.trailing_frame_start(seen_tokens),
+            budget_tokens=request.claim_tokens(layers[0]),
+            max_head_tokens=request.quota.max_head_tokens,
+            was_static=tables.is_static[place] if request.has_classes else None,
+            text_tokens=spans.count_text(seen_tokens),
+            span_tokens=spans.span_tokens(seen_tokens),
+            frame_ids=frame_ids,
+            patch_ids=patch_ids,
+            num_patches=spans.num_patches if policy.needs_frames else 0,
+            layer=layers[0],
+        )
+
+    def _measure(
+        self, request: RequestState, layer: int, probe: torch.Tensor | None, longest_tokens: int
+    ) -> dict[str, torch.Tensor]:
+        """What is computed from the pages of one layer: fields of `Observation`."""
+        policy, heads = self.policy, self.tables.of(request.slot, layer)
+        pool = heads.pool
+        if probe is not None:
+            found = self._score(probe, heads, layer, longest_tokens)._asdict()
+        else:
+            found = {"positions": gather(pool.positions, heads, longest_tokens, -1)}
+        if policy.needs_value_norms and probe is None:
+            values = gather(pool.values, heads, longest_tokens, 0)
+            norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
+            found["value_norms"] = norms
+        if policy.needs_keys:
+            found["keys"] = gather(pool.keys, heads, longest_tokens, 0)
+        # a policy that reads scores does without before the first probe
+        if policy.needs_contrast and (probe is not None or not policy.needs_scores):
+            found["contrast"] = ops.contrast(heads, longest_tokens)
+        return found
+
+    def _score(
+        self, probe: torch.Tensor, heads: ops.PagedHeads, layer: int, longest_tokens: int
+    ) -> ops.Scores:
+        """Attention of a probe to what the layer holds."""
+        return ops.score(
+            probe,
+            heads,
+            self.scales[layer],
+            self.options.top_k_tokens(longest_tokens),
+            self.options.sink_tokens,
+            longest_tokens,
+        )
+
+
+def gather(
+    fields: torch.Tensor, heads: ops.PagedHeads, longest_tokens: int, fill: int
+) -> torch.Tensor:
+    """[H, n, ...]: a field [P, N, ...] of the pool of every token that one request's heads hold.
+
+    `fill` stands beyond the held tokens, where the pool may hold NaN.
+    """
+    pages = heads.table[:, : ceil_div(longest_tokens, heads.page_tokens)]
+    tokens = fields[pages.long()].flatten(1, 2)[:, :longest_tokens]
+    index = torch.arange(longest_tokens, device=tokens.device)
+    beyond = index >= heads.lens[:, None]
+    return tokens.masked_fill(beyond.view(*beyond.shape, *[1] * (tokens.dim() - 2)), fill)
+
+
+def place_of(layers: Sequence[int]) -> int | slice:
+    """Index of one layer in the tables, or a slice of neighbours."""
+    return layers[0] if len(layers) == 1 else slice(layers[0], layers[-1] + 1)
+
+
+def stack(layers: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors of one layer as they are, of several with the layers in front."""
+    if len(layers) == 1:
+        return layers[0]
+    return {name: torch.stack([found[name] for found in layers]) for name in layers[0]}
+
+
+def join(tensors: list[torch.Tensor], num_dims: int) -> torch.Tensor:
+    """Rows of all tensors, with their layers and heads in one dimension in front."""
+    flat = [tensor.flatten(0, tensor.dim() - num_dims) for tensor in tensors]
+    return flat[0] if len(flat) == 1 else torch.cat(flat)

@@ -1,0 +1,1 @@
+"""The queries that score the cache: which tokens, kept where, turned how."""

@@ -1,0 +1,94 @@
+"""A request of our own before the first client's, so that what compiles does so at start.
+
+A Triton kernel compiles at its first launch, a policy at its first call, and both again for other
+kinds of sizes. Without a rehearsal the first long prompt would wait for all of that, and a kernel
+that a card cannot run would show in the middle of a client's request.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_budgetkv.cache.cache import BudgetCache
+
+REQUEST_ID = "budgetkv-rehearsal"
+TEXT_TOKENS = 16
+FRAME_TOKENS = 64
+
+
+def rehearse(cache: BudgetCache) -> None:
+    """Prefill a video until its heads are as long as they get, then decode past a compaction.
+
+    Twice: with a probe from the start, as a look-ahead leaves one, and without. Tokens are random,
+    and nothing is reported. Must run before the first request: it uses the last blocks of the pool.
+    A pool of less than a quota is left alone: vLLM starts with one only if every request fits it,
+    and then nothing is ever compressed.
+
+    Args:
+        cache: of a policy that compresses; as empty behind it as before, but for the content of
+            those blocks, which is NaN if the cache poisons what is free.
+    """
+    quota, tables, probes = cache.slots.quota, cache.tables, cache.layers.probes
+    device, slots = tables.lens.device, cache.slots
+    num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
+    if num_blocks < quota.blocks:
+        return
+    blocks = range(num_blocks - quota.blocks, num_blocks)
+    chunks = list(_chunks(cache))
+    prompt_tokens = sum(chunks)
+    video = VisionItem(0, prompt_tokens - TEXT_TOKENS, "video", FRAME_TOKENS)
+    generator = torch.Generator(device).manual_seed(0)
+    for has_probe in (True, False):
+        slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device))
+        if has_probe:
+            seed = probes.new_bank()
+            seed.queries.normal_(generator=generator)
+            seed.plan_write(list(range(seed.capacity)))
+            probes.seed(REQUEST_ID, seed)
+        slots.admit(REQUEST_ID, list(blocks), 0)
+        # one token more than decode appends between two compactions
+        for num_tokens in (*chunks, *[1] * (quota.decode_interval_tokens + 1)):
+            _run_step(cache, num_tokens, generator)
+        slots.end(REQUEST_ID)
+
+
+def _chunks(cache: BudgetCache) -> Iterator[int]:
+    """Whole chunks until a head may hold its most, one more, and an odd one as prompts end on."""
+    quota = cache.slots.quota
+    longest_tokens = max(quota.tokens, quota.max_head_tokens)
+    for _ in range(-(-longest_tokens // quota.chunk_tokens) + 1):
+        yield quota.chunk_tokens
+    # Triton compiles again for numbers that 16 does not divide
+    yield max(TEXT_TOKENS, quota.chunk_tokens // 2) + 1
+
+
+def _run_step(cache: BudgetCache, num_tokens: int, generator: torch.Generator) -> None:
+    """One step in which the rehearsing request alone gets `num_tokens` tokens."""
+    cache.plan_step({REQUEST_ID: num_tokens})
+    step = cache.open_step([REQUEST_ID], torch.tensor([0, num_tokens]))
+    first = cache.slots.requests[REQUEST_ID].computed_tokens
+    device, layout = cache.tables.lens.device, cache.tables.pool.layout
+    step.see_positions(torch.arange(first, first + num_tokens, device=device))
+    num_query_heads, num_heads = cache.layers.probes.shape.num_query_heads, cache.tables.num_heads
+    query, key, value = (
+        torch.randn(
+            num_tokens,
+            count,
+            layout.head_size,
+            generator=generator,
+            dtype=layout.dtype,
+            device=device,
+        )
+        for count in (num_query_heads, num_heads, num_heads)
+    )
+    out = torch.empty_like(query)
+    for name in cache.layers.index:
+        step.run_layer(name, query, key, value, out)
+    cache.end_step()

@@ -1,0 +1,170 @@
+"""What happened to each request: one JSON line when it ends. The proof that compression ran."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.cache.notices import warn_once
+from vllm_budgetkv.cache.report_file import append_line
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.requests import RequestState
+    from vllm_budgetkv.cache.tables import HeadTables
+
+CLASSES = ("static", "dynamic")
+
+
+@dataclass
+class RequestRecord:
+    """Counters of one request.
+
+    Args:
+        peak_blocks: most blocks held at any instant.
+        block_bytes: bytes of a block, all layers and heads of this rank.
+        kept: tokens after prefill, summed over (layer, head), by class and modality.
+        kept_counts: per prompt position, the (layer, head) pairs of a class that kept it.
+        heads: (layer, head) pairs of each class after prefill.
+        static_heads: after prefill, per layer and head whether the head is static.
+        kv_bytes: bytes of blocks, tables and probe bank at the peak.
+        compression_seconds: of the host; on a GPU the time that launching takes.
+    """
+
+    request_id: str
+    policy: str
+    quota_blocks: int
+    page_tokens: int
+    prompt_tokens: int
+    block_bytes: int
+    output_tokens: int = 0
+    peak_blocks: int = 0
+    full_cache_blocks: int = 0
+    kv_bytes: int = 0
+    compressions: int = 0
+    compression_seconds: float = 0.0
+    preemptions: int = 0
+    kept: dict[str, dict[str, int]] = field(default_factory=dict)
+    kept_counts: dict[str, list[int]] = field(default_factory=dict)
+    heads: dict[str, int] = field(default_factory=dict)
+    static_heads: list[list[bool]] = field(default_factory=list)
+    frames: list[dict[str, Any]] = field(default_factory=list)
+
+    def append_to(self, path: Path) -> None:
+        """Write the record as one line of JSON behind the file's others; never raises."""
+        try:
+            append_line(path, json.dumps(asdict(self)).encode() + b"\n")
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once(f"--kv-report-file {path} cannot be written: requests go unreported")
+
+
+@dataclass
+class Reports:
+    """The records of unfinished client requests. Every number of a record is written here.
+
+    Args:
+        policy_name: for the records.
+        block_bytes: bytes of a block of this rank.
+        tables: page tables.
+        on_finished: gets the record of every client request that ended; None if nobody reads them.
+        records: by request id.
+        is_paused: whether new requests are no client's, as while the worker warms up.
+    """
+
+    policy_name: str
+    block_bytes: int
+    tables: HeadTables
+    on_finished: Callable[[RequestRecord], None] | None
+    records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
+    is_paused: bool = field(default=False, init=False)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Requests that arrive inside are no client's."""
+        self.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = False
+
+    def open(
+        self, request_id: str, quota: Quota, prompt_tokens: int, frames: list[dict[str, Any]]
+    ) -> None:
+        """A client's request arrived."""
+        if self.is_paused or self.on_finished is None:
+            return
+        self.records[request_id] = RequestRecord(
+            request_id=request_id,
+            policy=self.policy_name,
+            quota_blocks=quota.blocks,
+            page_tokens=quota.page_tokens,
+            prompt_tokens=prompt_tokens,
+            block_bytes=self.block_bytes,
+            frames=frames,
+        )
+
+    def left(self, request: RequestState, *, is_preempted: bool) -> None:
+        """A request gives up its slot; the blocks that it holds now are the most it had there."""
+        record = self.records.get(request.request_id)
+        if record is None:
+            return
+        num_blocks = len(request.blocks)
+        extra_bytes = self.tables.slot_bytes + (request.bank.nbytes if request.bank else 0)
+        record.peak_blocks = max(record.peak_blocks, num_blocks)
+        record.kv_bytes = max(record.kv_bytes, num_blocks * self.block_bytes + extra_bytes)
+        # the last sampled token was never computed
+        record.output_tokens = max(0, request.computed_tokens + 1 - record.prompt_tokens)
+        record.full_cache_blocks = ceil_div(request.computed_tokens, record.page_tokens)
+        record.compressions += request.compressions
+        record.compression_seconds += request.compression_seconds
+        record.preemptions += is_preempted
+
+    def prefilled(self, request: RequestState) -> None:
+        """The prompt of a request is in the cache. Reads the device; never raises."""
+        record = self.records.get(request.request_id)
+        if record is None:
+            return
+        try:
+            _count_kept(record, request, self.tables)
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once("what requests keep cannot be counted: their report lacks it")
+
+    def close(self, request_id: str) -> None:
+        """A request ended."""
+        record = self.records.pop(request_id, None)
+        if record is not None and self.on_finished is not None:
+            self.on_finished(record)
+
+
+def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables) -> None:
+    """Count what each class of head holds after prefill."""
+    slot = request.slot
+    page_tokens = tables.pool.layout.page_tokens
+    # the prompt, unless a request that nothing compresses computed output with its end
+    length = request.computed_tokens
+    record.static_heads = tables.is_static[slot].tolist()
+    for index, name in enumerate(CLASSES):
+        counts = torch.zeros(length, dtype=torch.int64)
+        chosen = tables.is_static[slot] if index == 0 else ~tables.is_static[slot]
+        for layer, head in chosen.nonzero().tolist():
+            held = int(tables.lens[slot, layer, head])
+            pages = tables.page_table[slot, layer, head, : -(-held // page_tokens)].long()
+            positions = tables.pool.positions[pages].flatten()[:held].long().cpu()
+            counts.index_add_(0, positions, torch.ones_like(positions))
+        is_vision = request.spans.lookup(torch.arange(length, dtype=torch.int32))[1]
+        record.kept[name] = {
+            "text": int(counts[~is_vision].sum()),
+            "vision": int(counts[is_vision].sum()),
+        }
+        record.kept_counts[name] = counts.tolist()
+        record.heads[name] = int(chosen.sum())

@@ -1,0 +1,159 @@
+"""What the worker knows of each request on the host. Every number here is arithmetic, none is read
+back from the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.probe.bank import ProbeBank
+    from vllm_budgetkv.cache.spans import PromptSpans
+
+
+@dataclass
+class RequestState:
+    """One request that has a slot. It changes through its own methods alone.
+
+    Args:
+        request_id: its id in the engine.
+        slot: its row of the tables.
+        quota: what it may hold.
+        spans: which prompt positions are vision and which text.
+        blocks: block ids it holds, in order.
+        computed_tokens: tokens seen before this step.
+        parent_id: the request that it runs ahead of; None for a client's request.
+        shared: whether its head-pages are shared between its heads (else identity).
+        grown_tokens: tokens appended since its last compression.
+        compressions: how often all its layers were compressed.
+        compression_seconds: of the host; on a GPU the time that launching takes.
+        has_digests: whether its digests are valid, so that decode may read some pages only.
+        bank: its probe queries; None until it needs some.
+        position_offset: int64 scalar on the device: what the rotary position of its next token is
+            beyond the token's index. Text alone follows the prompt, so decode leaves it.
+        layer_budgets: what each layer may hold now; None if all layers are equal.
+    """
+
+    request_id: str
+    slot: int
+    quota: Quota
+    spans: PromptSpans
+    blocks: list[int]
+    computed_tokens: int
+    parent_id: str | None = None
+    bank: ProbeBank | None = None
+    shared: bool = field(default=False, init=False)
+    grown_tokens: int = field(default=0, init=False)
+    compressions: int = field(default=0, init=False)
+    compression_seconds: float = field(default=0.0, init=False)
+    has_digests: bool = field(default=False, init=False)
+    position_offset: torch.Tensor | None = field(default=None, init=False)
+    layer_budgets: LayerBudgets | None = field(default=None, init=False)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether its heads have been classified."""
+        return self.compressions > 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt; what follows is output, whether decoded or computed again."""
+        return self.spans.prompt_tokens
+
+    def in_prefill(self, start_tokens: int) -> bool:
+        return start_tokens < self.prompt_tokens
+
+    def longest_head_tokens(self, num_tokens: int) -> int:
+        """Upper bound of any head's length once `num_tokens` more are appended."""
+        seen_tokens = self.computed_tokens + num_tokens
+        if not self.has_classes:
+            return seen_tokens
+        return min(seen_tokens, self.quota.max_head_tokens + self.grown_tokens + num_tokens)
+
+    def grow(self, blocks: Sequence[int]) -> None:
+        """Hold more blocks.
+
+        Raises:
+            RuntimeError: it holds its whole quota already.
+        """
+        if self.shared:
+            raise RuntimeError(
+                f"request {self.request_id} shares its head-pages, so it already holds its quota "
+                f"of {self.quota.blocks} blocks, but it was given {len(blocks)} more"
+            )
+        self.blocks += blocks
+
+    def share(self, layer_budgets: LayerBudgets | None) -> None:
+        """Leave the identity state, before the first compression."""
+        self.shared = True
+        self.layer_budgets = layer_budgets
+
+    def ask_with(self, bank: ProbeBank) -> None:
+        """Keep probe queries in `bank` from now on."""
+        self.bank = bank
+
+    def stand_at(self, position_offset: torch.Tensor) -> None:
+        """Note how far rotary positions are beyond the indices of the next tokens."""
+        self.position_offset = position_offset
+
+    def claim_tokens(self, layer: int) -> int:
+        """Tokens per head, on average, that a layer may keep of the compression that begins."""
+        if self.layer_budgets is None:
+            return self.quota.budget_tokens
+        return self.layer_budgets.claim(layer)
+
+    def spend(self, seconds: float) -> None:
+        """Add to the time that its compressions took."""
+        self.compression_seconds += seconds
+
+    def advance(self, num_tokens: int) -> None:
+        """Tokens were appended to every head."""
+        self.computed_tokens += num_tokens
+        self.grown_tokens += num_tokens
+
+    def compressed(self, *, has_digests: bool) -> None:
+        """All layers were compressed."""
+        self.grown_tokens = 0
+        self.compressions += 1
+        self.has_digests = has_digests
+
+
+@dataclass
+class RowPlan:
+    """What one request does in this step.
+
+    Args:
+        request: the request.
+        num_tokens: its tokens in this step.
+        compress: whether each layer is compressed after its attention.
+        bank_positions: positions in the request of the tokens that enter its bank.
+    """
+
+    request: RequestState
+    num_tokens: int
+    compress: bool = False
+    bank_positions: Sequence[int] = ()
+
+    @property
+    def stop_tokens(self) -> int:
+        """Tokens of the request that have been seen behind this step."""
+        return self.request.computed_tokens + self.num_tokens
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether one generated token, new or computed again, is appended to every head."""
+        return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
+
+    @property
+    def ends_prefill(self) -> bool:
+        """Whether decode follows this step."""
+        start_tokens = self.request.computed_tokens
+        return self.request.in_prefill(start_tokens) and not self.request.in_prefill(
+            self.stop_tokens
+        )

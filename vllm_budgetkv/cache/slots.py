@@ -1,0 +1,126 @@
+"""Slots: which requests the worker holds, from admission to their end, preemptions included."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv.cache.requests import RequestState
+from vllm_budgetkv.cache.vision import frame_records, spans_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.probe.probes import Probes
+    from vllm_budgetkv.cache.report import Reports
+    from vllm_budgetkv.cache.spans import PromptSpans
+    from vllm_budgetkv.cache.tables import HeadTables
+
+
+@dataclass
+class Slots:
+    """The requests of one worker.
+
+    Args:
+        tables: page tables; rows are claimed and released here.
+        quota: of every new request.
+        probes: keep the seeds of requests that are to come.
+        reports: told of every client request.
+        parent_of: id of the request that a new one looks ahead for; None for a client's.
+        poison: fill the pages of a private request with NaN when it goes.
+        requests: those that hold a slot, by id.
+        spans: of every unfinished request, also of those that were preempted.
+        parents: id of the request that each unfinished look-ahead runs for, by its own id.
+    """
+
+    tables: HeadTables
+    quota: Quota
+    probes: Probes
+    reports: Reports
+    parent_of: Callable[[NewRequestData], str | None]
+    poison: bool
+    requests: dict[str, RequestState] = field(default_factory=dict, init=False)
+    spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
+    parents: dict[str, str] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._free = list(reversed(range(self.tables.lens.shape[0])))
+
+    def follow(self, scheduled: SchedulerOutput) -> None:
+        """Do what the scheduler did: end, preempt, admit, resume and grow requests."""
+        for request_id in scheduled.finished_req_ids:
+            self.end(request_id)
+        for request_id in scheduled.preempted_req_ids or ():
+            self._release(request_id, is_preempted=True)
+        for new in scheduled.scheduled_new_reqs:
+            self._admit_new(new)
+        cached = scheduled.scheduled_cached_reqs
+        for index, request_id in enumerate(cached.req_ids):
+            new_blocks = cached.new_block_ids[index]
+            blocks = list(new_blocks[0]) if new_blocks else []
+            if request_id in cached.resumed_req_ids:
+                self.admit(request_id, blocks, cached.num_computed_tokens[index])
+            elif blocks:
+                self._grow(self.requests[request_id], blocks)
+
+    def end(self, request_id: str) -> None:
+        """Forget a request."""
+        self._release(request_id, is_preempted=False)
+        self.spans.pop(request_id, None)
+        self.parents.pop(request_id, None)
+        self.probes.forget(request_id)
+        self.reports.close(request_id)
+
+    def _release(self, request_id: str, *, is_preempted: bool) -> None:
+        request = self.requests.pop(request_id, None)
+        if request is None:
+            return
+        self.reports.left(request, is_preempted=is_preempted)
+        if self.poison and request.shared:
+            self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
+        self.tables.release(request.slot)
+        self._free.append(request.slot)
+
+    def _admit_new(self, new: NewRequestData) -> None:
+        request_id = new.req_id
+        if request_id not in self.spans:
+            device = self.tables.lens.device
+            self.introduce(request_id, spans_of(new.prompt_len, new.mm_features, device))
+            parent_id = self.parent_of(new)
+            if parent_id is not None:
+                self.parents[request_id] = parent_id
+            else:
+                frames = frame_records(new.mm_features)
+                self.reports.open(request_id, self.quota, new.prompt_len, frames)
+        # runner V2 resumes a preempted request as a new one
+        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens)
+
+    def introduce(self, request_id: str, spans: PromptSpans) -> None:
+        """Note where the text of a request is, before it is admitted for the first time."""
+        self.spans[request_id] = spans
+
+    def admit(self, request_id: str, blocks: list[int], computed_tokens: int) -> None:
+        """Give a request that was introduced a slot; a seed of it is its first bank."""
+        # runner V2 may resume a request that it never said was preempted
+        self._release(request_id, is_preempted=True)
+        slot = self._free.pop()
+        self.requests[request_id] = RequestState(
+            request_id=request_id,
+            slot=slot,
+            quota=self.quota,
+            spans=self.spans[request_id],
+            blocks=blocks,
+            computed_tokens=computed_tokens,
+            parent_id=self.parents.get(request_id),
+            bank=self.probes.seed_of(request_id),
+        )
+        self.tables.extend_identity(slot, 0, blocks)
+        self.tables.set_identity_length(slot, computed_tokens)
+
+    def _grow(self, request: RequestState, blocks: list[int]) -> None:
+        first_block = len(request.blocks)
+        request.grow(blocks)
+        self.tables.extend_identity(request.slot, first_block, blocks)

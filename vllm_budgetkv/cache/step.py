@@ -1,0 +1,124 @@
+"""One step of the batch: the rows in order, and what each layer does with them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv import ops
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import torch
+
+    from vllm_budgetkv.cache.compressor import Compressor
+    from vllm_budgetkv.cache.probe.probes import Entry, Probes
+    from vllm_budgetkv.cache.reading import Reader
+    from vllm_budgetkv.cache.requests import RowPlan
+    from vllm_budgetkv.cache.rows import Rows
+    from vllm_budgetkv.cache.tables import HeadTables
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What the layers of every step work with.
+
+    Args:
+        index: index in the pool of each layer, by the engine's name.
+        tables: which pages each head holds.
+        reader: attention over them.
+        probes: queries that score the cache.
+        compressor: compresses one layer of one request.
+    """
+
+    index: Mapping[str, int]
+    tables: HeadTables
+    reader: Reader
+    probes: Probes
+    compressor: Compressor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Device tensors and host plans of one batch. R rows, T query tokens. `BudgetCache` opens it.
+
+    A decode step, one generated token in every row, runs its layers without allocating and without
+    asking the host, so that a CUDA graph can replay them: what differs between two steps lies in
+    `rows` and in the tables. Before, the cache reserves the pages of all layers; behind it, the
+    queries that the layers left behind move to the requests' banks.
+
+    Args:
+        layers: what its layers work with.
+        plans: what each row does, in the order of the rows; none in a step to capture.
+        starts: first query token of each row, and T.
+        rows: the rows on the device.
+        is_decode: whether every row decodes.
+        writes: text tokens that enter a bank, with the request and its bank.
+        num_retrieving_rows: leading rows of one token that may read some of their pages only.
+    """
+
+    layers: Layers
+    plans: Sequence[RowPlan]
+    starts: Sequence[int]
+    rows: Rows
+    is_decode: bool
+    writes: Sequence[Entry]
+    num_retrieving_rows: int
+
+    def see_positions(self, positions: torch.Tensor) -> None:
+        """Take the rotary positions of the batch, before the first layer runs.
+
+        Args:
+            positions: int64 [T] or, with M-RoPE, [3, T].
+        """
+        if self.is_decode:
+            return
+        axes = positions.view(-1, positions.shape[-1])
+        for _, bank, write in self.writes:
+            # text has equal ids on all axes
+            bank.write_positions(write, axes[0])
+        for row, plan in enumerate(self.plans):
+            row_positions = axes[:, self.starts[row] : self.starts[row + 1]]
+            plan.request.stand_at(row_positions.max() + 1 - plan.stop_tokens)
+
+    def run_layer(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        """Append, attend and compress one layer. Mutates `out`, the pool and the tables.
+
+        Args:
+            layer_name: the engine's name of the layer.
+            query: [T, Hq, D]. key, value: [T, H, D]. out: [T, Hq, D]. T may be padded.
+        """
+        tables, rows = self.layers.tables, self.rows
+        layer = self.layers.index[layer_name]
+        query, key, value, out = (x[: self.starts[-1]] for x in (query, key, value, out))
+        ops.append(key, value, tables.layer(layer), tables.stack, rows)
+        self.layers.reader.attend(layer, rows, self.num_retrieving_rows, query, out)
+        if self.is_decode:
+            self.layers.probes.note_decode(layer, query)
+            return
+        for _, bank, write in self.writes:
+            bank.write_queries(write, layer, query)
+        for plan in self.plans:
+            if plan.compress:
+                self.layers.compressor.compress(
+                    plan.request, [layer], plan.num_tokens, last=plan.ends_prefill
+                )
+
+    def close(self) -> None:
+        """Move a decode step's queries to the banks, behind its last layer."""
+        if self.is_decode:
+            self.layers.probes.take_decode(self.writes)
+
+
+def count_retrieving_rows(plans: Sequence[RowPlan]) -> int:
+    """Leading one-token rows, if any of them retrieves; 0 otherwise."""
+    count = next((row for row, plan in enumerate(plans) if plan.num_tokens != 1), len(plans))
+    return count if any(plan.request.has_digests for plan in plans[:count]) else 0

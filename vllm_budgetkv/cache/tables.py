@@ -1,0 +1,173 @@
+"""Page tables and free stacks of all request slots, on the device. Legend: docs/kv_layout.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv import ops
+from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.cache.upload import upload
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_budgetkv.arithmetic.layout import PagePool
+
+NO_PAGE = -1
+
+
+@dataclass(frozen=True)
+class HeadTables:
+    """Which head-pages every (slot, layer, head) holds, in the order of its tokens.
+
+    Args:
+        pool: the head-pages.
+        page_table: int32 [S, L, H, W].
+        lens: int32 [S, L, H], tokens.
+        free_pages: int32 [S, F], a stack per slot.
+        num_free: int32 [S].
+        is_retrieving: bool [S, L, H], heads that read only some of their pages in decode.
+        is_static: bool [S, L, H], class of each head.
+    """
+
+    pool: PagePool
+    page_table: torch.Tensor
+    lens: torch.Tensor
+    free_pages: torch.Tensor
+    num_free: torch.Tensor
+    is_retrieving: torch.Tensor
+    is_static: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls, pool: PagePool, *, shape: tuple[int, int, int], width_pages: int, quota_blocks: int
+    ) -> HeadTables:
+        """Tables of free slots.
+
+        Args:
+            pool: the head-pages.
+            shape: slots, layers and KV heads.
+            width_pages: entries of a head's page table.
+            quota_blocks: most blocks whose pages a request shares; 0 where none does.
+        """
+        num_slots, num_layers, num_heads = shape
+        stack_pages, device = quota_blocks * num_layers * num_heads, pool.raw.device
+
+        def ids(*sizes: int, fill: int) -> torch.Tensor:
+            return torch.full(sizes, fill, dtype=torch.int32, device=device)
+
+        def flags(fill: bool) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=torch.bool, device=device)
+
+        return cls(
+            pool=pool,
+            page_table=ids(*shape, width_pages, fill=NO_PAGE),
+            lens=ids(*shape, fill=0),
+            free_pages=ids(num_slots, stack_pages, fill=NO_PAGE),
+            num_free=ids(num_slots, fill=0),
+            is_retrieving=flags(False),
+            is_static=flags(True),
+        )
+
+    @property
+    def num_layers(self) -> int:
+        return self.lens.shape[1]
+
+    @property
+    def num_heads(self) -> int:
+        return self.lens.shape[2]
+
+    @cached_property
+    def _layers(self) -> list[ops.PagedHeads]:
+        """Made once: a decode step asks for them in every layer."""
+        pairs = zip(self.page_table.unbind(1), self.lens.unbind(1), strict=True)
+        return [ops.PagedHeads(self.pool, *pair) for pair in pairs]
+
+    @cached_property
+    def all_layers(self) -> ops.PagedHeads:
+        """[S, L * H, W]: the heads of all layers of all slots, layer by layer."""
+        return ops.PagedHeads(self.pool, self.page_table.flatten(1, 2), self.lens.flatten(1, 2))
+
+    @cached_property
+    def stack(self) -> ops.FreeStack:
+        """The free stacks of all slots."""
+        return ops.FreeStack(self.free_pages, self.num_free)
+
+    def layer(self, layer: int) -> ops.PagedHeads:
+        """[S, H, W]: the heads of one layer of all slots."""
+        return self._layers[layer]
+
+    def of(self, slot: int, layers: int | Sequence[int]) -> ops.PagedHeads:
+        """[H, W]: the heads of one layer of one request, or of neighbouring layers, one by one.
+
+        Args:
+            slot: the request's slot.
+            layers: one, or several that follow one another; then H runs over all of their heads.
+        """
+        table, lens = self.page_table[slot], self.lens[slot]
+        if isinstance(layers, int):
+            return ops.PagedHeads(self.pool, table[layers], lens[layers])
+        rows = slice(layers[0], layers[-1] + 1)
+        assert rows.stop - rows.start == len(layers)
+        return ops.PagedHeads(self.pool, table[rows].flatten(0, 1), lens[rows].flatten())
+
+    def stack_of(self, slot: int) -> ops.FreeStack:
+        """The free stack of one request."""
+        return ops.FreeStack(self.free_pages[slot], self.num_free[slot : slot + 1])
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of all tables of one slot."""
+        tensors = [self.page_table, self.lens, self.free_pages, self.num_free]
+        tensors += [self.is_retrieving, self.is_static]
+        return sum(t[0].numel() * t.element_size() for t in tensors)
+
+    def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
+        """int32 [L, H, len(blocks)]: the head-pages where each block's heads start."""
+        device = self.page_table.device
+        block_ids = upload(blocks, torch.int32, device)
+        heads_per_block = self.num_layers * self.num_heads
+        head = torch.arange(heads_per_block, dtype=torch.int32, device=device)
+        return (block_ids * heads_per_block + head[:, None]).view(
+            self.num_layers, self.num_heads, len(blocks)
+        )
+
+    def extend_identity(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
+        """Put blocks `first_block`, ... of a request in the identity state in its table."""
+        if blocks:
+            stop = first_block + len(blocks)
+            self.page_table[slot, :, :, first_block:stop] = self.pages_of(blocks)
+
+    def set_identity_length(self, slot: int, num_tokens: int) -> None:
+        """Say that every head already holds `num_tokens` tokens, as after a prefix-cache hit."""
+        self.lens[slot] = num_tokens
+
+    def share(self, slot: int, blocks: Sequence[int], held_tokens: int) -> None:
+        """Turn a slot from identity to shared: its unused head-pages become its free stack.
+
+        Args:
+            slot: the request's slot.
+            blocks: all block ids that the request holds.
+            held_tokens: tokens that every head holds.
+        """
+        held_pages = ceil_div(held_tokens, self.pool.layout.page_tokens)
+        free = self.pages_of(blocks[held_pages:]).flatten()
+        self.page_table[slot, :, :, held_pages:] = NO_PAGE
+        self.free_pages[slot, : free.numel()] = free
+        self.num_free[slot] = free.numel()
+
+    def reserve(self, rows: ops.BatchRows) -> None:
+        """Take the pages of the next token of every head of all layers of some rows."""
+        ops.reserve(self.all_layers, self.stack, rows)
+
+    def release(self, slot: int) -> None:
+        """Forget everything of a slot."""
+        self.page_table[slot] = NO_PAGE
+        self.lens[slot] = 0
+        self.num_free[slot] = 0
+        self.is_retrieving[slot] = False
+        self.is_static[slot] = True

@@ -1,0 +1,1 @@
+"""What the user asked for: options, flags, checks, refusals, and how vLLM is told."""

@@ -1,0 +1,231 @@
+"""What the user asked for: one frozen dataclass of the plugin's options and the policies'."""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.policy import POLICIES
+from vllm_budgetkv.policy.option import COUNT, POSITIVE_SHARE, flag_of, option
+from vllm_budgetkv.policy.options import PolicyFlags, PolicyOptions
+from vllm_budgetkv.policy.probe_source import ChatTemplate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SECTION = "budgetkv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig(PolicyFlags):
+    """Options of the plugin, and those of the policies that have a flag.
+
+    Flags are `--kv-` and the field's name with dashes.
+
+    Raises:
+        ValueError: an option is out of range, unknown or contradicts another.
+    """
+
+    policy: str = option(
+        "full",
+        "Which cached tokens a request keeps once its quota is full: 'hybrid' (by the class of "
+        "each attention head), 'window' (first and most recent tokens), 'full' (everything, "
+        "no quota), or a method of the literature to compare with.",
+        choices=tuple(POLICIES),
+    )
+    page_quota: int | None = option(
+        None,
+        "KV cache blocks that one request may hold at any instant.",
+        metavar="BLOCKS",
+        within=COUNT,
+    )
+    quota_tokens: int | None = option(
+        None,
+        "The quota in tokens per head instead of blocks, rounded down to blocks.",
+        metavar="TOKENS",
+        within=COUNT,
+    )
+    quota_ratio: float | None = option(
+        None,
+        "The quota as a share of --max-model-len instead of blocks; with 'auto' for that, of the "
+        "longest that the model allows.",
+        metavar="RATIO",
+        within=POSITIVE_SHARE,
+    )
+    chunk_tokens: int = option(
+        1024,
+        "Most prompt tokens of one request in one step. A prompt that does not fit the quota is "
+        "compressed at multiples of it, whatever else is in the batch, so "
+        "--max-num-batched-tokens must have room for a chunk beside --max-num-seqs other tokens.",
+        metavar="TOKENS",
+        within=COUNT,
+    )
+    decode_interval_tokens: int = option(
+        64, "Tokens that decode appends between two compactions.", metavar="TOKENS", within=COUNT
+    )
+    lookahead: bool = option(
+        True,
+        "Run the text of a long prompt ahead of it, so that the question chooses what the first "
+        "chunks keep. Policies whose probe is text only.",
+    )
+    lookahead_tokens: int = option(
+        256,
+        "Most text tokens (the last of the prompt) that run ahead.",
+        metavar="TOKENS",
+        within=COUNT,
+    )
+    lookahead_source: str = option(
+        "question",
+        "What runs ahead: the 'question' behind the last picture or video, or all text where none "
+        "stands there; all 'text' of the prompt; or the chat 'template' alone, which asks nothing "
+        "(for ablations).",
+        choices=("question", "text", "template"),
+    )
+    tuning: Mapping[str, Any] | None = option(
+        None,
+        "JSON object with knobs of the policy that have no flag of their own, such as "
+        "'{\"text_share\": 0.3}' (for ablations; see docs/options.md).",
+        metavar="JSON",
+    )
+    report_file: str | None = option(
+        None, "Append one JSON line per finished request to this file.", metavar="PATH"
+    )
+    unproven_device: bool = option(
+        False, "Start on a kind of device on which no test has run: compare answers before use."
+    )
+    check_ledger: bool = option(
+        False, "Check every page table after every step and fill free pages with NaN (slow)."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_quota()
+        POLICIES[self.policy].check(self.policy_options(), self.lookahead)
+
+    def _check_quota(self) -> None:
+        given = [n for n in _QUOTA_FIELDS if getattr(self, n) is not None]
+        if self.compresses and len(given) != 1:
+            flags = ", ".join(flag_of(name) for name in _QUOTA_FIELDS)
+            raise ValueError(
+                f"--kv-policy {self.policy} needs exactly one of {flags}; got {len(given)}"
+            )
+        if given and not self.compresses:
+            raise ValueError(
+                f"--kv-policy {self.policy} has no quota: remove {flag_of(given[0])} or "
+                "choose --kv-policy hybrid"
+            )
+
+    @property
+    def compresses(self) -> bool:
+        return POLICIES[self.policy].compresses
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether decode reads only some pages of a request that was compressed."""
+        return POLICIES[self.policy].retrieves and self.retrieval_ratio < 1
+
+    @property
+    def looks_ahead(self) -> bool:
+        policy = POLICIES[self.policy]
+        return self.lookahead and policy.needs_scores and policy.probe_source.runs_ahead
+
+    @property
+    def lookahead_limit_tokens(self) -> int:
+        """Most text tokens, the last of the prompt, that run ahead."""
+        asks_template = POLICIES[self.policy].probe_source is ChatTemplate
+        if asks_template or self.lookahead_source == "template":
+            return self.template_tokens
+        return self.lookahead_tokens
+
+    @property
+    def lookahead_enough_tokens(self) -> int:
+        """Text tokens behind a picture or video that keep what stands before it from running ahead.
+
+        Behind the last one they are a question if they are more than the template and the mark that
+        closes the item.
+        """
+        if self.lookahead_source == "question":
+            return self.template_tokens + 2
+        return self.lookahead_limit_tokens
+
+    def policy_options(self) -> PolicyOptions:
+        """Options of the policies: flags, then `tuning`; the others keep their default.
+
+        Raises:
+            ValueError: a knob is unknown, has a flag of its own or is out of range.
+        """
+        flags = {item.name: getattr(self, item.name) for item in fields(PolicyFlags)}
+        knobs = {item.name for item in fields(PolicyOptions)} - flags.keys()
+        tuning = self.tuning or {}
+        for name in tuning:
+            if name in {item.name for item in fields(self)}:
+                raise ValueError(f"--kv-tuning sets {name}: set {flag_of(name)} instead")
+            if name not in knobs:
+                known = ", ".join(sorted(knobs))
+                raise ValueError(f"--kv-tuning sets the unknown knob {name!r}; known: {known}")
+        return PolicyOptions(**flags, **tuning)
+
+    def quota_blocks(self, page_tokens: int, max_model_len: int) -> int:
+        """The quota in blocks; for a policy that keeps everything, what the longest request needs.
+
+        Raises:
+            ValueError: the quota is smaller than one block.
+        """
+        longest_blocks = ceil_div(max_model_len, page_tokens)
+        if not self.compresses:
+            return longest_blocks
+        if self.page_quota is not None:
+            blocks = self.page_quota
+        elif self.quota_tokens is not None:
+            blocks = self.quota_tokens // page_tokens
+        else:
+            assert self.quota_ratio is not None
+            blocks = int(self.quota_ratio * max_model_len) // page_tokens
+        if blocks < 1:
+            raise ValueError(
+                f"the KV quota is smaller than one block of {page_tokens} tokens: raise "
+                f"{', '.join(flag_of(name) for name in _QUOTA_FIELDS if getattr(self, name))} "
+                "or lower --block-size"
+            )
+        return min(blocks, longest_blocks)
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> BudgetConfig:
+        """Build from `additional_config["budgetkv"]`.
+
+        Raises:
+            ValueError: a key is unknown or a value is out of range.
+        """
+        known = [item.name for item in budget_options()]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ValueError(
+                f"unknown {SECTION} option(s) {', '.join(unknown)}; known: {', '.join(known)}"
+            )
+        return cls(**options)
+
+
+_QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")
+
+
+def budget_options() -> tuple[Field[Any], ...]:
+    """All options with a flag: the plugin's own, then those of the policies."""
+    of_policies = fields(PolicyFlags)
+    return (*fields(BudgetConfig)[len(of_policies) :], *of_policies)
+
+
+def budget_args(**options: Any) -> dict[str, Any]:
+    """Arguments that turn the plugin on, for `LLM(model, **budget_args(policy="hybrid", ...))`.
+
+    Args:
+        options: fields of `BudgetConfig`.
+
+    Returns:
+        `{"additional_config": {"budgetkv": {...}}}`, which every way into the engine takes.
+
+    Raises:
+        ValueError: an option is unknown or out of range.
+    """
+    BudgetConfig.from_mapping(options)
+    return {"additional_config": {SECTION: options}}

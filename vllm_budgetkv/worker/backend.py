@@ -1,0 +1,79 @@
+"""The attention backend: capabilities, spec and layout."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
+from vllm_budgetkv.scheduler.spec import QuotaSpec, foreign_to
+from vllm_budgetkv.worker.attention import BudgetAttention
+from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+    from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+
+    from vllm_budgetkv.arithmetic.quota import Quota
+
+
+class BudgetBackend(AttentionBackend):
+    """Attention over per-head pages. The worker sets `quota` before it loads a model."""
+
+    quota: ClassVar[Quota]
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(SUPPORTED_DTYPES)
+
+    @staticmethod
+    def get_name() -> str:
+        return "BUDGETKV"
+
+    @staticmethod
+    def get_impl_cls() -> type[AttentionImpl]:
+        return BudgetAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[AttentionMetadataBuilder]:
+        return BudgetMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(
+        kv_cache_spec: AttentionSpec | None = None,
+    ) -> list[int | MultipleOf]:
+        return [MultipleOf(8)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(range(MIN_HEAD_SIZE, MAX_HEAD_SIZE + 1, 8))
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # one buffer for all layers, so that any head of any layer may use any page of a block
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        # vLLM also passes specs that have been customized already
+        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+
+def require_plain_layers(specs: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse layers that keep a cache of another kind than ours.
+
+    Raises:
+        ValueError: names the first such layer and what its cache is.
+    """
+    for name, spec in specs.items():
+        if not isinstance(spec, QuotaSpec):
+            raise ValueError(
+                f"layer {name} of the model has {', '.join(foreign_to(spec))}, which no quota "
+                "covers: start without --kv-policy"
+            )

@@ -1,0 +1,102 @@
+"""The engine's model as the cache sees it: one pool, layers by index, heads, scales, rotations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
+from vllm_budgetkv.cache.build import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm_budgetkv.arithmetic.quota import Quota
+
+
+def pool_of(
+    views: Mapping[str, torch.Tensor], layout: PageLayout
+) -> tuple[PagePool, dict[str, int]]:
+    """The whole head-page pool, seen through the views that vLLM gave its layers.
+
+    Args:
+        views: per layer, [blocks, H, N, content], all of one buffer with the block outermost.
+        layout: of a head-page.
+
+    Returns:
+        The pool and the index of each layer inside a block.
+
+    Raises:
+        RuntimeError: the buffer is not laid out as expected (`BLHNC`).
+    """
+    first = min(views.values(), key=lambda view: view.data_ptr())
+    num_blocks, num_heads = first.shape[:2]
+    layer_bytes = num_heads * layout.page_bytes
+    num_pages = num_blocks * len(views) * num_heads
+    base = first.untyped_storage()
+    offset_bytes = first.data_ptr() - base.data_ptr()
+    index = {}
+    for name, view in views.items():
+        layer, rest = divmod(view.data_ptr() - first.data_ptr(), layer_bytes)
+        block_bytes = view.stride(0) * view.element_size()
+        if rest or layer >= len(views) or block_bytes != len(views) * layer_bytes:
+            raise RuntimeError(
+                f"layer {name} starts {view.data_ptr() - first.data_ptr()} bytes into the pool "
+                f"with {block_bytes} bytes per block; expected {len(views)} layers of "
+                f"{layer_bytes} bytes: unset VLLM_KV_CACHE_LAYOUT"
+            )
+        index[name] = layer
+    raw = torch.empty(0, dtype=torch.uint8, device=first.device).set_(
+        base, offset_bytes, (num_pages, layout.page_bytes), (layout.page_bytes, 1)
+    )
+    return PagePool(raw, layout), index
+
+
+def heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
+    """Query heads, KV heads and head size, which all layers must share.
+
+    Args:
+        layers: vLLM's attention layers by name, with `impl` and its head counts.
+        quota: of the engine.
+
+    Raises:
+        ValueError: the layers differ, or there are more or fewer than the quota counts on.
+    """
+    if len(layers) != quota.num_layers:
+        raise ValueError(
+            f"the model has {len(layers)} layers with a cache, its configuration says "
+            f"{quota.num_layers}: start without --kv-policy"
+        )
+    impls = [layer.impl for layer in layers.values()]
+    shapes = {(impl.num_heads, impl.num_kv_heads, impl.head_size) for impl in impls}
+    if len(shapes) != 1:
+        raise ValueError(
+            "layers with different heads are not supported, here (query heads, KV heads, head "
+            f"size) are {sorted(shapes)}: start without --kv-policy"
+        )
+    return shapes.pop()
+
+
+def model_of(layers: Mapping[str, Any], quota: Quota) -> Model:
+    """What the cache must know of the engine's model, whose buffer is allocated, but rotations.
+
+    Args:
+        layers: the engine's attention layers by name, with `kv_cache`, `impl` and head counts.
+        quota: for as many layers.
+
+    Raises:
+        ValueError: the layers do not match the quota or differ in their heads.
+    """
+    num_query_heads, num_heads, head_size = heads_of(layers, quota)
+    views = {name: layer.kv_cache for name, layer in layers.items()}
+    dtype = next(iter(views.values())).dtype
+    pool, layer_index = pool_of(views, PageLayout(quota.page_tokens, head_size, dtype))
+    return Model(
+        pool=pool,
+        layer_index=layer_index,
+        scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
+        rotaries={},
+        num_query_heads=num_query_heads,
+        num_heads=num_heads,
+    )
