@@ -35,6 +35,7 @@ TESTS = (
     "tests/worker/test_probes.py",
     "tests/worker/test_vision.py",
     "tests/worker/test_exact.py",
+    "tests/worker/test_preemption.py",
     "tests/worker/test_needle.py",
     "tests/worker/test_scenarios.py",
     "tests/worker/test_merge.py",
