@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vllm_budgetkv.quota import least_batch_tokens
+
 from benchmarks import bench_plots, bench_table
 from vllm_budgetkv.testing.models import build_qwen2_5_vl
 
@@ -34,6 +36,7 @@ MODEL = {
 }
 PAGE_TOKENS = 32
 CHUNK_TOKENS = 1024
+MAX_SEQS = 8
 OUTPUT_TOKENS = 48
 QUOTA_SHARE = 0.1
 
@@ -83,8 +86,8 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
         # vLLM sizes its encoder cache by the longest video that fits, in powers of two
         "max_model_len": 1 << (max(options.sizes) + OUTPUT_TOKENS).bit_length(),
         "block_size": PAGE_TOKENS,
-        "max_num_batched_tokens": CHUNK_TOKENS,
-        "max_num_seqs": 8,
+        "max_num_batched_tokens": least_batch_tokens(CHUNK_TOKENS, MAX_SEQS),
+        "max_num_seqs": MAX_SEQS,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
         "limit_mm_per_prompt": {"video": 1},

@@ -216,7 +216,6 @@ VARIATIONS = (
     *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),
     *(ablation(f"window of {n}", window_tokens=n) for n in (0, 2)),
     ablation("cut frames not protected", tuning={"frame_share": 0.0}),
-    ablation("chunks end between frames", chunk_ends="frames"),
     ablation("merge values", merge="value"),
     *(
         ablation(f"dynamic heads in units of {n}", force_class="dynamic", tuning=unit_of(n))
@@ -231,7 +230,6 @@ PROBES = (
 )
 ENGINE_VARIATIONS = (
     *(engine_variation(f"chunks of {n}", chunk_tokens=n) for n in (32, 128, 256)),
-    engine_variation("chunks end between frames", chunk_ends="frames"),
     *(engine_variation(f"pages of {n}", page_tokens=n) for n in (16, 32)),
     *(engine_variation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
 )

@@ -42,15 +42,19 @@ class Observer:
     def __init__(self, engine: Any) -> None:
         self.scheduler = engine.engine_core.engine_core.scheduler
         self.held: dict[str, int] = {}
-        self.computed: dict[str, list[int]] = {}
         self.running_at_once = 0
+        self.num_lookaheads = 0
+
+    def count_lookaheads(self) -> None:
+        """Note how many internal requests there are; stock vLLM has none."""
+        lookaheads = getattr(self.scheduler, "_lookaheads", None)
+        if lookaheads is not None:
+            self.num_lookaheads = max(self.num_lookaheads, len(lookaheads.parents))
 
     def look(self) -> None:
         (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         for request_id, blocks in manager.req_to_blocks.items():
             self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
-        for request in self.scheduler.running:
-            self.computed.setdefault(request.request_id, []).append(request.num_computed_tokens)
         self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
 
 
@@ -82,6 +86,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 ignore_eos=True,
             )
             engine.add_request(request["name"], prompts[request["name"]], params)
+            observer.count_lookaheads()
         aborted = [r["name"] for r in requests if r.get("aborts") == step]
         if aborted:
             engine.abort_request(aborted, internal=False)
@@ -99,9 +104,9 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {
         "answers": answers,
         "held": observer.held,
-        "computed": observer.computed,
         "steps": step,
         "running_at_once": observer.running_at_once,
+        "num_lookaheads": observer.num_lookaheads,
     }
 
 

@@ -12,7 +12,7 @@ vllm_budgetkv.register()
 
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402  (after the plugin, as vLLM itself does)
 
-from vllm_budgetkv import refusals  # noqa: E402
+from vllm_budgetkv.start import refusals  # noqa: E402
 from vllm_budgetkv.start.config import BudgetConfig  # noqa: E402
 
 if TYPE_CHECKING:

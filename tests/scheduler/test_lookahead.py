@@ -108,7 +108,7 @@ def test_look_aheads_of_one_parent_differ() -> None:
     """So that none has the id of a request that came, or that comes, from a client."""
     aheads = [make_lookahead(make_request([1, 2]), 16, 16) for _ in range(3)]
     ids = {ahead.request_id for ahead in aheads if ahead is not None}
-    assert len(ids) == 3 and all(request_id != "r" for request_id in ids)
+    assert len(ids) == 3 and "r" not in ids
 
 
 def test_the_table_of_look_aheads() -> None:

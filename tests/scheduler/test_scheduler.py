@@ -54,8 +54,8 @@ def test_a_look_ahead_runs_before_its_parent(config: VllmConfig) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("prompt_tokens", [SHORT, LONG], ids=["short", "long"])
 def test_a_client_may_have_any_id(config: VllmConfig, names: list[str], prompt_tokens: int) -> None:
-    """A look-ahead was known by the end of its id: such a client waited for ever, and the
-    look-ahead of another request took its id, which ended the engine."""
+    """A look-ahead was known by the end of its id: such a client waited for ever, and if it was
+    what another request's look-ahead was called, the engine ended."""
     core = Core(config)
     for name in names:
         core.add(name, prompt_tokens)

@@ -14,7 +14,7 @@ from vllm_budgetkv.start.config import BudgetConfig
 
 FLAGS = {
     "--kv-policy", "--kv-page-quota", "--kv-quota-tokens", "--kv-quota-ratio", "--kv-chunk-tokens",
-    "--kv-chunk-ends", "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead",
+    "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead",
     "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
@@ -104,7 +104,7 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "sparsemm", "page_quota": 8, "head_scores_file": ["x"]}, "--kv-head-scores"),
         ({"policy": "streammem", "page_quota": 8, "lookahead": False}, "--no-kv-lookahead"),
         ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "text, template$"),
-        ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "words"}, "--kv-chunk-ends"),
+        ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "frames"}, "unknown budgetkv option"),
         ({"policy": "hybrid", "page_quota": 8, "template_tokens": 0}, "--kv-template-tokens"),
     ],
     ids=lambda value: str(value)[:40],

@@ -37,6 +37,7 @@ TESTS = (
     "tests/cache/test_probes.py",
     "tests/cache/test_vision.py",
     "tests/cache/test_exact.py",
+    "tests/cache/test_preemption.py",
     "tests/cache/test_needle.py",
     "tests/cache/test_scenarios.py",
     "tests/cache/test_merge.py",

@@ -1,6 +1,6 @@
 """Models that compute another attention than ours, told from their configuration.
 
-The layers themselves exist only once a worker loads the model; `attention/impl.py` and
+The layers themselves exist only once a worker loads the model; `worker/attention.py` and
 `scheduler/spec.py` refuse there what no configuration tells.
 """
 
