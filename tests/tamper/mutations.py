@@ -39,7 +39,7 @@ MUTATIONS = (
     Mutation(
         "rehearsal: keeps its slot",
         "cache/rehearsal.py",
-        "        slots.finish(REQUEST_ID)\n",
+        "        slots.end(REQUEST_ID)\n",
         "",
     ),
     Mutation(
@@ -189,38 +189,38 @@ MUTATIONS = (
     Mutation(
         "compressor: one layer is not compressed before decode",
         "cache/compressor.py",
-        "layers = range(self.tables.num_layers)",
-        "layers = range(self.tables.num_layers - 1)",
+        "self.compress(request, range(self.tables.num_layers), 0",
+        "self.compress(request, range(self.tables.num_layers - 1), 0",
     ),
     Mutation(
         "cache: the bank takes vision tokens",
-        "cache/cache.py",
-        "return spans.last_text_positions(start, stop, options.probe_tokens)",
+        "policy/probe_source.py",
+        "return places.last_text_positions(start, stop, options.probe_tokens)",
         "return list(range(start, stop))[-options.probe_tokens :]",
     ),
     Mutation(
         "cache: text before the video replaces the look-ahead",
-        "cache/cache.py",
-        "start = max(start, spans.end_of_vision)",
+        "policy/probe_source.py",
+        "start = max(start, places.end_of_vision)",
         "pass",
     ),
     Mutation(
         "slots: the look-ahead's seed is ignored",
-        "cache/slots.py",
-        "if seed is not None:",
-        "if seed is not None and not seed.size:",
+        "cache/probe/probes.py",
+        "return seed.copy() if seed is not None else None",
+        "return None",
     ),
     Mutation(
         "slots: the seed is not copied",
-        "cache/slots.py",
-        "request.bank = seed.copy()",
-        "request.bank = seed",
+        "cache/probe/probes.py",
+        "return seed.copy() if seed is not None else None",
+        "return seed",
     ),
     Mutation(
         "slots: a preempted request keeps its slot",
         "cache/slots.py",
-        "    def _preempt(self, request_id: str) -> None:\n        self._release(request_id)\n",
-        "    def _preempt(self, request_id: str) -> None:\n",
+        "            self._release(request_id, is_preempted=True)\n        for new",
+        "            pass\n        for new",
     ),
     Mutation(
         "tables: identity pages off by one",
@@ -262,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "bank: queries turned the wrong way",
         "cache/probe/bank.py",
-        "distance = next_position + rank - self.positions[index]",
-        "distance = self.positions[index] - next_position - rank",
+        "turned = rotate(turned, wanted - position,",
+        "turned = rotate(turned, position - wanted,",
     ),
     Mutation(
         "step: the probe asks in front of the chunk",
@@ -273,7 +273,7 @@ MUTATIONS = (
     ),
     Mutation(
         "step: pages without a digest compete",
-        "cache/step.py",
+        "cache/reading.py",
         "max(grown_pages, options.retrieval_window_pages(page_tokens))",
         "options.retrieval_window_pages(page_tokens)",
     ),
@@ -304,8 +304,8 @@ MUTATIONS = (
     Mutation(
         "compressor: what stays is merged into what goes",
         "cache/compressor.py",
-        "ops.merge(part, tables.of",
-        "ops.merge(~part, tables.of",
+        "ops.merge(part, heads",
+        "ops.merge(~part, heads",
     ),
     Mutation(
         "lookm: vision before text",
@@ -363,21 +363,21 @@ MUTATIONS = (
     ),
     Mutation(
         "step: a reserved page is taken again",
-        "cache/step.py",
+        "cache/cache.py",
         "            rows.shared.zero_()\n",
         "",
     ),
     Mutation(
         "step: a decoded query one position off",
-        "cache/step.py",
+        "cache/probe/probes.py",
         "position = request.position_offset + request.computed_tokens",
         "position = request.position_offset + request.computed_tokens + 1",
     ),
     Mutation(
         "step: a decode step allocates",
-        "cache/step.py",
-        "slots=buffers.numbers[:num_rows])",
-        "slots=buffers.numbers[:num_rows].clone())",
+        "cache/reading.py",
+        "slots=self.numbers[:num_rows])",
+        "slots=self.numbers[:num_rows].clone())",
     ),
     Mutation(
         "scheduler: a chunk takes what is left of the batch",

@@ -1,0 +1,17 @@
+"""What `tests.tamper` breaks on purpose is still there to be broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.tamper.mutations import MUTATIONS, Mutation
+
+PACKAGE = Path(__file__).parent.parent / "vllm_budgetkv"
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_it_stands_there_once(mutation: Mutation) -> None:
+    source = (PACKAGE / mutation.module).read_text(encoding="utf-8")
+    assert source.count(mutation.old) == 1 and mutation.new != mutation.old
