@@ -115,17 +115,21 @@ def _sets_on_self(attribute: Any, name: str) -> bool:
 # fmt: off
 READS = (
     Reads("vllm.engine.arg_utils", "EngineArgs", "the options, before vLLM derives the rest", (
-        "additional_config", "block_size", "long_prefill_token_threshold")),
+        "additional_config", "block_size", "long_prefill_token_threshold", "max_num_batched_tokens",
+        "max_num_seqs")),
     Reads("vllm.config", "VllmConfig", "what the engine is; where ours is named", (
         "additional_config", "attention_config", "cache_config", "compilation_config",
-        "kv_transfer_config", "model_config", "parallel_config", "scheduler_config",
-        "speculative_config")),
+        "is_mm_encoder_only", "kv_transfer_config", "model_config", "parallel_config",
+        "quant_config", "scheduler_config", "speculative_config")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
-        "dtype", "is_attention_free", "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm",
-        "max_model_len", "runner_type", "use_mla", "get_head_size()",
-        "get_num_layers(parallel_config)", "get_sliding_window()")),
+        "architectures", "disable_sliding_window", "dtype", "hf_text_config", "is_attention_free",
+        "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
+        "model_arch_config", "multimodal_config", "registry", "runner_type", "use_mla",
+        "get_head_size()", "get_num_kv_heads(parallel_config)",
+        "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
-        "block_size", "cache_dtype", "kv_sharing_fast_prefill")),
+        "block_size", "cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size",
+        "kv_sharing_fast_prefill", "num_gpu_blocks_override", "prefix_match_unit")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; what is not served", (
         "decode_context_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size",
         "worker_cls")),
@@ -133,7 +137,8 @@ READS = (
         "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
         "long_prefill_token_threshold_adaptive", "max_num_batched_tokens", "max_num_seqs",
         "scheduler_cls")),
-    Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", ("backend",)),
+    Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", (
+        "backend", "backend_per_kind", "hisparse_config")),
     Reads("vllm.config", "CompilationConfig", "the attention layers by name", (
         "static_forward_context",)),
     Reads("vllm.platforms.interface", "Platform", "which worker and kernels", (
@@ -142,13 +147,13 @@ READS = (
     Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
         "data", "mm_position", "modality")),
     Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
-        "is_embed", "length", "offset", "extract_embeds_range()", "get_num_embeds()")),
+        "is_embed", "length", "offset", "get_num_embeds()")),
     Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
 
     Reads("vllm.v1.request", "Request", "notes of its length; look-ahead", (
         "arrival_time", "client_index", "lora_request", "max_tokens", "mm_features",
         "num_computed_tokens", "num_prompt_tokens", "num_tokens", "priority", "prompt_token_ids",
-        "request_id", "resumable", "skip_reading_prefix_cache", "status",
+        "request_id", "resumable", "sampling_params", "skip_reading_prefix_cache", "status",
         "(request_id, client_index, prompt_token_ids, sampling_params, pooling_params, "
         "arrival_time, lora_request, priority)")),
     Reads("vllm.v1.request", "RequestStatus", "which look-aheads run", ("RUNNING",)),
@@ -169,23 +174,22 @@ READS = (
         "single_type_managers",)),
 
     Reads("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "requests, and those to end", (
-        "encoder_cache_mismatch_reqs", "finished_req_ids", "finished_req_ids_dict",
-        "kv_cache_config", "kv_cache_manager", "max_model_len", "need_mamba_block_aligned_split",
-        "requests", "vllm_config")),
+        "encoder_cache_manager", "encoder_cache_mismatch_reqs", "finished_req_ids",
+        "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "max_model_len", "max_num_encoder_input_tokens",
+        "need_mamba_block_aligned_split", "requests", "scheduler_config", "vllm_config")),
     Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
         "finished_req_ids", "num_scheduled_tokens", "preempted_req_ids", "scheduled_cached_reqs",
         "scheduled_new_reqs")),
     Reads("vllm.v1.core.sched.output", "NewRequestData", "a request that is admitted", (
-        "block_ids", "mm_features", "num_computed_tokens", "prefill_token_ids", "prompt_len",
-        "req_id")),
+        "block_ids", "mm_features", "num_computed_tokens", "prompt_len", "req_id",
+        "sampling_params")),
     Reads("vllm.v1.core.sched.output", "CachedRequestData", "requests that grow or resume", (
-        "new_block_ids", "num_computed_tokens", "num_output_tokens", "req_ids",
-        "resumed_req_ids")),
+        "new_block_ids", "num_computed_tokens", "req_ids", "resumed_req_ids")),
     Reads("vllm.v1.engine", "EngineCoreOutputs", "take out what a look-ahead says", ("outputs",)),
     Reads("vllm.v1.engine", "EngineCoreOutput", "the same", ("request_id",)),
 
     Reads("vllm.v1.attention.backend", "CommonAttentionMetadata", "rows of the batch", (
-        "num_reqs", "query_start_loc_cpu", "req_idx")),
+        "causal", "num_reqs", "query_start_loc_cpu", "req_idx")),
     Reads("vllm.v1.attention.backend", "AttentionCGSupport", "decode steps can be captured", (
         "UNIFORM_SINGLE_TOKEN_DECODE",)),
     Reads("vllm.v1.attention.backend", "AttentionType", "no other is served", ("DECODER",)),
@@ -198,7 +202,7 @@ READS = (
           "turn stored queries", ("is_neox_style",)),
 
     Reads("vllm.v1.worker.gpu_worker", "Worker", "model, rank and runner", (
-        "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
+        "model_config", "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
     Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows (runner V1)", (
         "attn_groups", "input_batch", "get_model()")),
     Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests (runner V1)", (
