@@ -267,3 +267,34 @@ def test_only_upstream_changes_what_vllm_owns(module: str) -> None:
             for target in targets:
                 owner = ast.unparse(target).split(".")
                 assert len(owner) == 1 or owner[0] not in names, f"{module}:{node.lineno}"
+
+
+@cache
+def private_names() -> set[str]:
+    """What our modules, classes and objects keep to themselves."""
+    found = set()
+    for module in MODULES:
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+    return {name for name in found if name.startswith("_") and not name.startswith("__")}
+
+
+def patched_names(source: ast.Module) -> Iterator[str]:
+    """Names that a test assigns to an object of others, or lets pytest patch."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if ast.unparse(node.value) != "self":
+                yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".setattr"):
+            yield from (a.value for a in node.args if isinstance(a, ast.Constant))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda p: p.name)
+def test_no_test_patches_a_private_name(path: Path) -> None:
+    names = [str(name) for name in patched_names(ast.parse(path.read_text(encoding="utf-8")))]
+    assert not {name.rpartition(".")[2] for name in names} & private_names()

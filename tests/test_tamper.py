@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.tamper.mutations import MUTATIONS, Mutation
+from tests.tamper.mutations import MUTATIONS
+
+if TYPE_CHECKING:
+    from tests.tamper.mutation import Mutation
 
 PACKAGE = Path(__file__).parent.parent / "vllm_budgetkv"
 

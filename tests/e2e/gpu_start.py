@@ -54,7 +54,7 @@ def install() -> None:
         CPUWorker.determine_available_memory, profile_graphs
     )
     CPUWorker.compile_or_warm_up_model = before(CPUWorker.compile_or_warm_up_model, warm_up)
-    BudgetWorker._see_positions = unless_replaying(BudgetWorker._see_positions)
+    BudgetWorker.see_positions = unless_replaying(BudgetWorker.see_positions)
     platform = type(current_platform)
     platform._global_graph_pool = None
     platform.graph_pool_handle = platform.get_global_graph_pool = staticmethod(object)

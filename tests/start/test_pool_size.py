@@ -81,9 +81,9 @@ def test_the_worker_checks_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 64 * BLOCK_BYTES)
     worker: Any = BudgetWorker.__new__(BudgetWorker)
-    worker.vllm_config, worker._quota = engine(), QUOTA
-    worker._config = BudgetConfig(policy="full")
+    worker.vllm_config, worker.budget_quota = engine(), QUOTA
+    worker.budget_config = BudgetConfig(policy="full")
     assert worker.determine_available_memory() == 64 * BLOCK_BYTES
-    worker._config = BudgetConfig(policy="hybrid", page_quota=64)
+    worker.budget_config = BudgetConfig(policy="hybrid", page_quota=64)
     with pytest.raises(ValueError, match="the pool has 64, of which vLLM reserves 1"):
         worker.determine_available_memory()

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from tests.tamper.mutations import MUTATIONS
 
 if TYPE_CHECKING:
-    from tests.tamper.mutations import Mutation
+    from tests.tamper.mutation import Mutation
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")

@@ -39,7 +39,7 @@ def specs_of(
     worker: Any = BudgetWorker.__new__(BudgetWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
     worker.vllm_config = SimpleNamespace(compilation_config=compilation)
-    worker._quota = QUOTA
+    worker.budget_quota = QUOTA
     return worker.get_kv_cache_spec()
 
 

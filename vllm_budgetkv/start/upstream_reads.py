@@ -175,8 +175,9 @@ READS = (
 
     Reads("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "requests, and those to end", (
         "encoder_cache_manager", "encoder_cache_mismatch_reqs", "finished_req_ids",
-        "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "max_model_len", "max_num_encoder_input_tokens",
-        "need_mamba_block_aligned_split", "requests", "scheduler_config", "vllm_config")),
+        "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "max_model_len",
+        "max_num_encoder_input_tokens", "need_mamba_block_aligned_split", "requests",
+        "scheduler_config", "vllm_config")),
     Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
         "finished_req_ids", "num_scheduled_tokens", "preempted_req_ids", "scheduled_cached_reqs",
         "scheduled_new_reqs")),

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.worker.worker_base import CompilationTimes
 
+    from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.cache import BudgetCache
     from vllm_budgetkv.cache.probe.bank import Rotary
+    from vllm_budgetkv.start.config import BudgetConfig
 
 BACKEND_PATH = f"{BudgetBackend.__module__}.{BudgetBackend.__qualname__}"
 
@@ -58,14 +60,22 @@ def backend_registered() -> Iterator[None]:
 
 
 class BudgetWorker(Worker):
-    """vLLM's worker, whose requests stay inside their quota."""
+    """vLLM's worker, whose requests stay inside their quota.
 
+    Attributes:
+        budget_config: the options, from `load_model` on.
+        budget_quota: the largest quota of a request, from `load_model` on.
+        budget_cache: the cache, once vLLM has allocated its buffer.
+    """
+
+    budget_config: BudgetConfig
+    budget_quota: Quota
     budget_cache: BudgetCache
 
     def load_model(self, **kwargs: Any) -> None:
-        self._config = config_of(self.vllm_config)
-        self._quota = quota_of(self.vllm_config)
-        BudgetBackend.quota = self._quota
+        self.budget_config = config_of(self.vllm_config)
+        self.budget_quota = quota_of(self.vllm_config)
+        BudgetBackend.quota = self.budget_quota
         with backend_registered():
             super().load_model(**kwargs)
 
@@ -73,13 +83,13 @@ class BudgetWorker(Worker):
         specs = super().get_kv_cache_spec()
         require_plain_layers(specs)
         context = self.vllm_config.compilation_config.static_forward_context
-        heads_of({name: context[name] for name in specs}, self._quota)
+        heads_of({name: context[name] for name in specs}, self.budget_quota)
         return specs
 
     def determine_available_memory(self) -> int:
         pool_bytes = super().determine_available_memory()
-        if self._quota.compresses:
-            pool_size.check(self.vllm_config, self._quota, pool_bytes)
+        if self.budget_quota.compresses:
+            pool_size.check(self.vllm_config, self.budget_quota, pool_bytes)
         return pool_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -96,11 +106,11 @@ class BudgetWorker(Worker):
         keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
         rest_in_chunks(self.model_runner, self.use_v2_model_runner)
         self.model_runner.get_model().register_forward_pre_hook(
-            self._see_positions, with_kwargs=True
+            self.see_positions, with_kwargs=True
         )
 
     def _make_cache(self, layers: Mapping[str, Any]) -> BudgetCache:
-        config, quota = self._config, self._quota
+        config, quota = self.budget_config, self.budget_quota
         options = config.policy_options()
         policy = make_policy(config.policy, options, quota.page_tokens)
         model = model_of(layers, quota)
@@ -147,7 +157,7 @@ class BudgetWorker(Worker):
             return [index_to_id[int(index)] for index in indices]
         return self.model_runner.input_batch.req_ids[: common.num_reqs]
 
-    def _see_positions(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def see_positions(self, model: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         step = self.budget_cache.step
         if step is not None:
             step.see_positions(kwargs["positions"])

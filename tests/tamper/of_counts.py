@@ -1,0 +1,158 @@
+"""What is broken on purpose elsewhere: arithmetic, policies, scheduler, worker, start."""
+
+from __future__ import annotations
+
+from tests.tamper.mutation import Mutation
+
+OF_COUNTS = (
+    Mutation(
+        "hybrid: the keys most like the others stay",
+        "policy/unlike.py",
+        "topk(count, dim=-1)",
+        "topk(count, dim=-1, largest=False)",
+    ),
+    Mutation(
+        "graphs: a chunk of one token counts as decode",
+        "worker/graphs.py",
+        "None if cache.has_chunks else uniform_tokens",
+        "uniform_tokens",
+    ),
+    Mutation(
+        "look-ahead: the question brings the text in front of it",
+        "scheduler/lookahead.py",
+        "min(enough_tokens, limit_tokens)",
+        "limit_tokens",
+    ),
+    Mutation(
+        "quota: blocks_for gives one more",
+        "arithmetic/quota.py",
+        "self.page_tokens), self.blocks)",
+        "self.page_tokens), self.blocks + 1)",
+    ),
+    Mutation(
+        "quota: no room for partial pages",
+        "arithmetic/quota.py",
+        "self.decode_interval_tokens + self.page_tokens",
+        "self.decode_interval_tokens",
+    ),
+    Mutation(
+        "quota: compresses one token late in prefill",
+        "arithmetic/quota.py",
+        "and seen_tokens > self.budget_tokens",
+        "and seen_tokens > self.budget_tokens + 1",
+    ),
+    Mutation(
+        "quota: first compaction of decode one token late",
+        "arithmetic/quota.py",
+        "least_tokens = 0 if",
+        "least_tokens = 1 if",
+    ),
+    Mutation(
+        "quota: later compactions of decode one token late",
+        "arithmetic/quota.py",
+        "grown_tokens % self.decode_interval_tokens == 0",
+        "grown_tokens % self.decode_interval_tokens == 1",
+    ),
+    Mutation(
+        "quota: output that is computed again runs past a compaction",
+        "arithmetic/quota.py",
+        "min(longest, start_tokens - grown_tokens + self.decode_interval_tokens)",
+        "min(longest, start_tokens + self.decode_interval_tokens)",
+    ),
+    Mutation(
+        "quota: chunks do not begin again at multiples",
+        "arithmetic/quota.py",
+        "                longest -= start_tokens % self.chunk_tokens\n",
+        "",
+    ),
+    Mutation(
+        "manager: growth stops one block late",
+        "scheduler/manager.py",
+        "return blocks * expected.quota.page_tokens",
+        "return (blocks + 1) * expected.quota.page_tokens",
+    ),
+    Mutation(
+        "manager: a long request takes no more than it needs now",
+        "scheduler/manager.py",
+        "blocks_for(num_tokens, expected.prompt_tokens)",
+        "blocks_for(num_tokens, 1)",
+    ),
+    Mutation(
+        "manager: the bound is not asserted",
+        "scheduler/manager.py",
+        "if held_blocks > quota_blocks:",
+        "if held_blocks > quota_blocks + 1:",
+    ),
+    Mutation(
+        "manager: a private request publishes its blocks",
+        "scheduler/manager.py",
+        "if self._expected[request.request_id].is_private:",
+        "if not self._expected[request.request_id]:",
+    ),
+    Mutation(
+        "scheduler: a finished request is not forgotten",
+        "scheduler/scheduler.py",
+        "        self._manager.forget(request.request_id)\n",
+        "",
+    ),
+    Mutation(
+        "cache: the bank takes vision tokens",
+        "policy/probe_source.py",
+        "return places.last_text_positions(start, stop, options.probe_tokens)",
+        "return list(range(start, stop))[-options.probe_tokens :]",
+    ),
+    Mutation(
+        "cache: text before the video replaces the look-ahead",
+        "policy/probe_source.py",
+        "start = max(start, places.end_of_vision)",
+        "pass",
+    ),
+    Mutation(
+        "lookm: vision before text",
+        "policy/lookm.py",
+        "& ~observation.is_vision",
+        "& observation.is_vision",
+    ),
+    Mutation(
+        "units: merging is forgotten",
+        "policy/units.py",
+        "scores=scores, tiers=tiers, budgets=budgets)",
+        "scores=scores, tiers=tiers, budgets=budgets, merge=None)",
+    ),
+    Mutation(
+        "generators: a chunk draws from a seed",
+        "worker/generators.py",
+        "if is_discarded[row]}",
+        "if False}",
+    ),
+    Mutation(
+        "scheduler: a chunk takes what is left of the batch",
+        "scheduler/scheduler.py",
+        "return 0 if must_be_whole(request, quota, start) else num_new_tokens",
+        "return num_new_tokens",
+    ),
+    Mutation(
+        "scheduler: a chunk takes what is left of the encoder",
+        "scheduler/scheduler.py",
+        "is_cut = found[1] < num_new_tokens",
+        "is_cut = False",
+    ),
+    Mutation(
+        "scheduler: a chunk that waits for the encoder holds on to its items",
+        "scheduler/scheduler.py",
+        "            self.encoder_cache_manager.free(request)\n",
+        "",
+    ),
+    Mutation(
+        "chunks: what can never be encoded at once is asked for",
+        "scheduler/chunks.py",
+        "or num_embeds > limits.embeds",
+        "or num_embeds > 2 * limits.embeds",
+    ),
+    Mutation(
+        "look-ahead: a cancelled parent runs",
+        "scheduler/lookahead.py",
+        "ahead_id = self.held.pop(parent_id, None)",
+        "ahead_id = self.held.get(parent_id)",
+    ),
+)
