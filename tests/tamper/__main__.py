@@ -41,6 +41,7 @@ TESTS = (
     "tests/worker/test_decode_step.py",
     "tests/worker/test_graphs.py",
     "tests/worker/test_rehearsal.py",
+    "tests/worker/test_rotaries.py",
 )
 
 

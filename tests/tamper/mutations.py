@@ -19,6 +19,24 @@ COMPACT = "        tables.is_static[slot, rows] = is_static\n"
 
 MUTATIONS = (
     Mutation(
+        "rotaries: unknown is taken for none",
+        "worker/rotaries.py",
+        "if not unknown or (",
+        "if True or (",
+    ),
+    Mutation(
+        "rotaries: noise excuses everything",
+        "worker/rotaries.py",
+        "min(2 * self.noise, rounding)",
+        "2 * self.noise",
+    ),
+    Mutation(
+        "rotaries: only a long batch is looked at",
+        "worker/rotaries.py",
+        "for wanted in (long, SHORT):",
+        "for wanted in (long, long):",
+    ),
+    Mutation(
         "hybrid: the keys most like the others stay",
         "policy/unlike.py",
         "topk(count, dim=-1)",
