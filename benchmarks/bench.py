@@ -19,9 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetkv.quota import least_batch_tokens
-
 from benchmarks import bench_plots, bench_table
+from vllm_budgetkv.arithmetic.quota import least_batch_tokens
 from vllm_budgetkv.testing.models import build_qwen2_5_vl
 
 REPOSITORY = Path(__file__).parent.parent

@@ -116,7 +116,7 @@ class Layer(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def engine_config() -> Iterator[None]:
     """vLLM reads its configuration when it builds a rotary embedding."""
-    config = vllm_config.VllmConfig()
+    config = vllm_config.VllmConfig(compilation_config={"custom_ops": ["all"]})
     config.model_config = SimpleNamespace(max_model_len=MAX_TOKENS, dtype=torch.float32)
     with vllm_config.set_current_vllm_config(config):
         yield

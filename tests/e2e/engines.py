@@ -81,6 +81,11 @@ def run_budgets(
     return _answer_of("budgets_job", job, tmp_path, environment())
 
 
+def run_rotaries(tmp_path: Path, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """By name of the model, how its queries turn; `models` holds arguments of engines."""
+    return _answer_of("rotaries_job", {"models": models}, tmp_path, environment())
+
+
 def arguments_of(model: Path, **engine: Any) -> dict[str, Any]:
     """Arguments of an engine, those of the tests unless `engine` says otherwise."""
     return {

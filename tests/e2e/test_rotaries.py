@@ -3,35 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
-from functools import partial
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
-import torch
 
-import vllm_budgetkv
-
-vllm_budgetkv.register()
-
-from vllm.config import set_current_vllm_config  # noqa: E402  (after the plugin, as vLLM does)
-from vllm.distributed import parallel_state  # noqa: E402
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.model_executor.model_loader.utils import (  # noqa: E402
-    initialize_model,
-    process_weights_after_loading,
-)
-
-from vllm_budgetkv.cache.probe.rotaries import find_rotaries  # noqa: E402
-from vllm_budgetkv.worker.query_samples import sample_queries  # noqa: E402
-from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from vllm_budgetkv.cache.probe.bank import Rotary
+from tests.e2e.engines import run_rotaries
 
 HEAD_SIZE = 32
 MAX_TOKENS = 4096
@@ -99,90 +75,65 @@ DYNAMIC = {
     "max_position_embeddings": ORIGINAL_TOKENS,
 }
 TRANSFORMERS = {"model_impl": "transformers"}
+SHORT = {**TRANSFORMERS, "max_model_len": ORIGINAL_TOKENS}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": (LLAMA, TRANSFORMERS),
+    "hunyuan": (HUNYUAN, {}),
+    "smollm3": (SMOLLM3, {}),
+    "ministral3": (MINISTRAL, TRANSFORMERS),
+    "dynamic": (DYNAMIC, TRANSFORMERS),
+    "dynamic short": (DYNAMIC, SHORT),
+    "minicpm3": (MINICPM3, {}),
+    "opt": (OPT, {}),
+}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The groups of processes in which vLLM's layers are built."""
-    store = tmp_path_factory.mktemp("store") / "store"
-    parallel_state.init_distributed_environment(1, 0, f"file://{store}", 0, "gloo")
-    yield
-    parallel_state.destroy_model_parallel()
-    parallel_state.destroy_distributed_environment()
-
-
-def rotaries_of(
-    folder: Path, description: dict[str, Any], **engine: Any
-) -> tuple[str, dict[int, Rotary]]:
-    """Class of a model with random weights, and how the queries of its layers turn."""
-    (folder / "config.json").write_text(json.dumps({**DECODER, **description}), encoding="utf-8")
-    arguments = {"max_model_len": MAX_TOKENS, "dtype": "float32", **engine}
-    config = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, enforce_eager=True, **arguments
-    ).create_engine_config()
-    with set_current_vllm_config(config), backend_registered():
-        parallel_state.ensure_model_parallel_initialized(1, 1)
-        model = initialize_model(vllm_config=config)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-        else:
-            parameter.data.normal_(std=0.1, generator=generator)
-    process_weights_after_loading(model, config.model_config, torch.device("cpu"))
-    runner = SimpleNamespace(
-        get_model=lambda: model,
-        device=torch.device("cpu"),
-        supports_mm_inputs=False,
-        lora_config=None,
-        maybe_dummy_run_with_lora=lambda *_: nullcontext(),
-    )
-    layers = config.compilation_config.static_forward_context
-    found = find_rotaries(
-        model,
-        config.model_config.hf_text_config,
-        partial(sample_queries, runner, config),
-        config.model_config.max_model_len,
-        8,
-        {name: index for index, name in enumerate(layers)},
-    )
-    return type(model).__name__, found
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    models = {}
+    for name, (description, engine) in MODELS.items():
+        folder = tmp_path_factory.mktemp("model")
+        config = json.dumps({**DECODER, **description})
+        (folder / "config.json").write_text(config, encoding="utf-8")
+        arguments = {"model": str(folder), "max_model_len": MAX_TOKENS, "dtype": "float32"}
+        models[name] = {**arguments, **engine}
+    return run_rotaries(tmp_path_factory.mktemp("answer"), models)
 
 
 @pytest.mark.parametrize(
-    ("description", "engine", "backend", "start", "turning_layers"),
+    ("name", "backend", "starts", "num_turning_layers"),
     [
-        (LLAMA, TRANSFORMERS, "TransformersForCausalLM", 0, 4),
-        (HUNYUAN, {}, "TransformersForCausalLM", 0, 4),
-        (SMOLLM3, {}, "TransformersForCausalLM", 0, 3),
-        (MINISTRAL, TRANSFORMERS, "TransformersForCausalLM", 0, 4),
-        (MINICPM3, {}, "MiniCPM3ForCausalLM", 32, 4),
-        (OPT, {}, "OPTForCausalLM", 0, 0),
+        ("llama", "TransformersForCausalLM", [0], 4),
+        ("hunyuan", "TransformersForCausalLM", [0], 4),
+        ("smollm3", "TransformersForCausalLM", [0], 3),
+        ("ministral3", "TransformersForCausalLM", [0], 4),
+        ("dynamic short", "TransformersForCausalLM", [0], 4),
+        ("minicpm3", "MiniCPM3ForCausalLM", [32], 4),
+        ("opt", "OPTForCausalLM", [], 0),
     ],
-    ids=["llama", "hunyuan", "smollm3", "ministral3", "minicpm3", "opt"],
 )
 def test_models(
-    tmp_path: Path,
-    description: dict[str, Any],
-    engine: dict[str, Any],
+    answers: dict[str, dict[str, Any]],
+    name: str,
     backend: str,
-    start: int,
-    turning_layers: int,
+    starts: list[int],
+    num_turning_layers: int,
 ) -> None:
     """None of them has a whole head's rotary embedding beside its layers.
 
     So their queries stayed where they were, or the wrong elements were turned.
     """
-    found_backend, found = rotaries_of(tmp_path, description, **engine)
-    assert found_backend == backend
-    assert list(found) == [*range(turning_layers)]
-    assert {rotary.start for rotary in found.values()} <= {start}
-    assert any(rotary.gain is not None for rotary in found.values()) == (description is HUNYUAN)
-    assert any(rotary.temperature for rotary in found.values()) == (description is MINISTRAL)
+    assert answers[name] == {
+        "backend": backend,
+        "layers": [*range(num_turning_layers)],
+        "starts": starts,
+        "has_gain": name == "hunyuan",
+        "has_temperature": name == "ministral3",
+    }
 
 
-def test_a_rotation_that_follows_the_batch_is_refused(tmp_path: Path) -> None:
+def test_a_rotation_that_follows_the_batch_is_refused(answers: dict[str, dict[str, Any]]) -> None:
     """Dynamic NTK in Transformers: the longest request of a batch sets the rotation of all."""
-    with pytest.raises(ValueError, match="a shorter --max-model-len if the model changes"):
-        rotaries_of(tmp_path, DYNAMIC, **TRANSFORMERS)
-    rotaries_of(tmp_path, DYNAMIC, **TRANSFORMERS, max_model_len=ORIGINAL_TOKENS)
+    refused = answers["dynamic"]["refused"]
+    assert "4 of 4 layers (LlamaAttention)" in refused
+    assert "a shorter --max-model-len if the model changes its rotation" in refused

@@ -45,6 +45,7 @@ TESTS = (
     "tests/worker/test_generators.py",
     "tests/worker/test_graphs.py",
     "tests/cache/test_rehearsal.py",
+    "tests/cache/test_rotaries.py",
 )
 
 

@@ -8,6 +8,24 @@ COMPACT = "        tables.is_static[slot, rows] = is_static\n"
 
 OF_CACHE = (
     Mutation(
+        "rotaries: unknown is taken for none",
+        "cache/probe/rotaries.py",
+        "if not unknown or (",
+        "if True or (",
+    ),
+    Mutation(
+        "rotaries: noise excuses everything",
+        "cache/probe/rotaries.py",
+        "min(2 * self.noise, rounding)",
+        "2 * self.noise",
+    ),
+    Mutation(
+        "rotaries: only a long batch is looked at",
+        "cache/probe/rotaries.py",
+        "for wanted in (long, SHORT):",
+        "for wanted in (long, long):",
+    ),
+    Mutation(
         "start: warm-up requests are reported",
         "cache/report.py",
         "if self.is_paused or self.on_finished is None:",

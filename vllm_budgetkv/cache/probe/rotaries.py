@@ -123,7 +123,7 @@ def find_rotaries(
     unknown: dict[int, tuple[float, float]] = {}
     for name, layer in sorted(layer_index.items(), key=lambda item: item[1]):
         of_layer = samples[name]
-        guesses = candidates.of_layer(owners[layer], of_layer.queries.shape[-1])
+        guesses = candidates.of_layer(owners[layer], of_layer.queries)
         tolerance = of_layer.tolerance()
         rotary, error = _best(of_layer, tolerance, itertools.chain((None, *known), guesses))
         if not error <= tolerance:

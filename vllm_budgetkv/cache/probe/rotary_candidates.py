@@ -49,18 +49,20 @@ class Candidates:
             if (name := getattr(child, "layer_name", "")) in layer_index
         }
 
-    def of_layer(self, owner: torch.nn.Module, head_size: int) -> Iterator[Rotary]:
+    def of_layer(self, owner: torch.nn.Module, queries: torch.Tensor) -> Iterator[Rotary]:
         """Rotations that a layer may have; layers that share one get the same object.
 
         Args:
             owner: the module around the attention layer.
-            head_size: D.
+            queries: some of its queries, [..., D], for their size and device.
         """
+        head_size = queries.shape[-1]
+        nothing = queries.new_empty(0, dtype=torch.float32)
         for temperature, gain in itertools.product(
             (None, *self._temperatures()), (None, *_gains(owner, head_size))
         ):
             if temperature is not None and gain is None:
-                yield self._rotary((), torch.empty(0), True, 0, None, temperature)
+                yield self._rotary((), nothing, True, 0, None, temperature)
             for module in itertools.chain(owner.modules(), self.model.modules()):
                 for number, inv_freq in enumerate(self._frequencies_of(module)):
                     start = head_size - 2 * len(inv_freq)
