@@ -76,6 +76,19 @@ def test_window_loses_the_needle(needle: int) -> None:
     assert search("window", ALL_TEXT, looks_ahead=False, needle=needle) == 0
 
 
+def test_a_key_against_all_others_survives() -> None:
+    """`keydiff` keeps what has the most contrast: one key is turned away from all of the others."""
+    lab = Haystack(
+        "keydiff", small_quota(), pool_blocks=BLOCKS, options=options(), needle=NEEDLE, asking=[]
+    )
+    # where keys turn slowly, and are empty but for the needle's
+    keys = lab.script[:, 1, :, :, -lab.head_size // 8 :]
+    keys += 4
+    keys[:, NEEDLE] -= 8
+    client = lab.run(video_client(), outputs=1)
+    assert lab.heads_with_needle(client) == 6
+
+
 @pytest.mark.parametrize("ratio", [0.4, 0.6])
 def test_decode_reads_the_page_of_the_needle(ratio: float) -> None:
     """Dynamic heads find it by its digest, among pages that they do not read."""

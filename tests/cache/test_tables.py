@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -15,18 +17,14 @@ SLOTS, LAYERS, HEADS, WIDTH = 3, 4, 2, 5
 def tables() -> HeadTables:
     """Every entry is another number."""
     layout = PageLayout(8, 32, torch.float32)
-    made = HeadTables.empty(
-        PagePool(torch.zeros(1, layout.page_bytes, dtype=torch.uint8), layout),
-        num_slots=SLOTS,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        width_pages=WIDTH,
-        quota_blocks=6,
-        device=torch.device("cpu"),
-    )
-    for tensor in (made.page_table, made.lens, made.free_pages, made.num_free):
-        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape))
-    return made
+    pool = PagePool(torch.zeros(1, layout.page_bytes, dtype=torch.uint8), layout)
+    shape = (SLOTS, LAYERS, HEADS)
+    numbered = (numbers(*sizes) for sizes in ((*shape, WIDTH), shape, (SLOTS, 9), (SLOTS,)))
+    return HeadTables(pool, *numbered, *torch.zeros(2, *shape, dtype=torch.bool))
+
+
+def numbers(*sizes: int) -> torch.Tensor:
+    return torch.arange(math.prod(sizes), dtype=torch.int32).view(sizes)
 
 
 def same_memory(view: torch.Tensor, tensor: torch.Tensor) -> bool:
