@@ -29,12 +29,12 @@ TEXT_REQUESTS = [
     {"name": "short", "content": [{"text": "Which letter?"}]},
     {"name": "long", "content": [{"text": "What does the sign say? " * 40}], "arrives": 1},
 ]
-FITS = {"policy": "hybrid", "page_quota": 40, "check_ledger": True}
+FITS = {"policy": "hybrid", "page_quota": 40, "chunk_tokens": 40, "check_ledger": True}
 RUNNER_MODULES = {
     "v1": "vllm.v1.worker.cpu_model_runner",
     "v2": "vllm.v1.worker.cpu.model_runner",
 }
-CHUNKS = {"max_num_batched_tokens": 48}
+CHUNKS = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
 
 
 @pytest.fixture(scope="module")
