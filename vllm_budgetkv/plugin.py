@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv.arithmetic.quota import least_batch_tokens
+from vllm_budgetkv.arithmetic.quota import good_batch_tokens
 from vllm_budgetkv.start import upstream
 from vllm_budgetkv.start.cli import add_flags, fold_flags
 from vllm_budgetkv.start.config import SECTION, BudgetConfig
@@ -81,7 +81,7 @@ def _set_default_batch(
     model_config: ModelConfig,
     parallel_config: ParallelConfig,
 ) -> None:
-    """Where vLLM chooses the size of a batch, let it have room for a chunk and every decode."""
+    """Where vLLM chooses the size of a batch, let it hold whole chunks beside every decode."""
     is_given = self.max_num_batched_tokens is not None
     original(self, usage_context, model_config, parallel_config)
     additional = self.additional_config
@@ -91,5 +91,6 @@ def _set_default_batch(
     if config.compresses:
         assert self.max_num_batched_tokens is not None and self.max_num_seqs is not None
         chunk_tokens = min(config.chunk_tokens, model_config.max_model_len)
-        least_tokens = least_batch_tokens(chunk_tokens, self.max_num_seqs)
-        self.max_num_batched_tokens = max(self.max_num_batched_tokens, least_tokens)
+        self.max_num_batched_tokens = good_batch_tokens(
+            self.max_num_batched_tokens, chunk_tokens, self.max_num_seqs
+        )

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.arithmetic.page_simulation import PageSimulation, quotas
-from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
+from vllm_budgetkv.arithmetic.quota import Quota, good_batch_tokens, least_batch_tokens
 
 
 def make_quota(**changes: object) -> Quota:
@@ -60,6 +60,9 @@ def test_blocks_for(num_tokens: int, prompt_tokens: int, blocks: int) -> None:
 def test_room_of_a_batch() -> None:
     assert least_batch_tokens(1024, 1) == 1024
     assert least_batch_tokens(1024, 256) == 1279
+    assert good_batch_tokens(2048, 1024, 256) == 2303
+    assert good_batch_tokens(2400, 1024, 256) == 2400
+    assert good_batch_tokens(512, 1024, 256) == 1279
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,12 @@ TEXT_REQUESTS = [
     {"name": "seeded", "content": [{"text": "Which letter?"}], "seed": 7},
     {"name": "seeded long", "content": [{"text": "And now? " * 60}], "arrives": 1, "seed": 7},
 ]
-FITS = {"policy": "hybrid", "page_quota": 40, "check_ledger": True}
+FITS = {"policy": "hybrid", "page_quota": 40, "chunk_tokens": 40, "check_ledger": True}
 RUNNER_MODULES = {
     "v1": "vllm.v1.worker.cpu_model_runner",
     "v2": "vllm.v1.worker.cpu.model_runner",
 }
-CHUNKS = {"max_num_batched_tokens": 48}
+CHUNKS = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
 
 
 @pytest.fixture(scope="module")

@@ -43,7 +43,7 @@ def test_a_look_ahead_runs_before_its_parent(config: VllmConfig) -> None:
     clients = [name for scheduled in core.outputs for name in new_ids(scheduled, ahead=False)]
     assert len(ahead) == 1 and clients == ["r"]
     assert core.tokens == {"r": [0, 1, 2, 3]} and core.ended == {"r": "length"}
-    assert not core.scheduler.requests
+    assert not core.scheduler.requests and not core.scheduler._manager._expected
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,21 @@ LARGE = {"page_quota": 300, "chunk_tokens": 4000}
         (LARGE, {"max_num_seqs": 1}, 4000),
         (LARGE, {"max_num_seqs": None}, 4127),
         ({}, {"max_num_seqs": 8}, 2048),
+        ({"chunk_tokens": 512, "page_quota": 60}, {"max_num_seqs": 8}, 2055),
+        ({"chunk_tokens": 500, "page_quota": 60}, {"max_num_seqs": 8}, 2048),
         (LARGE, {"max_num_seqs": 8, "max_model_len": 3000}, 3007),
         (LARGE, {"max_num_seqs": 8, "max_num_batched_tokens": 4007}, 4007),
     ],
-    ids=["raised", "alone", "default", "room-already", "no-longer-than-the-model", "given"],
+    ids=[
+        "raised",
+        "alone",
+        "default",
+        "room-already",
+        "whole-chunks",
+        "whole-chunks-already",
+        "no-longer-than-the-model",
+        "given",
+    ],
 )
 def test_a_step_has_room_for_a_chunk_and_every_decode(
     qwen2: Path, budget: dict[str, Any], engine: dict[str, Any], batch_tokens: int

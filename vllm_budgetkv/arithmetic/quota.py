@@ -28,6 +28,15 @@ def least_batch_tokens(chunk_tokens: int, max_num_seqs: int) -> int:
     return chunk_tokens + max_num_seqs - 1
 
 
+def good_batch_tokens(wanted_tokens: int, chunk_tokens: int, max_num_seqs: int) -> int:
+    """Tokens of a step with room for as many chunks as `wanted_tokens` hold, and for the decodes.
+
+    With less, a chunk would wait for one token of each request that decodes.
+    """
+    num_chunks = max(1, wanted_tokens // chunk_tokens)
+    return max(wanted_tokens, least_batch_tokens(num_chunks * chunk_tokens, max_num_seqs))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Quota:
     """What one request may hold, and when it must compress.

@@ -66,8 +66,9 @@ class Lookaheads:
     def release(self, ahead_id: str) -> Request | None:
         """The request that was held back for a look-ahead which ended; None if it was cancelled."""
         parent = self.parents.get(ahead_id)
-        if parent is None or self.held.pop(parent.request_id, None) is None:
+        if parent is None or self.held.get(parent.request_id) != ahead_id:
             return None
+        del self.held[parent.request_id]
         return parent
 
     def cancel(self, parent_id: str) -> tuple[Request, str] | None:
