@@ -95,7 +95,7 @@ class Core:
         scheduler = self.scheduler
         scheduler.max_num_encoder_input_tokens = embeds
         scheduler.encoder_cache_manager = EncoderCacheManager(embeds)
-        scheduler._encoder_limits = replace(scheduler._encoder_limits, embeds=embeds)
+        scheduler.encoder_limits = replace(scheduler.encoder_limits, embeds=embeds)
 
     def add(
         self,

@@ -79,7 +79,7 @@ def test_an_aborted_client_takes_its_look_ahead_along(config: VllmConfig, num_st
     told = {name for scheduled in core.outputs for name in scheduled.finished_req_ids}
     new = {name for scheduled in core.outputs for name in new_ids(scheduled, ahead=True)}
     assert new <= told, "the worker is told that every look-ahead ended"
-    assert not core.scheduler._lookaheads.parents and not core.scheduler._lookaheads.held
+    assert not core.scheduler.lookaheads.parents and not core.scheduler.lookaheads.held
 
 
 def test_all_are_finished_at_once(config: VllmConfig) -> None:
@@ -114,7 +114,7 @@ def test_the_quota_is_the_one_that_was_resolved(qwen2: Path) -> None:
     core.add("r", 700)
     core.run()
     blocks = max(len(ids) for ids in blocks_of(core, "r"))
-    assert quota_of(config) == core.scheduler._quota == resolved
+    assert quota_of(config) == core.scheduler.quota == resolved
     assert blocks == resolved.blocks
 
 

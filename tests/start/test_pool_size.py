@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.start import pool_size
-from vllm_budgetkv.start.config import BudgetConfig
 
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=4, chunk_tokens=256, decode_interval_tokens=64)
 LAYOUT = PageLayout(16, 32, torch.float32)
@@ -81,9 +81,8 @@ def test_the_worker_checks_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 64 * BLOCK_BYTES)
     worker: Any = BudgetWorker.__new__(BudgetWorker)
-    worker.vllm_config, worker.budget_quota = engine(), QUOTA
-    worker.budget_config = BudgetConfig(policy="full")
+    worker.vllm_config, worker.budget_quota = engine(), replace(QUOTA, compresses=False)
     assert worker.determine_available_memory() == 64 * BLOCK_BYTES
-    worker.budget_config = BudgetConfig(policy="hybrid", page_quota=64)
+    worker.budget_quota = QUOTA
     with pytest.raises(ValueError, match="the pool has 64, of which vLLM reserves 1"):
         worker.determine_available_memory()

@@ -38,19 +38,19 @@ class BudgetScheduler(AsyncScheduler):
         spec = self._manager.kv_cache_spec
         assert isinstance(spec, QuotaSpec)
         # what every request gets today
-        self._quota = spec.quota
-        self._lookaheads = Lookaheads()
-        self._encoder_limits = EncoderLimits(
+        self.quota = spec.quota
+        self.lookaheads = Lookaheads()
+        self.encoder_limits = EncoderLimits(
             embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
         )
         self._waits_for_encoder = False
         # vLLM's own reason to cut chunks, recurrent state, is refused at start
-        self.need_mamba_block_aligned_split = self._quota.compresses
+        self.need_mamba_block_aligned_split = self.quota.compresses
         self._log_banner()
 
     def _log_banner(self) -> None:
-        quota = self._quota
+        quota = self.quota
         if not quota.compresses:
             logger.info("budgetkv: policy %s, no quota", self._config.policy)
         else:
@@ -63,7 +63,7 @@ class BudgetScheduler(AsyncScheduler):
             )
 
     def _log_quota(self) -> None:
-        quota = self._quota
+        quota = self.quota
         logger.info(
             "budgetkv: policy %s, quota %d blocks of %d tokens (%d tokens per head, %.0f%% of them "
             "retained budget), chunks of %d tokens, %.1f requests at quota fit the pool of %d "
@@ -86,7 +86,7 @@ class BudgetScheduler(AsyncScheduler):
     def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting) requests of clients; a look-ahead counts as its waiting parent."""
         num_running, num_waiting = super().get_request_counts()
-        ahead = [self.requests[request_id] for request_id in self._lookaheads]
+        ahead = [self.requests[request_id] for request_id in self.lookaheads]
         ahead_running = sum(request.status == RequestStatus.RUNNING for request in ahead)
         return num_running - ahead_running, num_waiting + ahead_running
 
@@ -101,7 +101,7 @@ class BudgetScheduler(AsyncScheduler):
         start = request.num_computed_tokens
         start += num_new_local_computed_tokens + num_external_computed_tokens
         quota = self._quota_of(request)
-        chunk_tokens = chunk_stop(request, quota, start, self._encoder_limits) - start
+        chunk_tokens = chunk_stop(request, quota, start, self.encoder_limits) - start
         if num_new_tokens >= chunk_tokens:
             return chunk_tokens
         return 0 if must_be_whole(request, quota, start) else num_new_tokens
@@ -134,19 +134,19 @@ class BudgetScheduler(AsyncScheduler):
         if request.request_id in self.requests:
             super().add_request(request)
             return
-        assert request.request_id not in self._lookaheads.held, "duplicate request id"
-        if request.resumable and self._quota.compresses:
+        assert request.request_id not in self.lookaheads.held, "duplicate request id"
+        if request.resumable and self.quota.compresses:
             # a session grows its prompt, but the quota's plan needs its length from the start;
             # vLLM ends the requests of this set with an error that reaches the client
             logger.warning("budgetkv: streaming-input session %s refused", request.request_id)
             self.encoder_cache_mismatch_reqs.add(request.request_id)
-        self._expect(request, self._quota)
+        self._expect(request, self.quota)
         ahead = self._lookahead_of(request)
         if ahead is None:
             super().add_request(request)
             return
-        self._lookaheads.hold(request, ahead)
-        self._expect(ahead, self._quota)
+        self.lookaheads.hold(request, ahead)
+        self._expect(ahead, self.quota)
         super().add_request(ahead)
 
     def _lookahead_of(self, request: Request) -> Request | None:
@@ -172,11 +172,11 @@ class BudgetScheduler(AsyncScheduler):
         self, request_ids: str | Iterable[str] | None, finished_status: RequestStatus
     ) -> list[Request]:
         if request_ids is None:
-            ids = [*self.requests, *self._lookaheads.held]
+            ids = [*self.requests, *self.lookaheads.held]
         else:
             ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         cancelled = []
-        for found in [self._lookaheads.cancel(request_id) for request_id in ids]:
+        for found in [self.lookaheads.cancel(request_id) for request_id in ids]:
             if found is None:
                 continue
             parent, ahead_id = found
@@ -187,15 +187,15 @@ class BudgetScheduler(AsyncScheduler):
             cancelled.append(parent)
             ids.append(ahead_id)
         finished = super().finish_requests(ids, finished_status)
-        return cancelled + [r for r in finished if r.request_id not in self._lookaheads]
+        return cancelled + [r for r in finished if r.request_id not in self.lookaheads]
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         result = super()._free_request(request, delay_free_blocks)
         self._manager.forget(request.request_id)
-        if request.request_id in self._lookaheads:
+        if request.request_id in self.lookaheads:
             if self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].discard(request.request_id)
-            parent = self._lookaheads.release(request.request_id)
+            parent = self.lookaheads.release(request.request_id)
             if parent is not None:
                 super().add_request(parent)
         return result
@@ -206,7 +206,7 @@ class BudgetScheduler(AsyncScheduler):
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             of_client.outputs = [
-                output for output in of_client.outputs if output.request_id not in self._lookaheads
+                output for output in of_client.outputs if output.request_id not in self.lookaheads
             ]
-        self._lookaheads.forget_gone(self.requests)
+        self.lookaheads.forget_gone(self.requests)
         return outputs
