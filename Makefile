@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 PYTEST_ARGS ?=
+# processes that run tests
+TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help env check lint fmt types test demo bench quality train build clean
@@ -31,7 +33,7 @@ types: env
 	$(BIN)/mypy
 
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 demo: env
 	$(BIN)/python -m benchmarks.demo

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# several processes of tests share the cores: a thread that waits must not spin
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import pytest
 import torch
 
@@ -21,6 +24,17 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 MODELS = Path(__file__).parent.parent / "build" / "models"
+# files whose tests share nothing and take long
+STANDALONE = {"test_triton.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engines first, so that no process of tests waits for another's at the end; a file's tests
+    share its engine, so they stay in one process, but those that start a process of their own."""
+    items.sort(key=lambda item: item.get_closest_marker("engine") is None)
+    for item in items:
+        name = item.nodeid if item.path.name in STANDALONE else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 def pytest_sessionstart() -> None:

@@ -9,24 +9,23 @@ import pytest
 
 BLOCK = "import sys\nfor name in {blocked!r}: sys.modules[name] = None\n"
 WITHOUT_VLLM = (
-    "quota",
+    "arithmetic.quota",
+    "arithmetic.layout",
     "policy",
+    "policy.option",
     "ops",
-    "layout",
-    "option",
-    "config",
-    "options_page",
-    "cli",
-    "spans",
-    "rotation",
+    "cache.build",
+    "cache.rehearsal",
+    "cache.probe.rotaries",
+    "start.config",
+    "start.options_page",
+    "start.cli",
+    "start.activation",
+    "start.upstream",
+    "start.upstream_reads",
+    "start.refusals",
+    "worker.engine_view",
     "plugin",
-    "activation",
-    "upstream",
-    "upstream_reads",
-    "refusals",
-    "worker.assemble",
-    "worker.cache",
-    "worker.step",
 )
 
 

@@ -100,7 +100,7 @@ def test_compression_that_drops_nothing_is_policy_full(
     client = lab.run(video_client(prompt_tokens=130), outputs=30)
     assert client.computed_tokens < quota.budget_tokens
     request = lab.cache.slots.requests["video"]
-    assert request.shared and request.record.compressions >= 130 // 24 + 30 // 8
+    assert request.shared and request.compressions >= 130 // 24 + 30 // 8
     assert (lab.cache.tables.lens[request.slot] == client.computed_tokens).all()
     assert torch.equal(outputs_of(lab, client), expected)
 
@@ -152,8 +152,8 @@ def test_compression_after_the_forward_would_not_fit(monkeypatch: pytest.MonkeyP
         def check_budget(self, client: Client, layer: int) -> None:
             """Nothing is compressed yet."""
 
-        def _forward(self, work: dict[Client, int]) -> Any:
-            step = super()._forward(work)
+        def forward(self, work: dict[Client, int]) -> Any:
+            step = super().forward(work)
             while late:
                 arguments, keywords = late.pop(0)
                 compress(*arguments, **keywords)
@@ -177,7 +177,7 @@ def test_a_long_decode_never_runs_out_of_pages(
     assert min(free) >= 0
     request = lab.cache.slots.requests["video"]
     in_prefill = 200 // 24 + 1 - quota.budget_tokens // 24
-    assert request.record.compressions == in_prefill + 148 // interval_tokens
+    assert request.compressions == in_prefill + 148 // interval_tokens
     assert len(client.blocks) == BLOCKS
 
 
@@ -189,7 +189,7 @@ def test_an_output_that_outgrows_the_quota_is_compacted_just_before() -> None:
     request = lab.cache.slots.requests["video"]
     assert client.computed_tokens == quota.tokens and not request.shared
     lab.step({client: 1})
-    assert request.shared and request.record.compressions == 1
+    assert request.shared and request.compressions == 1
     assert int(lab.cache.tables.lens[request.slot].sum(1).max()) <= 2 * (quota.budget_tokens + 1)
 
 

@@ -119,9 +119,9 @@ def test_how_a_prompt_that_fits_was_cut_does_not_show(policy: str, prompt_tokens
 def test_the_report_says_what_was_kept_behind_the_prompt(prompt_tokens: int) -> None:
     lab = Twin("window")
     client = lab.run(video_client(prompt_tokens=prompt_tokens), outputs=30)
-    record = lab.cache.slots.records["video"]
+    record = lab.cache.reports.records["video"]
     kept = dict(record.kept_counts)
     lab.preempt(client)
     lab.run(client, outputs=31)
-    assert lab.cache.slots.records["video"].kept_counts == kept
+    assert lab.cache.reports.records["video"].kept_counts == kept
     assert record.preemptions == 1 and len(kept["static"]) == prompt_tokens

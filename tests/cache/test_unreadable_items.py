@@ -17,7 +17,7 @@ from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache import notices
 from vllm_budgetkv.cache.spans import PromptSpans, VisionItem, fit_items
 from vllm_budgetkv.cache.vision import frame_grid, frame_records, spans_of, vision_items
-from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
+from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop
 
 PROMPT_TOKENS = 60
 DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float16, torch.complex64]
@@ -194,11 +194,14 @@ def test_the_worker_serves_the_request(name: str) -> None:
     assert record.compressions and len(record.frames) == len(UNFIT[name])
 
 
+@pytest.mark.parametrize("embeds", [8, 10**6], ids=["small encoder", "large encoder"])
 @pytest.mark.parametrize("name", UNFIT)
-def test_the_scheduler_cuts_its_chunks(name: str) -> None:
+def test_the_scheduler_cuts_its_chunks(name: str, embeds: int) -> None:
     quota = Quota(blocks=9, page_tokens=8, num_layers=2, chunk_tokens=20, decode_interval_tokens=4)
-    request = SimpleNamespace(
-        num_tokens=100, num_prompt_tokens=100, num_computed_tokens=0, mm_features=UNFIT[name]
-    )
-    scheduler = SimpleNamespace(_quota=quota)
-    assert 0 < BudgetScheduler._mamba_block_aligned_split(scheduler, request, 20) <= 20
+    request: Any = SimpleNamespace(num_prompt_tokens=100, mm_features=UNFIT[name])
+    limits = EncoderLimits(embeds=embeds, keeps_items_whole=False)
+    start = 0
+    while start < 100:
+        stop = chunk_stop(request, quota, start, limits)
+        assert start < stop <= start + quota.chunk_tokens
+        start = stop
