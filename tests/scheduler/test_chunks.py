@@ -117,6 +117,20 @@ def test_decodes_never_starve_a_chunk(config: VllmConfig) -> None:
     assert core.ends["long"][-1] == PROMPT_TOKENS
 
 
+def test_two_that_wait_for_the_encoder_do_not_wait_for_each_other(config: VllmConfig) -> None:
+    """Each has begun a picture, and needs another that the encoder's cache holds beside one."""
+    core = Core(config, encoder_embeds=60)
+    for name in ("first", "second"):
+        core.add(name, 120, images=[image(20, 25, f"{name}-a"), image(46, 25, f"{name}-b")])
+    core.step()
+    core.step()
+    assert core.ends == {"first": [8, 24], "second": [8, 24]}
+    assert core.scheduler.encoder_cache_manager.num_freeable_slots == 10
+    core.run(most_steps=40)
+    for name in ("first", "second"):
+        assert prompt_ends(core, name, 120) == [8, 24, 48, 72, 96, 120]
+
+
 def test_a_preempted_request_is_compressed_where_it_was(config: VllmConfig, quota: Quota) -> None:
     """Output that is computed again comes in chunks that end where decode compacted."""
     core = Core(config)

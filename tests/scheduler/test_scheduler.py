@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import random
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.scheduler.engine_core import Core, configure
+from tests.scheduler.engine_core import Core, configure, image
 from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.start.activation import quota_of
 
@@ -161,3 +162,31 @@ def test_output_is_computed_again_as_decode_reads_it(qwen2: Path, policy: str) -
     steps = {stop - start for start, stop in pairwise(again)}
     assert steps == ({1} if policy == "hybrid" else {8})
     assert core.tokens["r"] == [*range(40)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everyone_is_served_whoever_leaves_or_is_preempted(config: VllmConfig, seed: int) -> None:
+    """Random lengths, pictures, aborts and preemptions over a pool of three quotas."""
+    chance = random.Random(seed)
+    core = Core(config, pool_blocks=40, encoder_embeds=60)
+    aborted = set()
+    for number in range(25):
+        images = [image(10, 48, f"i{number}"), image(60, 30, f"j{number % 3}")]
+        prompt_tokens = chance.choice([4, 90, 100, 250])
+        core.add(
+            f"r{number}",
+            prompt_tokens,
+            output_tokens=chance.randint(1, 30),
+            images=images if prompt_tokens > 90 else [],
+        )
+        for _ in range(chance.randint(0, 8)):
+            core.step()
+        if chance.random() < 0.2:
+            aborted.add(f"r{number}")
+            core.scheduler.finish_requests(f"r{number}", RequestStatus.FINISHED_ABORTED)
+        if chance.random() < 0.3:
+            core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    core.run()
+    assert aborted | core.ended.keys() == {f"r{number}" for number in range(25)}
+    assert all(tokens == [*range(len(tokens))] for tokens in core.tokens.values())
+    assert not core.scheduler._manager._expected and not core.scheduler.lookaheads.parents
