@@ -114,7 +114,7 @@ class BudgetWorker(Worker):
         options = config.policy_options()
         policy = make_policy(config.policy, options, quota.page_tokens)
         model = model_of(layers, quota)
-        if policy.compresses and turns_probe(policy):
+        if quota.compresses and turns_probe(policy):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report = Path(config.report_file) if config.report_file and self.rank == 0 else None
         return build_cache(
