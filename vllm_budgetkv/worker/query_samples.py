@@ -37,7 +37,6 @@ class Listener:
         key: torch.Tensor,
         value: torch.Tensor,
         out: torch.Tensor,
-        scale: float,
     ) -> None:
         """Keep `query`, [T, Hq, D]. Mutates `out`."""
         self.queries[layer_name] = query.clone()
