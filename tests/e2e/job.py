@@ -47,7 +47,7 @@ class Observer:
 
     def count_lookaheads(self) -> None:
         """Note how many internal requests there are; stock vLLM has none."""
-        lookaheads = getattr(self.scheduler, "_lookaheads", None)
+        lookaheads = getattr(self.scheduler, "lookaheads", None)
         if lookaheads is not None:
             self.num_lookaheads = max(self.num_lookaheads, len(lookaheads.parents))
 
