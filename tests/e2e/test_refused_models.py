@@ -14,7 +14,7 @@ vllm_budgetkv.register()
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402  (after the plugin, as vLLM itself does)
 from vllm.model_executor.models import ModelRegistry, registry  # noqa: E402
 
-from vllm_budgetkv import refused_models  # noqa: E402
+from vllm_budgetkv.start import refused_models  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path
