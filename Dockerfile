@@ -3,8 +3,8 @@
 #   docker build -t vllm-budgetkv .
 #   docker run --gpus all -p 8000:8000 vllm-budgetkv MODEL
 #
-# Version 0.1 has kernels for CPUs only: on a GPU `--kv-policy` is refused at start, and without it
-# the server is stock vLLM. Build with `--build-arg BASE=` a CPU image of vLLM (0.32 or
+# No GPU has run the Triton kernels yet: there `--kv-policy` is refused at start without
+# `--kv-unproven-device`, and without a policy the server is stock vLLM. Build with `--build-arg BASE=` a CPU image of vLLM (0.32 or
 # 0.33) to use a policy.
 ARG BASE=vllm/vllm-openai:v0.32.0
 

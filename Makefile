@@ -49,6 +49,7 @@ train: env
 
 # a wheel of this machine's Python and platform, in dist/; it runs on any CPU of the platform
 build: env
+	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 clean:

@@ -108,6 +108,8 @@ def server_arguments() -> list[str]:
         *("--max-model-len", "32768"),
         *("--dtype", "float32"),
         "--enforce-eager",
+        # else vLLM tries the longest video that the processor allows, for minutes
+        "--skip-mm-profiling",
         # all the frames that are sent; the default takes 32 of them
         *("--media-io-kwargs", json.dumps({"video": {"num_frames": -1}})),
         *("--limit-mm-per-prompt", json.dumps({"video": 1, "image": 0})),

@@ -192,7 +192,7 @@ class PrefillRecorder:
             request = plan.request
             if not _is_client_prefill(plan):
                 continue
-            # behind a preemption the output so far is prefilled too
+            # where nothing is compressed, a resumed request may run output with its prompt's end
             first = request.computed_tokens
             stop = min(plan.stop_tokens, request.spans.prompt_tokens)
             chosen = [p for p in self._choose(request.spans) if first <= p < stop]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,9 +64,6 @@ class Outcome:
     text: str
     prompt_tokens: int
     record: dict[str, Any]
-
-    def to_mapping(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Lab:

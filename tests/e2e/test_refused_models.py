@@ -99,7 +99,6 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "speech": ("WhisperForConditionalGeneration", "whisper", {}, "cross attention to an encoder"),
     "no text": ("BertModel", "bert", {}, "writes no text"),
 }
-DISABLED = "computes something else without them: remove --disable-sliding-window"
 
 
 @pytest.fixture(autouse=True)

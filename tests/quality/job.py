@@ -166,7 +166,7 @@ def main() -> None:
     full, compressed = WatchedLab.runs
     torch.save(
         {
-            "outcomes": [outcome.to_mapping() for outcome in outcomes],
+            "outcomes": [asdict(outcome) for outcome in outcomes],
             "full": full,
             "compressed": compressed,
             "probes": probes,

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 BLOCK_TOKENS, QUOTA_BLOCKS, POOL_BLOCKS = 8, 6, 30
-QUOTA_TOKENS = BLOCK_TOKENS * QUOTA_BLOCKS
 
 
 def make_quota(blocks: int = QUOTA_BLOCKS) -> Quota:

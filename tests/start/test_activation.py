@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.scheduler.engine_core import configure
-from vllm_budgetkv.start.activation import quota_of
+from vllm_budgetkv.start.activation import config_of, quota_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,3 +98,9 @@ def test_the_quota_stays_when_the_length_changes(
     config.model_config.max_model_len = 152
     assert quota_of(config) == before
     assert before.blocks == blocks
+
+
+def test_a_section_without_options_is_the_default_policy() -> None:
+    """A null section passed in the front end and ended the engine core and the workers."""
+    config: Any = SimpleNamespace(additional_config={"budgetkv": None})
+    assert config_of(config).policy == "full"

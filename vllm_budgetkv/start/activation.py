@@ -119,7 +119,7 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
 
 def config_of(vllm_config: VllmConfig) -> BudgetConfig:
     """The options that travel with `vllm_config` to the engine core and the workers."""
-    return BudgetConfig.from_mapping(_additional(vllm_config)[SECTION])
+    return BudgetConfig.from_mapping(_additional(vllm_config)[SECTION] or {})
 
 
 def quota_of(vllm_config: VllmConfig) -> Quota:

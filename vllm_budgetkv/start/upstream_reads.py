@@ -130,6 +130,8 @@ READS = (
     Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
         "block_size", "cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size",
         "kv_sharing_fast_prefill", "num_gpu_blocks_override", "prefix_match_unit")),
+    Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
+        "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; what is not served", (
         "decode_context_parallel_size", "pipeline_parallel_size", "prefill_context_parallel_size",
         "worker_cls")),
@@ -145,14 +147,14 @@ READS = (
         "device_type", "is_cpu()", "is_cuda()")),
 
     Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
-        "data", "mm_position", "modality")),
+        "data", "identifier", "mm_position", "modality")),
     Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
         "is_embed", "length", "offset", "get_num_embeds()")),
     Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
 
-    Reads("vllm.v1.request", "Request", "notes of its length; look-ahead", (
+    Reads("vllm.v1.request", "Request", "what is noted of it; look-ahead", (
         "arrival_time", "client_index", "lora_request", "max_tokens", "mm_features",
-        "num_computed_tokens", "num_prompt_tokens", "num_tokens", "priority", "prompt_token_ids",
+        "num_computed_tokens", "num_prompt_tokens", "priority", "prompt_token_ids",
         "request_id", "resumable", "sampling_params", "skip_reading_prefix_cache", "status",
         "(request_id, client_index, prompt_token_ids, sampling_params, pooling_params, "
         "arrival_time, lora_request, priority)")),
@@ -168,7 +170,7 @@ READS = (
     Reads("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "our layers", ("layer_names",)),
     Reads("vllm.v1.kv_cache_layout", "KVCacheLayout", "one buffer, block outermost", ("BLHNC",)),
     Reads("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager",
-          "blocks that a request holds", ("block_size", "req_to_blocks")),
+          "blocks that a request holds", ("req_to_blocks",)),
     Reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "find our manager", ("coordinator",)),
     Reads("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator", "the same", (
         "single_type_managers",)),
@@ -204,12 +206,14 @@ READS = (
 
     Reads("vllm.v1.worker.gpu_worker", "Worker", "model, rank and runner", (
         "model_config", "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
-    Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows (runner V1)", (
-        "attn_groups", "input_batch", "get_model()")),
-    Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests (runner V1)", (
-        "req_ids",)),
+    Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows, seeds (V1)", (
+        "attn_groups", "device", "discard_request_mask", "input_batch", "lora_config",
+        "supports_mm_inputs", "get_model()")),
+    Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests, seeds (runner V1)", (
+        "generators", "req_ids")),
     Reads("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "builders, rows (runner V2)", (
-        "attn_groups", "req_states", "get_model()")),
+        "attn_groups", "device", "lora_config", "req_states", "supports_mm_inputs",
+        "get_model()")),
     Reads("vllm.v1.worker.gpu.states", "RequestState", "rows to requests (runner V2)", (
         "index_to_req_id",)),
     Reads("vllm.v1.worker.utils", "AttentionGroup", "bind the builders", (

@@ -1,1 +1,1 @@
-"""Worker process: owns the bytes. Which tokens stay is decided and carried out here."""
+"""What vLLM calls in a worker: backend, metadata, attention, the worker itself."""
