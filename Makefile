@@ -1,6 +1,7 @@
 # make env   the environment, with the real engine       make check  what CI runs: lint, types, tests
 # make demo  one long video under a page quota           make bench  speed and memory against stock vLLM
 # make quality  accuracy against quota, an hour          make train  the model that it asks, two hours
+# make quality-real  the same on a pretrained language model, an hour and a half
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
@@ -9,7 +10,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env check lint fmt types test demo bench quality train build clean
+.PHONY: help env check lint fmt types test demo bench quality quality-real train build clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -43,6 +44,9 @@ bench: env
 
 quality: env
 	$(BIN)/python -m benchmarks.quality.run
+
+quality-real: env
+	$(BIN)/python -m benchmarks.real.run
 
 train: env
 	$(BIN)/python -m benchmarks.quality.train

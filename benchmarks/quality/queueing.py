@@ -7,43 +7,56 @@ import queue
 import traceback
 from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from tqdm import tqdm
-
-from benchmarks.quality.results import RunResult
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import Executor
     from pathlib import Path
 
-    from benchmarks.quality.plan import Run
+Result = TypeVar("Result")
 
-    Measure = Callable[[Run], RunResult]
+
+class Run(Protocol):
+    """One engine and what it is asked, of whichever lab."""
+
+    @property
+    def title(self) -> str:
+        """For progress and errors; no two runs of a plan have the same."""
+
+    @property
+    def num_examples(self) -> int:
+        """How much of the progress bar it is."""
+
+    def key(self, fingerprint: str) -> str:
+        """Name of its result: equal only for the same run of the same model and suite."""
 
 
 @dataclass(frozen=True)
-class Cache:
+class Cache(Generic[Result]):
     """Results of finished runs, one file each.
 
     Args:
         folder: where they are.
         fingerprint: of the model.
+        result: the class of a result, a dataclass.
         fresh: do not use what is there.
     """
 
     folder: Path
     fingerprint: str
+    result: type[Result]
     fresh: bool = False
 
-    def load(self, run: Run) -> RunResult | None:
+    def load(self, run: Run) -> Result | None:
         file = self._file(run)
         if self.fresh or not file.is_file():
             return None
-        return RunResult(**json.loads(file.read_text(encoding="utf-8")))
+        return self.result(**json.loads(file.read_text(encoding="utf-8")))
 
-    def store(self, run: Run, result: RunResult) -> None:
+    def store(self, run: Run, result: Result) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         draft = self._file(run).with_suffix(".draft")
         draft.write_text(json.dumps(asdict(result)), encoding="utf-8")
@@ -64,7 +77,7 @@ class Worker:
         self._start = start
         self._executor = start()
 
-    def try_run(self, measure: Measure, run: Run) -> RunResult | BaseException:
+    def try_run(self, measure: Callable[[Any], Result], run: Any) -> Result | BaseException:
         """The result, or what went wrong."""
         future = self._executor.submit(measure, run)
         error = future.exception()
@@ -80,8 +93,12 @@ class Worker:
 
 
 def run_all(
-    runs: Sequence[Run], cache: Cache, measure: Measure, workers: Sequence[Worker], name: str
-) -> tuple[list[RunResult], dict[str, BaseException]]:
+    runs: Sequence[Run],
+    cache: Cache[Result],
+    measure: Callable[[Any], Result],
+    workers: Sequence[Worker],
+    name: str,
+) -> tuple[list[Result], dict[str, BaseException]]:
     """Measure what the cache does not have.
 
     Args:
@@ -111,14 +128,14 @@ def run_all(
                 except queue.Empty:
                     return
                 result = worker.try_run(measure, run)
-                if isinstance(result, RunResult):
-                    cache.store(run, result)
-                    found[run.title] = result
-                else:
+                if isinstance(result, BaseException):
                     errors[run.title] = result
                     bar.write(
                         f"FAILED {run.title}:\n" + "".join(traceback.format_exception(result))
                     )
+                else:
+                    cache.store(run, result)
+                    found[run.title] = result
                 bar.update(run.num_examples)
 
         with ThreadPoolExecutor(len(workers)) as threads:

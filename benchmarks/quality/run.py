@@ -26,7 +26,7 @@ from benchmarks.quality import models, plots, reader, report, worker
 from benchmarks.quality.plan import PAGE_TOKENS, PLANS
 from benchmarks.quality.provenance import REPOSITORY, current_commit, machine, model_name
 from benchmarks.quality.queueing import Cache, Worker, run_all
-from benchmarks.quality.results import save_plan
+from benchmarks.quality.results import RunResult, save_plan
 from benchmarks.quality.suite import SUITE
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
         for _ in range(options.jobs):
             workers.append(Worker(start_process))
             stack.callback(workers[-1].close)
-        cache = Cache(FINISHED, fingerprint, fresh=options.fresh)
+        cache = Cache(FINISHED, fingerprint, RunResult, fresh=options.fresh)
         results, errors = run_all(runs, cache, measure, workers, name)
     save_plan(options.out / f"quality_{name}.json", about, results)
     return len(errors)

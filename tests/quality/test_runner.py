@@ -76,31 +76,31 @@ def measure(lab: FakeLab, cache: Cache) -> tuple[list[RunResult], dict[str, Base
 
 
 def test_results_come_in_the_order_of_the_plan(tmp_path: Path) -> None:
-    results, errors = measure(FakeLab(), Cache(tmp_path, "model"))
+    results, errors = measure(FakeLab(), Cache(tmp_path, "model", RunResult))
     assert [result.name for result in results] == ["full", "hybrid", "other"] and not errors
 
 
 def test_finished_runs_are_not_measured_again(tmp_path: Path) -> None:
-    first, _ = measure(FakeLab(), Cache(tmp_path, "model"))
+    first, _ = measure(FakeLab(), Cache(tmp_path, "model", RunResult))
     lab = FakeLab()
-    again, _ = measure(lab, Cache(tmp_path, "model"))
+    again, _ = measure(lab, Cache(tmp_path, "model", RunResult))
     assert lab.measured == [] and again == first
 
 
 @pytest.mark.parametrize("cache", [{"fingerprint": "other"}, {"fresh": True}])
 def test_another_model_is_measured_again(tmp_path: Path, cache: dict[str, Any]) -> None:
-    measure(FakeLab(), Cache(tmp_path, "model"))
+    measure(FakeLab(), Cache(tmp_path, "model", RunResult))
     lab = FakeLab()
-    measure(lab, replace(Cache(tmp_path, "model"), **cache))
+    measure(lab, replace(Cache(tmp_path, "model", RunResult), **cache))
     assert len(lab.measured) == len(RUNS)
 
 
 def test_a_failure_does_not_stop_the_others_and_is_measured_again(tmp_path: Path) -> None:
-    results, errors = measure(FakeLab(fails=("hybrid",)), Cache(tmp_path, "model"))
+    results, errors = measure(FakeLab(fails=("hybrid",)), Cache(tmp_path, "model", RunResult))
     assert [result.name for result in results] == ["full", "other"]
     assert str(errors[RUNS[1].title]) == "no memory"
     lab = FakeLab()
-    results, errors = measure(lab, Cache(tmp_path, "model"))
+    results, errors = measure(lab, Cache(tmp_path, "model", RunResult))
     assert lab.measured == [RUNS[1].title] and len(results) == 3 and not errors
 
 
@@ -116,7 +116,7 @@ class DeadProcess(Executor):
 def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
     processes = [DeadProcess(), ThreadPoolExecutor(1)]
     worker = Worker(lambda: processes.pop(0))
-    results, errors = run_all(RUNS, Cache(tmp_path, "model"), FakeLab(), [worker], "test")
+    results, errors = run_all(RUNS, Cache(tmp_path, "model", RunResult), FakeLab(), [worker], "test")
     worker.close()
     assert list(errors) == [RUNS[0].title] and len(results) == 2
 

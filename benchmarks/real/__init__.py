@@ -1,0 +1,1 @@
+"""What budgets cost on a pretrained language model: tasks, instruments and peers."""

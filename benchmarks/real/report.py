@@ -1,0 +1,151 @@
+"""Tables of the pretrained model in `docs/experiments.md`, made from the results of its plans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from benchmarks import bench_table
+from benchmarks.quality.intervals import mcnemar, wilson
+from benchmarks.quality.report import INCOMPLETE, SOLVED, grid
+from benchmarks.real.results import load_plan
+from benchmarks.real.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from typing import Any
+
+    from benchmarks.quality.results import Share
+    from benchmarks.real.results import RunResult
+
+
+def full_caches(results: Sequence[RunResult]) -> list[RunResult]:
+    """Results of the full cache, by length."""
+    found = [result for result in results if result.quota_share is None]
+    return sorted(found, key=lambda result: result.length_tokens)
+
+
+def solved_tasks(full: RunResult) -> list[str]:
+    """Tasks that the full cache answers; the others say nothing about a policy."""
+    return [task for task in full.right if full.share(task).value >= SOLVED]
+
+
+def compressed(results: Sequence[RunResult]) -> list[RunResult]:
+    return [result for result in results if result.quota_share is not None]
+
+
+def percent(share: Share) -> str:
+    """Share with its 95 % interval: `87 (82-91)`."""
+    low, high = wilson(share.right, share.count)
+    return f"{100 * share.value:.0f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def cell(result: RunResult, tasks: Sequence[str]) -> str:
+    """Right answers and mean log-probability of a token of the right answer."""
+    return f"{percent(result.pooled(tasks))}; {result.logprob(tasks):.2f}"
+
+
+def marks(result: RunResult, tasks: Sequence[str]) -> list[bool]:
+    return [mark == "1" for task in tasks for mark in result.right[task]]
+
+
+def quota_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """Policy by quota over the tasks that the full cache solves."""
+    full, tasks = full_caches(results)[0], solved_tasks(full_caches(results)[0])
+    shares = sorted({result.quota_share or 0.0 for result in compressed(results)})
+    rows = [["full cache", *[cell(full, tasks)] * len(shares)]]
+    for name in dict.fromkeys(result.name for result in compressed(results)):
+        found = {r.quota_share: r for r in compressed(results) if r.name == name}
+        rows.append([name, *(cell(found[s], tasks) if s in found else "" for s in shares)])
+    heads = ["policy", *(f"{100 * share:g} %" for share in shares)]
+    return "\n".join([*grid(heads, rows), "", left_out(full), "", source(about, results)])
+
+
+def task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """Policy by task at each quota, per cent right."""
+    full, tasks = full_caches(results)[0], solved_tasks(full_caches(results)[0])
+    rows = []
+    for result in [full, *compressed(results)]:
+        share = "" if result.quota_share is None else f"{100 * result.quota_share:g} %"
+        row = [result.name, share, *(f"{100 * result.share(t).value:.0f}" for t in tasks)]
+        rows.append(row)
+    heads = ["policy", "quota", *(TASKS[task].title for task in tasks)]
+    return "\n".join([*grid(heads, rows), "", source(about, results)])
+
+
+def full_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """What the full cache answers, task by length; below `SOLVED` a task is left out."""
+    fulls = full_caches(results)
+    rows = [
+        [TASKS[task].title, *(f"{percent(f.share(task))}; {f.logprob([task]):.2f}" for f in fulls)]
+        for task in fulls[0].right
+    ]
+    heads = ["task", *(f"{full.length_tokens:,} tokens" for full in fulls)]
+    return "\n".join([*grid(heads, rows), "", source(about, results)])
+
+
+def variation_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """Variations of one policy at one quota, each against the first."""
+    full, tasks = full_caches(results)[0], solved_tasks(full_caches(results)[0])
+    base = compressed(results)[0]
+    rows = [["full cache", "", cell(full, tasks), ""]]
+    for result in compressed(results):
+        options = ", ".join(f"{key} {value}" for key, value in result.options.items())
+        p = "" if result is base else f"{mcnemar(marks(base, tasks), marks(result, tasks)):.2g}"
+        rows.append([result.name, options, cell(result, tasks), p])
+    heads = ["variation", "options", "right; log-probability", f"p against {base.name}"]
+    return "\n".join([*grid(heads, rows), "", left_out(full), "", source(about, results)])
+
+
+def left_out(full: RunResult) -> str:
+    """One sentence on the tasks that the average leaves out."""
+    solved = solved_tasks(full)
+    missing = [
+        f"{TASKS[task].title} ({100 * full.share(task).value:.0f})"
+        for task in full.right
+        if task not in solved
+    ]
+    if not missing:
+        return f"All {len(solved)} tasks are solved by the full cache."
+    return f"Left out, because the full cache is below {100 * SOLVED:g}: {', '.join(missing)}."
+
+
+def source(about: dict[str, Any], results: Sequence[RunResult]) -> str:
+    commits = ", ".join(sorted({result.commit for result in results}))
+    return (
+        f"`{about['command']}` at {commits}, {about['machine']}; {about['model']} "
+        f"({about['fingerprint']}), suite seed {about['suite_seed']}, pages of "
+        f"{about['page_tokens']} tokens; per cent right with 95 % intervals; mean natural "
+        "log-probability of a token of the right answer."
+    )
+
+
+TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str]]] = {
+    "real_full": ("full", full_table),
+    "real_quota": ("main", quota_table),
+    "real_tasks": ("main", task_table),
+    "real_long": ("long", quota_table),
+    "real_ablations": ("ablations", variation_table),
+}
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Markdown of every table whose plan has been run, by its marker."""
+    found = {}
+    for mark, (plan, table) in TABLES.items():
+        file = folder / f"real_{plan}.json"
+        if file.is_file():
+            about, results = load_plan(file)
+            found[mark] = table(results, about) if full_caches(results) else INCOMPLETE
+    return found
+
+
+def write(folder: Path, document: Path) -> None:
+    """Replace the tables between the markers of a document. Mutates the file."""
+    for mark, block in tables(folder).items():
+        bench_table.replace(document, mark, block)
+
+
+def summary(folder: Path) -> str:
+    """All tables, for the terminal."""
+    return "\n\n".join(f"{mark}\n\n{block}" for mark, block in tables(folder).items())

@@ -1,0 +1,308 @@
+"""The text tasks: RULER's, generated from its definitions (https://arxiv.org/abs/2404.06654).
+
+Needles in prose, variable tracking, common and frequent words, and questions about short passages.
+Every example is made from a seed of its own: task, length and index, and so is the same for all
+policies and peers. What differs from RULER: the prose, the words, and one question form a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from benchmarks.real import prose
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from transformers import PreTrainedTokenizerBase
+
+    Rng = np.random.Generator
+
+SUITE = 20261125
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+NUM_KEYS = 4
+# what a needle task says in front of its text, as in RULER
+QUIZ = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt and its answer.
+
+    Attributes:
+        task: a key of `TASKS`.
+        length_tokens: about how long the prompt is.
+        depth: where the evidence is, 0 (first) to 1 (last); None where it has no one place.
+        content: of the user's message.
+        prefix: how the assistant's answer begins.
+        answers: what it has to hold; all of them, in any order.
+        told: the right answer as the text that follows `prefix`.
+    """
+
+    task: str
+    length_tokens: int
+    depth: float | None
+    content: str
+    prefix: str
+    answers: tuple[str, ...]
+    told: str
+
+    def prompt(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Text of the model's chat template, open behind the prefix of the answer."""
+        message = [{"role": "user", "content": self.content}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return text + self.prefix
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An example before its text is filled up to its length.
+
+    Attributes:
+        head, question: in front of and behind the text.
+        needles: sentences to put into the text, evenly spread unless there is one.
+        filler: pieces that make the text, as many as fit; drawn in order.
+        joint: between two pieces.
+    """
+
+    head: str
+    question: str
+    prefix: str
+    answers: tuple[str, ...]
+    told: str
+    needles: tuple[str, ...]
+    filler: Callable[[int], str]
+    joint: str = "\n"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of question.
+
+    Attributes:
+        title: for tables.
+        draft: from a generator of numbers.
+        has_depth: whether the first needle stands at the depth of the example.
+    """
+
+    title: str
+    draft: Callable[[Rng], Draft]
+    has_depth: bool = False
+
+
+def make_examples(
+    name: str, length_tokens: int, count: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    """`count` examples of a task, all depths equally often where the task has depths."""
+    task = TASKS[name]
+    examples = []
+    for index in range(count):
+        rng = np.random.default_rng([SUITE, sum(map(ord, name)), length_tokens, index])
+        depth = DEPTHS[index % len(DEPTHS)] if task.has_depth else None
+        draft = task.draft(rng)
+        content = draft.head + fill(draft, length_tokens, depth, rng, tokenizer) + draft.question
+        examples.append(
+            Example(name, length_tokens, depth, content, draft.prefix, draft.answers, draft.told)
+        )
+    return examples
+
+
+def fill(
+    draft: Draft,
+    length_tokens: int,
+    depth: float | None,
+    rng: Rng,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """The text of a draft: its needles among as much filler as the length has room for."""
+
+    def tokens(piece: str) -> int:
+        return len(tokenizer(piece, add_special_tokens=False)["input_ids"])
+
+    fixed = (draft.head, draft.question, draft.prefix, draft.told)
+    room_tokens = length_tokens - tokens("".join(fixed)) - 40  # of the chat template
+    room_tokens -= sum(tokens(draft.joint + needle) for needle in draft.needles)
+    pieces: list[str] = []
+    while room_tokens > 0:
+        piece = draft.filler(len(pieces))
+        room_tokens -= tokens(draft.joint + piece)
+        if room_tokens > 0:
+            pieces.append(piece)
+    places = [int(place) for place in np.sort(rng.integers(len(pieces) + 1, size=64))]
+    chosen = sorted(rng.choice(places, size=len(draft.needles), replace=False).tolist())
+    if depth is not None:
+        others = [place for place in rng.permutation(chosen).tolist()][1:]
+        chosen = [round(depth * len(pieces)), *others]
+        order = rng.permutation(len(others)) + 1
+        needles = [draft.needles[0], *(draft.needles[i] for i in order)]
+    else:
+        needles = list(draft.needles)
+    for place, needle in sorted(zip(chosen, needles, strict=True), reverse=True):
+        pieces.insert(place, needle)
+    return draft.joint.join(pieces)
+
+
+def prose_filler(rng: Rng) -> Callable[[int], str]:
+    """Paragraphs that follow each other in the book, from a random one on."""
+    blocks = prose.paragraphs()
+    first = int(rng.integers(len(blocks)))
+    return lambda index: blocks[(first + index) % len(blocks)]
+
+
+def some_words(kind: str, count: int, rng: Rng) -> list[str]:
+    return rng.choice(prose.words(kind), size=count, replace=False).tolist()
+
+
+def number(rng: Rng, digits: int = 5) -> str:
+    return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
+
+
+def magic(key: str, value: str) -> str:
+    return f"One of the special magic numbers for {key} is: {value}."
+
+
+def needle_draft(rng: Rng, keys: int, values: int, asked: int) -> Draft:
+    """Needles of `keys` keys with `values` values each, of which `asked` keys are asked for."""
+    names = some_words("noun", keys, rng)
+    table = {name: [number(rng) for _ in range(values)] for name in names}
+    wanted = [value for name in names[:asked] for value in table[name]]
+    needles = [magic(name, value) for name in names for value in table[name]]
+    listed = ", and ".join(filter(None, [", ".join(names[: asked - 1]), names[asked - 1]]))
+    several = len(wanted) > 1
+    what = f"special magic number{'s' if several else ''} for {listed} mentioned in the provided text"
+    verb = "are" if several else "is"
+    return Draft(
+        head=QUIZ,
+        question=f"\nWhat {verb} {'all ' if several else ''}the {what}?",
+        prefix=f"The {what} {verb}",
+        answers=tuple(wanted),
+        told=" " + ", ".join(wanted),
+        needles=tuple(needles),
+        filler=prose_filler(rng),
+    )
+
+
+def single(rng: Rng) -> Draft:
+    return needle_draft(rng, keys=1, values=1, asked=1)
+
+
+def multikey(rng: Rng) -> Draft:
+    return needle_draft(rng, keys=NUM_KEYS, values=1, asked=1)
+
+
+def multivalue(rng: Rng) -> Draft:
+    return needle_draft(rng, keys=1, values=NUM_KEYS, asked=1)
+
+
+def multiquery(rng: Rng) -> Draft:
+    return needle_draft(rng, keys=NUM_KEYS, values=1, asked=NUM_KEYS)
+
+
+def tracking(rng: Rng) -> Draft:
+    """Variables that come to one value, each from the one before."""
+    names = ["".join(letters) for letters in rng.choice(list("ABCDEFGHJKLMNPQRSTUVWXYZ"), (8, 5))]
+    value = number(rng)
+    chain = [f"VAR {names[0]} = {value}"]
+    chain += [f"VAR {b} = VAR {a}" for a, b in zip(names[:3], names[1:4], strict=True)]
+    return Draft(
+        head="Memorize and track the chain(s) of variable assignment hidden in the following "
+        "text.\n\n",
+        question=f"\nQuestion: Find all variables that are assigned the value {value} in the text "
+        "above.",
+        prefix="Answer: According to the chain(s) of variable assignment in the text above, 4 "
+        f"variables are assigned the value {value}, they are:",
+        answers=tuple(names[:4]),
+        told=" " + ", ".join(names[:4]),
+        needles=tuple(chain),
+        filler=prose_filler(rng),
+    )
+
+
+def common(rng: Rng) -> Draft:
+    """The words of a numbered list that come back ten times as often as the others."""
+    names = some_words("noun", 1500, rng)
+    often, rest = names[:5], names[5:]
+    drawn: list[str] = []
+    for start in range(0, len(rest) - 5, 5):
+        drawn += rng.permutation([*often, *rest[start : start + 5]]).tolist()
+    return Draft(
+        head="Below is a numbered list of words. In these words, some appear more often than "
+        "others. Memorize the ones that appear most often.\n",
+        question="\nQuestion: What are the 5 most common words in the above list?",
+        prefix="Answer: The top 5 words that appear most often in the list are:",
+        answers=tuple(often),
+        told=" " + ", ".join(often),
+        needles=(),
+        filler=lambda index: f"{index + 1}. {drawn[index]}",
+        joint=" ",
+    )
+
+
+def frequent(rng: Rng) -> Draft:
+    """The three most frequent coded words of a text whose frequencies follow a zeta law."""
+    letters = list("abcdefghijklmnopqrstuvwxyz")
+    names = ["".join(rng.choice(letters, 6)) for _ in range(100)]
+    weights = np.arange(1, 101, dtype=float) ** -2.0
+    drawn = rng.choice(100, size=20_000, p=weights / weights.sum())
+    return Draft(
+        head="Read the following coded text and track the frequency of each coded word. Find the "
+        "three most frequently appeared coded words.\n",
+        question="\nQuestion: Do not provide any explanation. What are the three most frequently "
+        "appeared words in the above coded text?",
+        prefix="Answer: According to the coded text above, the three most frequently appeared "
+        "words are:",
+        answers=tuple(names[:3]),
+        told=" " + ", ".join(names[:3]),
+        needles=(),
+        filler=lambda index: names[drawn[index]],
+        joint=" ",
+    )
+
+
+def passages(rng: Rng) -> Draft:
+    """A question about one of many short passages on invented people."""
+    towns = [word.capitalize() + "ford" for word in some_words("adjective", 200, rng)]
+    people = [name.capitalize() + "son" for name in some_words("noun", 400, rng)]
+    trades = some_words("noun", 200, rng)
+    pets = some_words("adjective", 200, rng)
+
+    def passage(index: int) -> str:
+        town, trade = towns[index % 200], trades[index % 200]
+        return (
+            f"{people[index]} was born in the town of {town} and sold every kind of {trade} at the "
+            f"market. The neighbours remember {people[index]} as a {pets[index % 200]} person."
+        )
+
+    asked = 399
+    return Draft(
+        head="Answer the question based on the given documents.\n\n",
+        question=f"\nQuestion: In which town was {people[asked]} born?",
+        prefix=f"Answer: {people[asked]} was born in the town of",
+        answers=(towns[asked % 200],),
+        told=f" {towns[asked % 200]}",
+        needles=(passage(asked),),
+        filler=passage,
+    )
+
+
+TASKS: dict[str, Task] = {
+    "single": Task("single needle", single, has_depth=True),
+    "multikey": Task("multi-key", multikey, has_depth=True),
+    "multivalue": Task("multi-value", multivalue),
+    "multiquery": Task("multi-query", multiquery),
+    "tracking": Task("variable tracking", tracking),
+    "common": Task("common words", common),
+    "frequent": Task("frequent words", frequent),
+    "passages": Task("passages", passages, has_depth=True),
+}
+
+
+def holds_all(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text holds every answer, whatever stands around them."""
+    return all(answer.lower() in text.lower() for answer in answers)
