@@ -103,7 +103,7 @@ class TextLab:
         Greedy decoding writes the one right answer exactly where each of its tokens is the
         likeliest behind those before it, so an example with one answer need not be asked twice.
         """
-        forced = self._generate(examples, [_forced(self._tokens(e.told)) for e in examples])
+        forced = self.force(examples)
         several = [example for example in examples if len(example.answers) > 1]
         limits = [_free(len(self._tokens(example.told))) for example in several]
         answers = dict(zip(several, self._generate(several, limits), strict=True))
@@ -127,6 +127,10 @@ class TextLab:
                 )
             )
         return outcomes
+
+    def force(self, examples: Sequence[Example]) -> list[RequestOutput]:
+        """Make every example write its right answer."""
+        return self._generate(examples, [_forced(self._tokens(e.told)) for e in examples])
 
     def count_tokens(self, text: str) -> int:
         return len(self._tokens(text))
@@ -175,7 +179,5 @@ def _judge(output: RequestOutput) -> tuple[list[int], list[float]]:
     """(rank, 1 for the likeliest, and log-probability) of every token that was written."""
     steps = output.outputs[0].logprobs
     assert steps is not None
-    found = [
-        step[token] for step, token in zip(steps, output.outputs[0].token_ids, strict=True)
-    ]
+    found = [step[token] for step, token in zip(steps, output.outputs[0].token_ids, strict=True)]
     return [int(entry.rank or 0) for entry in found], [entry.logprob for entry in found]

@@ -1,4 +1,4 @@
-"""What is run on the pretrained model: policies, quotas, lengths and tasks, by the name of a plan."""
+"""What is run on the pretrained model: policies, quotas, lengths and tasks, by plan."""
 
 from __future__ import annotations
 

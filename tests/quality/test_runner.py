@@ -116,7 +116,9 @@ class DeadProcess(Executor):
 def test_a_process_that_dies_is_replaced(tmp_path: Path) -> None:
     processes = [DeadProcess(), ThreadPoolExecutor(1)]
     worker = Worker(lambda: processes.pop(0))
-    results, errors = run_all(RUNS, Cache(tmp_path, "model", RunResult), FakeLab(), [worker], "test")
+    results, errors = run_all(
+        RUNS, Cache(tmp_path, "model", RunResult), FakeLab(), [worker], "test"
+    )
     worker.close()
     assert list(errors) == [RUNS[0].title] and len(results) == 2
 
