@@ -2,11 +2,13 @@
 
 Needles in prose, variable tracking, common and frequent words, and questions about short passages.
 Every example is made from a seed of its own: task, length and index, and so is the same for all
-policies and peers. What differs from RULER: the prose, the words, and one question form a task.
+policies and peers. What differs from RULER: the prose, the words, numbers of four digits,
+one form of the question, and two needles of our own, whose value stands before the key or afar.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ import numpy as np
 from benchmarks.real import prose
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -156,20 +158,39 @@ def some_words(kind: str, count: int, rng: Rng) -> list[str]:
     return rng.choice(prose.words(kind), size=count, replace=False).tolist()
 
 
-def number(rng: Rng, digits: int = 5) -> str:
+def number(rng: Rng, digits: int = 4) -> str:
+    """RULER has seven digits, which the model of the lab does not bring back one by one."""
     return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
 
 
-def magic(key: str, value: str) -> str:
+Needle = Callable[[str, str], str]
+"""Sentence of a key and a value."""
+
+
+def plain(key: str, value: str) -> str:
     return f"One of the special magic numbers for {key} is: {value}."
 
 
-def needle_draft(rng: Rng, keys: int, values: int, asked: int) -> Draft:
+def reversed_needle(key: str, value: str) -> str:
+    """The value stands before its key."""
+    return f"It is {value} that is one of the special magic numbers for {key}."
+
+
+def distant_needle(key: str, value: str) -> str:
+    """Twenty words between the key and its value."""
+    return (
+        f"One of the special magic numbers for {key}, which the old keeper of the western gate "
+        f"wrote down in his book before he went away to the sea, is: {value}."
+    )
+
+
+def needle_draft(
+    rng: Rng, keys: int = 1, values: int = 1, asked: int = 1, needle: Needle = plain
+) -> Draft:
     """Needles of `keys` keys with `values` values each, of which `asked` keys are asked for."""
     names = some_words("noun", keys, rng)
     table = {name: [number(rng) for _ in range(values)] for name in names}
     wanted = [value for name in names[:asked] for value in table[name]]
-    needles = [magic(name, value) for name in names for value in table[name]]
     listed = ", and ".join(filter(None, [", ".join(names[: asked - 1]), names[asked - 1]]))
     several = len(wanted) > 1
     what = (
@@ -182,25 +203,9 @@ def needle_draft(rng: Rng, keys: int, values: int, asked: int) -> Draft:
         prefix=f"The {what} {verb}",
         answers=tuple(wanted),
         told=" " + ", ".join(wanted),
-        needles=tuple(needles),
+        needles=tuple(needle(name, value) for name in names for value in table[name]),
         filler=prose_filler(rng),
     )
-
-
-def single(rng: Rng) -> Draft:
-    return needle_draft(rng, keys=1, values=1, asked=1)
-
-
-def multikey(rng: Rng) -> Draft:
-    return needle_draft(rng, keys=NUM_KEYS, values=1, asked=1)
-
-
-def multivalue(rng: Rng) -> Draft:
-    return needle_draft(rng, keys=1, values=NUM_KEYS, asked=1)
-
-
-def multiquery(rng: Rng) -> Draft:
-    return needle_draft(rng, keys=NUM_KEYS, values=1, asked=NUM_KEYS)
 
 
 def tracking(rng: Rng) -> Draft:
@@ -266,35 +271,43 @@ def frequent(rng: Rng) -> Draft:
 
 def passages(rng: Rng) -> Draft:
     """A question about one of many short passages on invented people."""
-    towns = [word.capitalize() + "ford" for word in some_words("adjective", 200, rng)]
-    people = [name.capitalize() + "son" for name in some_words("noun", 400, rng)]
-    trades = some_words("noun", 200, rng)
-    pets = some_words("adjective", 200, rng)
+    people = [
+        f"{first.capitalize()} {last.capitalize()}"
+        for first, last in zip(
+            some_words("noun", 400, rng), some_words("noun", 400, rng), strict=True
+        )
+    ]
+    goods, pets = some_words("noun", 400, rng), some_words("adjective", 400, rng)
 
     def passage(index: int) -> str:
-        town, trade = towns[index % 200], trades[index % 200]
         return (
-            f"{people[index]} was born in the town of {town} and sold every kind of {trade} at the "
-            f"market. The neighbours remember {people[index]} as a {pets[index % 200]} person."
+            f"{people[index]} is a {pets[index]} person. People in the town know that "
+            f"{people[index]} sells {goods[index]} at the market every morning."
         )
 
     asked = 399
     return Draft(
         head="Answer the question based on the given documents.\n\n",
-        question=f"\nQuestion: In which town was {people[asked]} born?",
-        prefix=f"Answer: {people[asked]} was born in the town of",
-        answers=(towns[asked % 200],),
-        told=f" {towns[asked % 200]}",
+        question=f"\nQuestion: What does {people[asked]} sell at the market?",
+        prefix=f"Answer: {people[asked]} sells",
+        answers=(goods[asked],),
+        told=f" {goods[asked]}",
         needles=(passage(asked),),
         filler=passage,
     )
 
 
 TASKS: dict[str, Task] = {
-    "single": Task("single needle", single, has_depth=True),
-    "multikey": Task("multi-key", multikey, has_depth=True),
-    "multivalue": Task("multi-value", multivalue),
-    "multiquery": Task("multi-query", multiquery),
+    "single": Task("single needle", needle_draft, has_depth=True),
+    "multikey": Task("multi-key", lambda rng: needle_draft(rng, keys=NUM_KEYS), has_depth=True),
+    "multivalue": Task("multi-value", lambda rng: needle_draft(rng, values=NUM_KEYS)),
+    "multiquery": Task("multi-query", lambda rng: needle_draft(rng, keys=NUM_KEYS, asked=NUM_KEYS)),
+    "reversed": Task(
+        "value first", lambda rng: needle_draft(rng, needle=reversed_needle), has_depth=True
+    ),
+    "distant": Task(
+        "value afar", lambda rng: needle_draft(rng, needle=distant_needle), has_depth=True
+    ),
     "tracking": Task("variable tracking", tracking),
     "common": Task("common words", common),
     "frequent": Task("frequent words", frequent),
