@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetkv.arithmetic.quota import good_batch_tokens
 from vllm_budgetkv.start import upstream
 from vllm_budgetkv.start.cli import add_flags, fold_flags
-from vllm_budgetkv.start.config import SECTION, BudgetConfig
+from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
 
 if TYPE_CHECKING:
     import argparse
@@ -49,7 +49,7 @@ def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs:
     additional = self.additional_config
     if not isinstance(additional, dict) or SECTION not in additional:
         return original(self, *args, **kwargs)
-    config = BudgetConfig.from_mapping(additional[SECTION] or {})
+    config = BudgetConfig.from_mapping(section_of(additional))
     upstream.check()
     _prepare_arguments(self, config)
     vllm_config = original(self, *args, **kwargs)
@@ -87,7 +87,7 @@ def _set_default_batch(
     additional = self.additional_config
     if is_given or not isinstance(additional, dict) or SECTION not in additional:
         return
-    config = BudgetConfig.from_mapping(additional[SECTION] or {})
+    config = BudgetConfig.from_mapping(section_of(additional))
     if config.compresses:
         assert self.max_num_batched_tokens is not None and self.max_num_seqs is not None
         chunk_tokens = min(config.chunk_tokens, model_config.max_model_len)

@@ -37,9 +37,15 @@ def test_compression_after_the_forward_would_leave_far_less() -> None:
 @pytest.mark.parametrize("blocks", [0, 1, 7])
 def test_too_small_a_quota_names_the_smallest(blocks: int) -> None:
     smallest = make_quota(blocks=1000).min_blocks
-    with pytest.raises(ValueError, match=f"at least {smallest} or lower --kv-chunk-tokens"):
+    message = rf"at least {smallest} blocks .* or lower --kv-"
+    with pytest.raises(ValueError, match=message):
         make_quota(blocks=blocks)
     assert make_quota(blocks=smallest).budget_tokens >= 32
+
+
+def test_the_message_names_what_takes_the_room() -> None:
+    with pytest.raises(ValueError, match="lower --kv-decode-interval-tokens"):
+        make_quota(blocks=128, decode_interval_tokens=100_000)
 
 
 def test_smallest_quota_is_tight() -> None:

@@ -59,8 +59,13 @@ def test_a_step_has_room_for_a_chunk_and_every_decode(
             {"max_num_batched_tokens": 30},
             "--max-num-batched-tokens 30 .* --kv-chunk-tokens .now together at most 31",
         ),
+        (
+            {"chunk_tokens": 128},
+            {"max_num_batched_tokens": 1024, "max_num_scheduled_tokens": 64},
+            "--max-num-scheduled-tokens 64 has no room for a chunk of 128 tokens",
+        ),
     ],
-    ids=["one-less", "small"],
+    ids=["one-less", "small", "scheduled"],
 )
 def test_a_batch_without_that_room_is_refused(
     qwen2: Path, budget: dict[str, Any], engine: dict[str, Any], message: str

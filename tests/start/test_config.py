@@ -106,6 +106,10 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "text, template$"),
         ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "frames"}, "unknown budgetkv option"),
         ({"policy": "hybrid", "page_quota": 8, "template_tokens": 0}, "--kv-template-tokens"),
+        (
+            {"policy": "hybrid", "page_quota": 8, "probe_tokens": 99_999_999_999},
+            "--kv-probe-tokens must be a whole number from 1 to 1024",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -214,5 +218,25 @@ def test_tuning_is_a_json_object_on_the_command_line() -> None:
     args = parser.parse_args(["--kv-tuning", '{"text_share": 0.25}'])
     fold_flags(args)
     assert args.additional_config == {"budgetkv": {"tuning": {"text_share": 0.25}}}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "must be a JSON object"), ("{", "not JSON: Expecting")]
+)
+def test_tuning_that_is_none_is_refused_in_words(
+    text: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
     with pytest.raises(SystemExit):
-        parser.parse_args(["--kv-tuning", "[1]"])
+        parser.parse_args(["--kv-tuning", text])
+    assert message in capsys.readouterr().err
+
+
+def test_a_section_that_is_no_object_is_refused_in_words() -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(["--kv-page-quota", "8"])
+    args.additional_config = {"budgetkv": [1]}
+    with pytest.raises(ValueError, match="budgetkv must be a JSON object of options"):
+        fold_flags(args)

@@ -68,8 +68,9 @@ class Quota:
             raise ValueError(
                 f"a quota of {self.blocks} blocks of {self.page_tokens} tokens is too small for "
                 f"chunks of {self.chunk_tokens} tokens over {self.num_layers} layers and "
-                f"{self.decode_interval_tokens} decoded tokens between compactions: set "
-                f"--kv-page-quota to at least {self.min_blocks} or lower --kv-chunk-tokens"
+                f"{self.decode_interval_tokens} decoded tokens between compactions: it must be at "
+                f"least {self.min_blocks} blocks ({self.min_blocks * self.page_tokens} tokens); "
+                f"raise it or lower {self._largest_part}"
             )
 
     @property
@@ -77,6 +78,14 @@ class Quota:
         """Tokens per head of the quota that no compression may fill: T/L + R + N."""
         chunk_share_tokens = ceil_div(self.chunk_tokens, self.num_layers)
         return chunk_share_tokens + self.decode_interval_tokens + self.page_tokens
+
+    @property
+    def _largest_part(self) -> str:
+        """The option that takes most of the headroom."""
+        chunk_share_tokens = ceil_div(self.chunk_tokens, self.num_layers)
+        if chunk_share_tokens >= self.decode_interval_tokens:
+            return "--kv-chunk-tokens"
+        return "--kv-decode-interval-tokens"
 
     @property
     def min_blocks(self) -> int:

@@ -21,6 +21,7 @@ class Range:
 
 NOT_NEGATIVE = Range("of at least 0", lambda number: number >= 0)
 COUNT = Range("of at least 1", lambda number: number >= 1)
+QUERIES = Range("from 1 to 1024", lambda number: 1 <= number <= 1024)
 ODD = Range("that is odd and at least 1", lambda number: number >= 1 and number % 2 == 1)
 SHARE = Range("from 0 to 1", lambda number: 0 <= number <= 1)
 POSITIVE_SHARE = Range("above 0 and at most 1", lambda number: 0 < number <= 1)

@@ -16,6 +16,7 @@ from vllm_budgetkv.policy.option import (
     NOT_NEGATIVE,
     ODD,
     POSITIVE_SHARE,
+    QUERIES,
     SHARE,
     WEIGHT,
     check_options,
@@ -43,7 +44,7 @@ class PolicyFlags:
         within=COUNT,
     )
     probe_tokens: int = option(
-        32, "Queries per layer that score the cache.", metavar="TOKENS", within=COUNT
+        32, "Queries per layer that score the cache.", metavar="TOKENS", within=QUERIES
     )
     sink_tokens: int = option(
         4,

@@ -10,7 +10,7 @@ from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
 from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.start import platforms, pool_size, refusals
-from vllm_budgetkv.start.config import SECTION, BudgetConfig
+from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -100,10 +100,14 @@ def _check_batch(vllm_config: VllmConfig, quota: Quota) -> None:
     """Raise unless a step has room for a whole chunk beside a token of every other request."""
     scheduler = vllm_config.scheduler_config
     batch_tokens, num_others = scheduler.max_num_batched_tokens, scheduler.max_num_seqs - 1
+    flag = "--max-num-batched-tokens"
+    if scheduler.max_num_scheduled_tokens is not None:
+        # what a step may schedule, where it is less than what the worker's buffers hold
+        batch_tokens, flag = scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
     least_tokens = least_batch_tokens(quota.chunk_tokens, scheduler.max_num_seqs)
     if batch_tokens < least_tokens:
         raise ValueError(
-            f"--max-num-batched-tokens {batch_tokens} has no room for a chunk of "
+            f"{flag} {batch_tokens} has no room for a chunk of "
             f"{quota.chunk_tokens} tokens beside the {num_others} other requests that "
             f"--max-num-seqs {scheduler.max_num_seqs} allows: remove it or set it to at least "
             f"{least_tokens}, or lower --max-num-seqs or --kv-chunk-tokens (now together at most "
@@ -119,7 +123,7 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
 
 def config_of(vllm_config: VllmConfig) -> BudgetConfig:
     """The options that travel with `vllm_config` to the engine core and the workers."""
-    return BudgetConfig.from_mapping(_additional(vllm_config)[SECTION] or {})
+    return BudgetConfig.from_mapping(section_of(_additional(vllm_config)))
 
 
 def quota_of(vllm_config: VllmConfig) -> Quota:

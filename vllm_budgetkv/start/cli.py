@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.policy.option import about, flag_of, kind_of
-from vllm_budgetkv.start.config import SECTION, budget_options
+from vllm_budgetkv.start.config import SECTION, budget_options, section_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,9 +15,12 @@ if TYPE_CHECKING:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"must be a JSON object, as {{...}}; got {text}")
     return value
 
 
@@ -64,7 +67,8 @@ def fold_flags(args: argparse.Namespace) -> None:
     `--additional-config` does not matter.
 
     Raises:
-        ValueError: a flag and `--additional-config` give one option two values.
+        ValueError: a flag and `--additional-config` give one option two values, or ours is no
+            object there.
     """
     given = {
         option.name: getattr(args, _destination(option))
@@ -74,7 +78,7 @@ def fold_flags(args: argparse.Namespace) -> None:
     if not given:
         return
     additional = dict(getattr(args, "additional_config", None) or {})
-    section = dict(additional.get(SECTION) or {})
+    section = dict(section_of(additional))
     for name, value in given.items():
         if name in section and section[name] != value:
             raise ValueError(

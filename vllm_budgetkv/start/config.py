@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.policy.option import COUNT, POSITIVE_SHARE, flag_of, option
 from vllm_budgetkv.policy.options import PolicyFlags, PolicyOptions
 from vllm_budgetkv.policy.probe_source import ChatTemplate
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SECTION = "budgetkv"
 
@@ -204,6 +202,18 @@ class BudgetConfig(PolicyFlags):
                 f"unknown {SECTION} option(s) {', '.join(unknown)}; known: {', '.join(known)}"
             )
         return cls(**options)
+
+
+def section_of(additional: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Our options in an `additional_config`.
+
+    Raises:
+        ValueError: they are no mapping.
+    """
+    section = additional.get(SECTION) or {}
+    if not isinstance(section, Mapping):
+        raise ValueError(f"{SECTION} must be a JSON object of options; got {section!r}")
+    return section
 
 
 _QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")

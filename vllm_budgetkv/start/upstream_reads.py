@@ -137,8 +137,8 @@ READS = (
         "worker_cls")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
         "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
-        "long_prefill_token_threshold_adaptive", "max_num_batched_tokens", "max_num_seqs",
-        "scheduler_cls")),
+        "long_prefill_token_threshold_adaptive", "max_num_batched_tokens",
+        "max_num_scheduled_tokens", "max_num_seqs", "scheduler_cls")),
     Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", (
         "backend", "backend_per_kind", "hisparse_config")),
     Reads("vllm.config", "CompilationConfig", "the attention layers by name", (
