@@ -209,3 +209,26 @@ def test_units_through_the_policy() -> None:
     for head in kept_indices(retention, observation):
         assert len(head) == 96
         assert len({index // PAGE_TOKENS for index in head}) == 6
+
+
+def test_attention_reaches_the_text_beside_it() -> None:
+    """8 tokens behind and 4 before an attended one, nearest first, but no vision and no gap."""
+    positions = torch.arange(40).int()[None].clone()
+    positions[:, 30:] += 5
+    mass = torch.zeros(1, 40)
+    mass[0, 15] = mass[0, 29] = 0.5
+    is_vision = torch.zeros(1, 40, dtype=torch.bool)
+    is_vision[:, 20:25] = True
+    spans = torch.cat((torch.zeros(20), torch.ones(5), torch.full((15,), 2.0))).int()[None]
+    observation = replace(
+        Case(seen_tokens=45, num_heads=1).observe(),
+        mass=mass,
+        value_norms=None,
+        positions=positions,
+        is_vision=is_vision,
+        span_ids=spans,
+    )
+    scores = importance(observation, 1, (4, 8))[0]
+    # the picture from 20 on stops the first, the gap behind 29 the second
+    assert scores.nonzero().flatten().tolist() == [*range(11, 20), *range(25, 30)]
+    assert scores[15] == 0.5 and scores[16] > scores[17] > 0.49

@@ -330,3 +330,20 @@ def test_unknown_policy_names_the_choices() -> None:
 
 def test_names_match_the_registry() -> None:
     assert {name: policy.name for name, policy in POLICIES.items()} == {n: n for n in POLICIES}
+
+
+def test_text_alone_has_no_tier_of_its_own() -> None:
+    """Being text is no reason to stay where nothing is vision: the best scores stay."""
+    observation = Case(seen_tokens=900, held_share=1.5, budget_tokens=80).observe()
+    observation = replace(observation, is_vision=torch.zeros_like(observation.is_vision))
+    options = PolicyOptions(force_class="static", unlike_share=0)
+    kept = [
+        kept_indices(
+            make_policy("hybrid", replace(options, text_share=share), PAGE_TOKENS).retain(
+                observation
+            ),
+            observation,
+        )
+        for share in (0.0, 1.0)
+    ]
+    assert kept[0] == kept[1]

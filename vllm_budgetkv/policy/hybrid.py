@@ -25,8 +25,8 @@ class HybridPolicy(Policy):
     All tokens, retained and new, are scored with the same probe at each call; nothing is summed
     over chunks, because old tokens would win by age.
 
-    - Static heads keep sinks, the recent window and the frame that the chunk cuts; then text up to
-      `text_share` of the budget that is left; then whatever scores best.
+    - Static heads keep sinks, the recent window and the frame that the chunk cuts; then, beside
+      vision, text up to `text_share` of the budget that is left; then whatever scores best.
     - Dynamic heads keep the same pins, then whatever scores best, in units of
       `dynamic_unit_tokens`. At decode they read only the pages that fit the query.
     - In both, `unlike_share` of what is left goes to tokens with keys unlike the others: a question
@@ -56,7 +56,8 @@ class HybridPolicy(Policy):
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
         options = self._options
-        scores = importance(observation, options.hybrid_pool_tokens)
+        reach = (options.text_reach_before_tokens, options.text_reach_behind_tokens)
+        scores = importance(observation, options.hybrid_pool_tokens, reach)
         is_static = classify(observation, options)
         tiers = Pins.of(observation, options).tiers(observation.positions)
         if observation.fits:
@@ -90,8 +91,10 @@ class HybridPolicy(Policy):
         if observation.text_tokens == 0:
             return tiers
         candidates = (tiers == Tier.SCORED) & ~observation.is_vision
-        # of what the pins leave: half the budget for text and half for a frame would leave nothing
-        caps = _share_of_open(budgets, tiers, self._options.text_share) * is_static
+        # of what the pins leave: half the budget for text and half for a frame would leave nothing;
+        # where all is text, being text is no reason to stay before what scores better
+        competes = is_static & observation.is_vision.any(dim=-1)
+        caps = _share_of_open(budgets, tiers, self._options.text_share) * competes
         text = prior_text(observation, scores, candidates, caps)
         return tiers.masked_fill_(text, Tier.TEXT)
 

@@ -152,6 +152,19 @@ class PolicyOptions(PolicyFlags):
         metavar="TOKENS",
         within=ODD,
     )
+    text_reach_before_tokens: int = knob(
+        4,
+        "Text tokens before an attended one to which `hybrid` lends its attention.",
+        metavar="TOKENS",
+        within=NOT_NEGATIVE,
+    )
+    text_reach_behind_tokens: int = knob(
+        8,
+        "Text tokens behind an attended one to which `hybrid` lends its attention: a question's "
+        "words attend to those that it repeats, and the answer stands beside them.",
+        metavar="TOKENS",
+        within=NOT_NEGATIVE,
+    )
     unlike_share: float = knob(
         0.25,
         "Share of a head's budget in `hybrid`, less its pins and the text before vision, for "

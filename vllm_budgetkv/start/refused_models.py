@@ -18,17 +18,17 @@ if TYPE_CHECKING:
 BOTH_WAYS = "tokens of the prompt that attend to later ones, so chunks cannot be cut"
 OTHER_HEADS = "layers that differ in their heads"
 SINKS = "learned attention sinks"
+SPARSE = "sparse attention with a cache of its own to find keys"
 
 # what a class of vLLM always builds, whatever its configuration says; multimodal models name their
 # language model by `architectures` or `model_type` of its configuration
 ALWAYS = {
     "HrmTextForCausalLM": BOTH_WAYS,
+    "FlintForCausalLM": SINKS,
     "GptOssForCausalLM": SINKS,
     "gpt_oss": SINKS,
-    "MiniMaxM3SparseForCausalLM": "sparse attention with a cache of its own to find keys",
-    "MiniMaxM3SparseForConditionalGeneration": (
-        "sparse attention with a cache of its own to find keys"
-    ),
+    "MiniMaxM3SparseForCausalLM": SPARSE,
+    "MiniMaxM3SparseForConditionalGeneration": SPARSE,
     "InklingForCausalLM": "convolutions and sliding windows inside its attention",
     "InklingForConditionalGeneration": "convolutions and sliding windows inside its attention",
     "IQuestLoopCoderForCausalLM": "layers that run several times with a cache for each",
@@ -37,6 +37,8 @@ ALWAYS = {
     "MiMoV2OmniForCausalLM": OTHER_HEADS,
     "Step1ForCausalLM": "ALiBi, a bias by distance",
     "Step3p5ForCausalLM": OTHER_HEADS,
+    "Step5ForCausalLM": SPARSE,
+    "Step5ForConditionalGeneration": SPARSE,
     "VoxtralRealtimeGeneration": "an audio encoder with a cache of its own",
 }
 
