@@ -45,6 +45,7 @@ WIDTH = -(-TOKENS // PAGE_TOKENS)
 OPS = {
     "append": (append, append_reference),
     "score": (score, score_reference),
+    "score, largest": (score, score_reference),
     "contrast": (contrast, contrast_reference),
     "select": (select, select_reference),
     "compact": (compact, compact_reference),
@@ -76,8 +77,9 @@ def arguments(op: str, pool: PagePool) -> tuple[object, ...]:
     heads = PagedHeads(pool, table, torch.full((HEADS,), TOKENS, dtype=torch.int32))
     stack = FreeStack(torch.zeros(HEADS * WIDTH).int(), torch.zeros(1, dtype=torch.int32))
     match op:
-        case "score":
-            return probe, heads, HEAD_SIZE**-0.5, TOKENS // 10, 4, TOKENS
+        case "score" | "score, largest":
+            takes_largest = op.endswith("largest")
+            return probe, heads, HEAD_SIZE**-0.5, TOKENS // 10, 4, takes_largest, TOKENS
         case "contrast":
             return heads, TOKENS
         case "select":
@@ -139,7 +141,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=21)
     repeats = parser.parse_args().repeats
     report: dict[str, dict[str, float]] = {}
-    print(f"{'op':10}{'dtype':16}{'kernel ms':>10}{'reference ms':>14}{'ratio':>8}")
+    print(f"{'op':16}{'dtype':16}{'kernel ms':>10}{'reference ms':>14}{'ratio':>8}")
     for dtype in (torch.float32, torch.bfloat16):
         for op, runs in OPS.items():
             pool = make_pool(dtype)
@@ -147,7 +149,7 @@ def main() -> None:
             samples = [[call_ms(run, op, pool) for run in runs] for _ in range(repeats)]
             kernel, reference = (statistics.median(side) for side in zip(*samples, strict=True))
             name = str(dtype).removeprefix("torch.")
-            print(f"{op:10}{name:16}{kernel:10.3f}{reference:14.3f}{reference / kernel:8.1f}")
+            print(f"{op:16}{name:16}{kernel:10.3f}{reference:14.3f}{reference / kernel:8.1f}")
             report[f"{op}/{name}"] = {"kernel_ms": kernel, "reference_ms": reference}
     print(json.dumps({"threads": torch.get_num_threads(), "results": report}))
 

@@ -28,6 +28,13 @@ struct Head {
   int64_t num_tokens() const { return sinks.num_tokens + rest.num_tokens; }
 };
 
+// What is asked of every head.
+struct Numbers {
+  float scale;  // of the logits, times log2(e)
+  int64_t top_k;
+  bool takes_largest;
+};
+
 struct BlockOfHead {
   int64_t head, first_token, num_tokens, first_slot;
 };
@@ -80,11 +87,10 @@ void pack_heads(const std::vector<Head>& heads, const at::Tensor& keys, const at
   });
 }
 
-// Scores every query head: mass summed over rows in `partial`, of each KV head [G, slots] from
-// G * first_slot, and the mean top-k mass.
+// Scores every query head: mass summed over rows, or the largest, in `partial`, zeros so far, of
+// each KV head [G, slots] from G * first_slot, and the mean top-k mass.
 void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // [Hq, M, D]
-                 const float* packed, float scale, int64_t top_k, float* partial,
-                 float* topk_mass) {
+                 const float* packed, const Numbers& numbers, float* partial, float* topk_mass) {
   const int64_t num_queries = queries.size(0), num_rows = queries.size(1);
   const int64_t head_size = queries.size(2), group = num_queries / heads.size();
   const auto score_rows = BUDGETKV_PICK(score_rows);
@@ -99,17 +105,18 @@ void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // 
       logits.resize(std::min(kRowTile, num_rows) * head.slots());
       const float sum = score_rows({packed + head.first_slot * head_size, head.sinks, head.rest,
                                     queries.const_data_ptr<float>() + q * num_rows * head_size,
-                                    scale, num_rows, head_size, top_k, logits.data(),
+                                    numbers.scale, num_rows, head_size, numbers.top_k,
+                                    numbers.takes_largest, logits.data(),
                                     partial + head.first_slot * group + q % group * head.slots()});
       topk_mass[q] = sum / static_cast<float>(num_rows);
     }
   });
 }
 
-// mass of a head = mean over the group and the probe rows of the sums in `partial` [Hq, slots].
-void average_mass(const Head& head, const float* partial, int64_t group, int64_t num_rows,
+// mass of a head = mean over the group of what `partial` [G, slots] sums over `summed_rows`.
+void average_mass(const Head& head, const float* partial, int64_t group, int64_t summed_rows,
                   float* mass) {
-  const float share = 1.0f / static_cast<float>(group * num_rows);
+  const float share = 1.0f / static_cast<float>(group * summed_rows);
   for (int64_t i = 0; i < head.num_tokens(); ++i) {
     const bool is_sink = i < head.sinks.num_tokens;
     const int64_t slot = is_sink ? i : i - head.sinks.num_tokens + head.sinks.padded();
@@ -128,7 +135,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
     const at::Tensor& positions,  // int32 [P, N]
     const at::Tensor& table_in,   // int32 [H, W]
     const at::Tensor& lens,       // int32 [H]
-    double scale, int64_t top_k, int64_t num_sinks, int64_t max_tokens) {
+    double scale, int64_t top_k, int64_t num_sinks, bool takes_largest, int64_t max_tokens) {
   const int64_t num_heads = lens.size(0), group = probe.size(1) / num_heads;
   const at::Tensor table = table_in.contiguous();
   const auto pages = table.accessor<int32_t, 2>();
@@ -157,12 +164,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
   float* packed_data = packed.mutable_data_ptr<float>();
   pack_heads(heads, keys, values, pages, packed_data, norms);
   at::Tensor partial = at::zeros({num_slots * group}, options);
-  score_heads(heads, queries, packed_data, static_cast<float>(scale * std::numbers::log2e), top_k,
-              partial.mutable_data_ptr<float>(), topk_mass.mutable_data_ptr<float>());
+  const Numbers numbers{static_cast<float>(scale * std::numbers::log2e), top_k, takes_largest};
+  score_heads(heads, queries, packed_data, numbers, partial.mutable_data_ptr<float>(),
+              topk_mass.mutable_data_ptr<float>());
+  const int64_t summed_rows = takes_largest ? 1 : probe.size(0);
   at::parallel_for(0, num_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t h = begin; h < end; ++h) {
       average_mass(heads[h], partial.const_data_ptr<float>() + heads[h].first_slot * group, group,
-                   probe.size(0), mass.mutable_data_ptr<float>() + h * max_tokens);
+                   summed_rows, mass.mutable_data_ptr<float>() + h * max_tokens);
     }
   });
   return {mass, topk_mass, norms, out_positions};
@@ -171,7 +180,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "score(Tensor probe, Tensor keys, Tensor values, Tensor positions, Tensor table, "
-      "Tensor lens, float scale, int top_k, int num_sinks, int max_tokens) "
+      "Tensor lens, float scale, int top_k, int num_sinks, bool takes_largest, int max_tokens) "
       "-> (Tensor mass, Tensor topk_mass, Tensor value_norms, Tensor positions)");
 }
 

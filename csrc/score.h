@@ -34,8 +34,10 @@ struct ScoreTask {
   const float* queries;  // [num_rows, head_size]
   float scale;           // of the logits, times log2(e)
   int64_t num_rows, head_size, top_k;
+  bool takes_largest;  // of the probabilities over rows, not their sum
   float* logits;  // scratch [kRowTile, sinks.padded() + rest.padded()]
-  float* mass;    // [sinks.padded() + rest.padded()], mutated: probabilities are added, over rows
+  // [sinks.padded() + rest.padded()], mutated: probabilities are added over rows, or raise it
+  float* mass;
 };
 
 BUDGETKV_DECLARE(void pack_block(const PackTask& task);

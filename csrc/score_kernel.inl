@@ -99,6 +99,12 @@ static void add_scaled(float* mass, const float* weights, Segment segment, float
   }
 }
 
+static void raise_to_scaled(float* mass, const float* weights, Segment segment, float factor) {
+  for (int64_t i = 0; i < segment.padded(); i += kLanes) {
+    store(mass + i, max(load(mass + i), load(weights + i) * factor));
+  }
+}
+
 // How many weights reach a threshold, which is the bits of one: floats from 0 to 1 order as they
 // do.
 static int64_t count_reaching(const float* weights, Segment segment, int32_t threshold) {
@@ -151,7 +157,7 @@ static float top_sum(const float* weights, Segment segment, int64_t count, int32
   return reduce_add(sum) + static_cast<float>(count - taken) * bitcast<float>(low);
 }
 
-// Adds one row's probabilities to `mass`; returns its top-k mass.
+// Takes one row's probabilities into `mass`; returns its top-k mass.
 static float score_row(const ScoreTask& task, float* logits, int32_t* guess) {
   const Segment sinks = task.sinks, rest = task.rest;
   float *rest_logits = logits + sinks.padded(), *rest_mass = task.mass + sinks.padded();
@@ -162,8 +168,9 @@ static float score_row(const ScoreTask& task, float* logits, int32_t* guess) {
   const float rest_sum = weigh(rest_logits, rest, rest_max);
   const Vec gaps = exp2(Vec{sink_max - highest, rest_max - highest});
   const float total = sink_sum * gaps[0] + rest_sum * gaps[1];
-  add_scaled(task.mass, logits, sinks, gaps[0] / total);
-  add_scaled(rest_mass, rest_logits, rest, gaps[1] / total);
+  const auto take = task.takes_largest ? raise_to_scaled : add_scaled;
+  take(task.mass, logits, sinks, gaps[0] / total);
+  take(rest_mass, rest_logits, rest, gaps[1] / total);
   if (rest.num_tokens <= task.top_k) return 1.0f;
   return top_sum(rest_logits, rest, task.top_k, guess) / rest_sum;
 }

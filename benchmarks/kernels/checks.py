@@ -179,14 +179,17 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     device, layout = cache.table.device, cache.pool.layout
     shape = (sizes.probe_rows, sizes.heads * sizes.group, sizes.head_size)
     probe = torch.randn(shape, device=device).to(layout.dtype)
-    numbers = (sizes.head_size**-0.5, max(4, sizes.mean_tokens // 10), 4, int(cache.lens[0].max()))
-    arguments = (probe, cache.heads_of(0), *numbers)
-    actual, expected = ops.score(*arguments), ops.Scores(*score_reference(*arguments))
-    yield same_bits("score", "positions", actual.positions, expected.positions)
-    for name in ("mass", "topk_mass", "value_norms"):
-        got, wanted = getattr(actual, name), getattr(expected, name)
-        allowed = 1e-6 + 5e-5 * wanted.abs().max().item()
-        yield Verdict("score", name, (got - wanted).abs().max().item(), allowed)
+    numbers = (sizes.head_size**-0.5, max(4, sizes.mean_tokens // 10), 4)
+    for takes_largest, suffix in ((False, ""), (True, ", largest")):
+        arguments = (*numbers, takes_largest, int(cache.lens[0].max()))
+        actual = ops.score(probe, cache.heads_of(0), *arguments)
+        expected = ops.Scores(*score_reference(probe, cache.heads_of(0), *arguments))
+        yield same_bits("score", f"positions{suffix}", actual.positions, expected.positions)
+        for name in ("mass", "topk_mass", "value_norms"):
+            got, wanted = getattr(actual, name), getattr(expected, name)
+            allowed = 1e-6 + 5e-5 * wanted.abs().max().item()
+            error = (got - wanted).abs().max().item()
+            yield Verdict("score", f"{name}{suffix}", error, allowed)
 
 
 def _check_contrast(cache: Cache) -> Iterator[Verdict]:

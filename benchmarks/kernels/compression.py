@@ -46,9 +46,10 @@ class Layers:
     def longest_tokens(self) -> int:
         return self.tiers.shape[1]
 
-    def score(self, layer: int) -> ops.Scores:
+    def score(self, layer: int, takes_largest: bool = False) -> ops.Scores:
         numbers = (self.probe.shape[2] ** -0.5, round(TOP_K_SHARE * HELD_TOKENS), SINK_TOKENS)
-        return ops.score(self.probe, self.cache.heads_of(layer), *numbers, self.longest_tokens)
+        heads = self.cache.heads_of(layer)
+        return ops.score(self.probe, heads, *numbers, takes_largest, self.longest_tokens)
 
     def contrast(self, layer: int) -> torch.Tensor:
         return ops.contrast(self.cache.heads_of(layer), self.longest_tokens)
@@ -103,6 +104,9 @@ def _ops_of(bench: Bench, model: ModelShape) -> Iterator[Row]:
     row = measure_row(bench, "score", case, lambda: layers.score(0), scored)
     scratch = work.logits_bytes(model, held, PROBE_TOKENS)
     yield replace(row, figures={"scratch_bytes": scratch})
+    yield measure_row(
+        bench, "score", f"{case}, largest", lambda: layers.score(0, takes_largest=True), scored
+    )
     contrasted = work.contrast(model, held)
     yield measure_row(bench, "contrast", case, lambda: layers.contrast(0), contrasted)
     selected = work.select(held)

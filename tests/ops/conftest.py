@@ -26,3 +26,9 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(str(error))
     yield request.param
     torch.ops.budgetkv.set_isa(usual)
+
+
+@pytest.fixture(params=[False, True], ids=["mean", "largest"])
+def takes_largest(request: pytest.FixtureRequest) -> bool:
+    """Which mass `score` is asked for."""
+    return bool(request.param)

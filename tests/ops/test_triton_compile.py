@@ -69,7 +69,8 @@ def launch_score(layout: PageLayout, group: int) -> None:
     cache = make_cache([[70] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     probe = torch.zeros(32, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     for max_tokens in (4096, WIDTH_PAGES * layout.page_tokens):
-        score(probe, cache.heads_of(0), 0.1, 64, 4, max_tokens)
+        for takes_largest in (False, True):
+            score(probe, cache.heads_of(0), 0.1, 64, 4, takes_largest, max_tokens)
 
 
 def launch_contrast(layout: PageLayout, group: int) -> None:
@@ -126,7 +127,7 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_append: 1,
     launch_reserve: 1,
     launch_attend: 4,
-    launch_score: 4,
+    launch_score: 8,
     launch_contrast: 2,
     launch_retrieve: 2,
     launch_select: 1,

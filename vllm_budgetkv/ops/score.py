@@ -18,7 +18,7 @@ class Scores(NamedTuple):
     """What `score` says of every token and every query head.
 
     Attributes:
-        mass: float32 [H, n], mean attention of the probe; 0 beyond `lens`.
+        mass: float32 [H, n], mean or largest attention of the probe; 0 beyond `lens`.
         topk_mass: float32 [Hq], mean share of the attention that the top k tokens get.
         value_norms: float32 [H, n], L2 norm of each value; 0 beyond `lens`.
         positions: int32 [H, n], logical index of each token; -1 beyond `lens`.
@@ -36,15 +36,22 @@ def score(
     scale: float,
     top_k: int,
     num_sinks: int,
+    takes_largest: bool,
     max_tokens: int,
 ) -> Scores:
     """Attention of the probe to the cached tokens of one request and layer, in float32.
 
     For probe row m and query head q (KV head q // G), p = softmax(scale * q.k) over *all* tokens
-    of the head: the probe stands behind the cache, so there is no causal mask. `mass` is the mean
-    of p over the M rows and the G heads of the group. `topk_mass` is the mean over the rows of the
-    sum of the `top_k` largest p of the tokens whose position is at least `num_sinks`, renormalised
-    to sum to 1; it is 1 where no such token is left.
+    of the head: the probe stands behind the cache, so there is no causal mask. With the G heads of
+    the group, `mass` of a token is
+
+        mean_g mean_m p[m, g], as in SnapKV, or
+        mean_g max_m p[m, g] if `takes_largest`: the largest over the observation window.
+
+    The mean dilutes a token that a single row asks for, the largest does not; it sums to more than
+    1. `topk_mass`, in both cases, is the mean over the rows of the sum of the `top_k` largest p of
+    the tokens whose position is at least `num_sinks`, renormalised to sum to 1; it is 1 where no
+    such token is left.
 
     Based on HybridKV (head classes by concentration); unlike the paper the sinks are taken out
     before the sum, because they make every head look concentrated.
@@ -55,6 +62,7 @@ def score(
         scale: of the logits, 1 / sqrt(D) in most models.
         top_k: tokens in the top-k mass, at least 1; all if a head has fewer.
         num_sinks: positions below it are sinks.
+        takes_largest: `mass` is of the largest p over the rows instead of their mean.
         max_tokens: n, width of the result, at least the largest of `lens`.
 
     Returns:
@@ -74,7 +82,7 @@ def score(
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     require_width(max_tokens, heads)
-    numbers = (scale, top_k, num_sinks, max_tokens)
+    numbers = (scale, top_k, num_sinks, takes_largest, max_tokens)
     match backend.of(probe):
         case "reference":
             return Scores(*score_reference(probe, heads, *numbers))

@@ -18,6 +18,7 @@ def score(
     scale: float,
     top_k: int,
     num_sinks: int,
+    takes_largest: bool,
     max_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
@@ -31,7 +32,8 @@ def score(
 
     queries = probe.float().view(num_rows, num_heads, -1, head_size)
     logits = torch.einsum("mhgd,hnd->hgmn", queries, keys) * scale
-    mass = _masked_softmax(logits, held).mean(dim=(1, 2))
+    weights = _masked_softmax(logits, held)
+    mass = (weights.amax(dim=2) if takes_largest else weights.mean(dim=2)).mean(dim=1)
 
     rest = held & (positions >= num_sinks)
     top = _masked_softmax(logits, rest).topk(min(top_k, max_tokens), dim=-1).values

@@ -1,4 +1,4 @@
-"""`score` in Triton: one launch makes logits and norms, one the means over rows and the top k."""
+"""`score` in Triton: one launch makes logits and norms, one the mass and the top k."""
 
 from __future__ import annotations
 
@@ -32,12 +32,20 @@ class Logits(NamedTuple):
     totals: Any
 
 
+class Found(NamedTuple):
+    """Of each token [H, n], of each query head [Hq]: see `vllm_budgetkv.ops.score.Scores`."""
+
+    mass: torch.Tensor
+    topk_mass: torch.Tensor
+
+
 def score(
     probe: torch.Tensor,
     heads: PagedHeads,
     scale: float,
     top_k: int,
     num_sinks: int,
+    takes_largest: bool,
     max_tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
@@ -77,7 +85,8 @@ def score(
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),
         **options,
     )
-    _finish(work, heads.lens, positions, mass, topk_mass, top_k, num_sinks)
+    found = Found(mass, topk_mass)
+    _finish(work, heads.lens, positions, found, top_k, num_sinks, takes_largest)
     return mass, topk_mass, norms, positions
 
 
@@ -85,12 +94,13 @@ def _finish(
     work: Logits,
     lens: torch.Tensor,
     positions: torch.Tensor,
-    mass: torch.Tensor,
-    topk_mass: torch.Tensor,
+    found: Found,
     top_k: int,
     num_sinks: int,
+    takes_largest: bool,
 ) -> None:
-    """The second launch; fills `mass` and `topk_mass`."""
+    """The second launch; fills what is `found`."""
+    mass, topk_mass = found
     num_query_heads, num_rows, num_runs = work.peaks.shape
     num_heads, max_tokens = mass.shape
     columns = triton.cdiv(max_tokens, BLOCK_COLUMNS)
@@ -109,6 +119,7 @@ def _finish(
         BLOCK_COLUMNS=BLOCK_COLUMNS,
         BLOCK_ROWS=triton.next_power_of_2(num_rows),
         BLOCK_KEYS=min(triton.next_power_of_2(max_tokens), MAX_RESIDENT_TOKENS),
+        TAKES_LARGEST=takes_largest,
         IS_RESIDENT=max_tokens <= MAX_RESIDENT_TOKENS,
     )
 

@@ -1,4 +1,4 @@
-"""The second launch of `score`: mean attention of every token, top-k mass of every query head."""
+"""The second launch of `score`: attention to every token, top-k mass of every query head."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def finish_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    TAKES_LARGEST: tl.constexpr,
     IS_RESIDENT: tl.constexpr,
 ) -> None:
     """Grid [Hq * M + H * column blocks]: the top-k mass of one row, or the mass of some columns.
@@ -67,17 +68,26 @@ def finish_kernel(
         column = first + tl.arange(0, BLOCK_COLUMNS)
         num_keys = tl.minimum(tl.load(lens + head), max_tokens)
         # fmt: off
-        found = _mean_mass(
-            work, head * GROUP * num_rows, GROUP * num_rows, column, num_keys, max_tokens,
-            num_runs, BLOCK_RUNS, BLOCK_COLUMNS,
-        )
+        found = tl.zeros([BLOCK_COLUMNS], tl.float32)
+        if TAKES_LARGEST:
+            for query_head in range(head * GROUP, (head + 1) * GROUP):
+                found += _mass(
+                    work, query_head * num_rows, num_rows, column, num_keys, max_tokens,
+                    num_runs, BLOCK_RUNS, BLOCK_COLUMNS, True,
+                )
+            found /= GROUP
+        else:
+            found = _mass(
+                work, head * GROUP * num_rows, GROUP * num_rows, column, num_keys, max_tokens,
+                num_runs, BLOCK_RUNS, BLOCK_COLUMNS, False,
+            ) / (GROUP * num_rows)
         # fmt: on
         target = mass + head.to(tl.int64) * max_tokens + column
         tl.store(target, found, mask=column < max_tokens)
 
 
 @triton.jit
-def _mean_mass(
+def _mass(
     work: tl.tuple,
     first_row: tl.tensor,
     num_rows: tl.tensor,
@@ -87,11 +97,12 @@ def _mean_mass(
     num_runs: tl.tensor,
     BLOCK_RUNS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    TAKES_LARGEST: tl.constexpr,
 ) -> tl.tensor:
-    """Mean over rows of the softmax weights of these columns; 0 at and beyond `num_keys`."""
+    """Sum, or largest, over rows of these columns' softmax weights; 0 from `num_keys` on."""
     BLOCK: tl.constexpr = 32
     run = tl.arange(0, BLOCK_RUNS)
-    sums = tl.zeros([BLOCK_COLUMNS], tl.float32)
+    found = tl.zeros([BLOCK_COLUMNS], tl.float32)
     for start in range(0, num_rows, BLOCK):
         index = start + tl.arange(0, BLOCK)
         row, is_row = (first_row + index).to(tl.int64), index < num_rows
@@ -108,8 +119,12 @@ def _mean_mass(
         mask = is_row[:, None] & (column < num_keys)[None, :]
         logits = work.logits + row[:, None] * max_tokens + column[None, :]
         weights = tl.exp2(tl.load(logits, mask=mask, other=float("-inf")) - peak[:, None])
-        sums += tl.sum(weights / total[:, None], 0)
-    return sums / num_rows
+        weights /= total[:, None]
+        if TAKES_LARGEST:
+            found = tl.maximum(found, tl.max(weights, 0))
+        else:
+            found += tl.sum(weights, 0)
+    return found
 
 
 @triton.jit
