@@ -116,6 +116,22 @@ def test_a_short_prompt_probes_with_its_own_template() -> None:
     assert request.bank.num_written == 3
 
 
+@pytest.mark.parametrize("takes_largest", [False, True], ids=["mean", "largest"])
+def test_a_policy_is_told_the_mass_it_takes(
+    monkeypatch: pytest.MonkeyPatch, takes_largest: bool
+) -> None:
+    """The means sum to 1, the largest of several rows to more."""
+    lab, client = make_lab("snapkv"), video_client()
+    monkeypatch.setattr(lab.policy, "takes_largest", takes_largest)
+    seen = watch_observations(monkeypatch, lab)
+    lab.run(client, outputs=12)
+    assert seen
+    for observation in seen:
+        assert observation.mass is not None
+        sums = observation.mass.sum(dim=1)
+        assert bool((sums > 1.01).all()) if takes_largest else sums.allclose(torch.ones(1))
+
+
 @pytest.mark.parametrize("policy", ["random", "window", "keydiff", "infinipot-v"])
 def test_a_policy_without_scores_pays_for_no_probe(
     monkeypatch: pytest.MonkeyPatch, policy: str

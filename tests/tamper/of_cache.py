@@ -62,6 +62,12 @@ OF_CACHE = (
         "-ops.contrast(heads, longest_tokens)",
     ),
     Mutation(
+        "compressor: the mean where the policy takes the largest",
+        "cache/compressor.py",
+        "            self.policy.takes_largest,\n",
+        "            False,\n",
+    ),
+    Mutation(
         "compressor: scores negated",
         "cache/compressor.py",
         "ops.select(scores,",

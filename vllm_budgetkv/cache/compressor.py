@@ -195,7 +195,7 @@ class Compressor:
             self.scales[layer],
             self.options.top_k_tokens(longest_tokens),
             self.options.sink_tokens,
-            False,
+            self.policy.takes_largest,
             longest_tokens,
         )
 

@@ -47,8 +47,9 @@ class Observation:
     shape but that of `span_tokens`, and in front of those of its answer.
 
     Attributes:
-        mass: float32 [H, n], mean attention of the probe per token, 0 beyond `lens`; None if the
-            policy needs no scores or if there is no probe yet.
+        mass: float32 [H, n], attention of the probe per token, 0 beyond `lens`: the mean over its
+            rows, or the largest if the policy `takes_largest`, and of that the mean over the query
+            heads of the KV head. None if the policy needs no scores or if there is no probe yet.
         topk_mass: float32 [Hq], mean over the probe's rows of the top-k mass with the sinks taken
             out; query heads of one KV head are neighbours. None together with `mass`.
         value_norms: float32 [H, n], L2 norm of each value, 0 beyond `lens`, or None if the policy
@@ -143,6 +144,9 @@ class Policy(Protocol):
     """What the user types."""
     needs_scores: ClassVar[bool]
     """Whether the probe must be scored before `retain` is called."""
+    takes_largest: bool = False
+    """Whether `mass` is the largest attention over the probe's rows instead of their mean. May be
+    set in `__init__`, by an option."""
     probe_source: ClassVar[type[ProbeSource]] = PromptText
     """Whose queries are the probe; without meaning if no scores are needed."""
     needs_value_norms: ClassVar[bool] = False
