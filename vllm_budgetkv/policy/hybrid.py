@@ -50,14 +50,14 @@ class HybridPolicy(Policy):
                 f"divisor of the page of {page_tokens} tokens"
             )
         self.needs_contrast = options.unlike_share > 0
+        self.takes_largest = options.takes_largest
         self._options = options
         self._page_tokens = page_tokens
 
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
         options = self._options
-        reach = (options.text_reach_before_tokens, options.text_reach_behind_tokens)
-        scores = importance(observation, options.hybrid_pool_tokens, reach)
+        scores = importance(observation, options.hybrid_pool_tokens, self._text_reach(observation))
         is_static = classify(observation, options)
         tiers = Pins.of(observation, options).tiers(observation.positions)
         if observation.fits:
@@ -77,6 +77,14 @@ class HybridPolicy(Policy):
             return retention
         return keep_whole_units(
             retention, observation.positions, options.dynamic_unit_tokens, observation.seen_tokens
+        )
+
+    def _text_reach(self, observation: Observation) -> tuple[int, int]:
+        """Tokens before and behind an attended one; few where a reach would fill the budget."""
+        options, room_tokens = self._options, observation.budget_tokens // 8
+        return (
+            min(options.text_reach_before_tokens, room_tokens // 2),
+            min(options.text_reach_behind_tokens, room_tokens),
         )
 
     def _raise_text(

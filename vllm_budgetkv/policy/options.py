@@ -154,16 +154,23 @@ class PolicyOptions(PolicyFlags):
     )
     text_reach_before_tokens: int = knob(
         4,
-        "Text tokens before an attended one to which `hybrid` lends its attention.",
+        "Text tokens before an attended one to which `hybrid` lends its attention; at most a "
+        "sixteenth of the budget.",
         metavar="TOKENS",
         within=NOT_NEGATIVE,
     )
     text_reach_behind_tokens: int = knob(
         8,
         "Text tokens behind an attended one to which `hybrid` lends its attention: a question's "
-        "words attend to those that it repeats, and the answer stands beside them.",
+        "words attend to those that it repeats, and the answer stands beside them. At most an "
+        "eighth of the budget.",
         metavar="TOKENS",
         within=NOT_NEGATIVE,
+    )
+    takes_largest: bool = knob(
+        True,
+        "Let `hybrid` score a token by the largest attention over the probe's queries, not by the "
+        "mean: one word of a question points at what it asks for, the others dilute it.",
     )
     unlike_share: float = knob(
         0.25,
