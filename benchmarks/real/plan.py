@@ -43,7 +43,7 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     length_tokens: int = 2048
     tasks: tuple[str, ...] = ALL_TASKS
-    count: int = 10
+    count: int = 5
 
     def __post_init__(self) -> None:
         if POLICIES[self.policy].compresses != (self.quota_share is not None):
@@ -77,15 +77,20 @@ class Run:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-FULL = Run(name="full", policy="full")
+# what the full cache answers at 2,048 tokens; the others would only cost time
+SOLVED_TASKS = ("single", "reversed", "distant")
+
+FULL = Run(name="full", policy="full", tasks=SOLVED_TASKS)
 
 
 def method(name: str, policy: str, **fields: Any) -> Run:
-    return Run(name=name, policy=policy, quota_share=0.1, **fields)
+    """A policy at a tenth."""
+    return Run(name=name, policy=policy, quota_share=0.1, tasks=SOLVED_TASKS, **fields)
 
 
+HYBRID = method("hybrid", "hybrid")
 METHODS = (
-    method("hybrid", "hybrid"),
+    HYBRID,
     method("window", "window"),
     method("snapkv", "snapkv"),
     method("ada-snapkv", "ada-snapkv"),
@@ -100,53 +105,41 @@ def at(run: Run, shares: tuple[float, ...], **changes: Any) -> list[Run]:
     return [replace(run, quota_share=share, **changes) for share in shares]
 
 
-# what the full cache answers at 2,048 tokens; the others would only cost time
-SOLVED_TASKS = ("single", "multikey", "multivalue", "multiquery", "passages")
-NEEDLES = ("single", "multikey")
-TIGHT = Run(name="hybrid", policy="hybrid", quota_share=0.2, tasks=SOLVED_TASKS)
-SOLVED_FULL = replace(FULL, tasks=SOLVED_TASKS)
-LONG = {"length_tokens": 4096, "count": 5}
-
-
 def ablation(name: str, **options: Any) -> Run:
-    """`hybrid` with other options, at a fifth."""
-    return replace(TIGHT, name=name, options=options)
+    """`hybrid` with other options, at a tenth."""
+    return replace(HYBRID, name=name, options=options)
+
+
+def tuned(name: str, **tuning: Any) -> Run:
+    return ablation(name, tuning=tuning)
 
 
 VARIATIONS = (
+    tuned("mean over the probe", takes_largest=False),
+    tuned("no reach of text", text_reach_before_tokens=0, text_reach_behind_tokens=0),
+    tuned(
+        "neither",
+        takes_largest=False,
+        text_reach_before_tokens=0,
+        text_reach_behind_tokens=0,
+    ),
+    tuned("reach of 8 and 8", text_reach_before_tokens=8, text_reach_behind_tokens=8),
+    tuned("even budgets", floor_ratio=1.0, dynamic_weight=1.0),
+    tuned("no unlike share", unlike_share=0.0),
     ablation("no look-ahead", lookahead=False),
-    ablation("look-ahead of all text", lookahead_source="text"),
-    ablation("all heads static", force_class="static"),
-    ablation("all heads dynamic", force_class="dynamic"),
     ablation("retrieve all pages", retrieval_ratio=1.0),
-    ablation("even budgets", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
-    *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (1, 3, 15)),
-    *(ablation(f"unlike share {x}", tuning={"unlike_share": x}) for x in (0.0, 0.25, 0.75)),
-    *(ablation(f"probe of {n} tokens", probe_tokens=n) for n in (8, 64)),
 )
+LONG: dict[str, Any] = {"length_tokens": 4096, "tasks": ("single", "distant"), "count": 3}
+QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
 PLANS: dict[str, list[Run]] = {
-    "full": [replace(FULL, length_tokens=n, count=5) for n in (1024, 2048, 4096, 7500)],
-    "main": [SOLVED_FULL, *(r for m in METHODS for r in at(m, SHARES, tasks=SOLVED_TASKS))],
+    "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
+    "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
     "long": [
-        replace(SOLVED_FULL, **LONG),
-        *(
-            r
-            for m in METHODS
-            if m.name in ("hybrid", "snapkv", "keydiff")
-            for r in at(m, SHARES, tasks=SOLVED_TASKS, **LONG)
-        ),
+        replace(FULL, **LONG),
+        *at(HYBRID, (0.1, 0.2), **LONG),
+        *at(method("keydiff", "keydiff"), (0.1, 0.2), **LONG),
     ],
-    "ablations": [SOLVED_FULL, TIGHT, *VARIATIONS],
-    "quick": [
-        Run(name="full", policy="full", length_tokens=1024, tasks=NEEDLES, count=5),
-        Run(
-            name="hybrid",
-            policy="hybrid",
-            quota_share=0.5,
-            length_tokens=1024,
-            tasks=NEEDLES,
-            count=5,
-        ),
-    ],
+    "ablations": [FULL, HYBRID, *VARIATIONS],
+    "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }
