@@ -103,12 +103,18 @@ void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // 
       const Head& head = heads[q / group];
       if (head.num_tokens() == 0) continue;
       logits.resize(std::min(kRowTile, num_rows) * head.slots());
-      const float sum = score_rows({packed + head.first_slot * head_size, head.sinks, head.rest,
-                                    queries.const_data_ptr<float>() + q * num_rows * head_size,
-                                    numbers.scale, num_rows, head_size, numbers.top_k,
-                                    numbers.takes_largest, logits.data(),
-                                    partial + head.first_slot * group + q % group * head.slots()});
-      topk_mass[q] = sum / static_cast<float>(num_rows);
+      const ScoreTask task{packed + head.first_slot * head_size,
+                           head.sinks,
+                           head.rest,
+                           queries.const_data_ptr<float>() + q * num_rows * head_size,
+                           numbers.scale,
+                           num_rows,
+                           head_size,
+                           numbers.top_k,
+                           numbers.takes_largest,
+                           logits.data(),
+                           partial + head.first_slot * group + q % group * head.slots()};
+      topk_mass[q] = score_rows(task) / static_cast<float>(num_rows);
     }
   });
 }

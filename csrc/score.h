@@ -35,7 +35,7 @@ struct ScoreTask {
   float scale;           // of the logits, times log2(e)
   int64_t num_rows, head_size, top_k;
   bool takes_largest;  // of the probabilities over rows, not their sum
-  float* logits;  // scratch [kRowTile, sinks.padded() + rest.padded()]
+  float* logits;       // scratch [kRowTile, sinks.padded() + rest.padded()]
   // [sinks.padded() + rest.padded()], mutated: probabilities are added over rows, or raise it
   float* mass;
 };
