@@ -62,8 +62,10 @@ class PromptText(ProbeSource):
         places: PromptPlaces, start: int, stop: int, options: PolicyOptions, is_seeded: bool
     ) -> Sequence[int]:
         if is_seeded:
-            # the look-ahead's queries already stand for all text before the last vision token
-            start = max(start, places.end_of_vision)
+            # the look-ahead's queries stand for the end of the prompt; a long text behind the last
+            # vision token, or a prompt of text alone, must not take their place until it is reached
+            end_tokens = places.prompt_tokens - options.probe_tokens
+            start = max(start, places.end_of_vision, end_tokens)
         return places.last_text_positions(start, stop, options.probe_tokens)
 
 
