@@ -106,6 +106,29 @@ def test_the_template_is_turned_to_the_end_of_each_chunk(monkeypatch: pytest.Mon
         torch.testing.assert_close(probe, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("video_tokens", [0, 100], ids=["text alone", "long text behind a video"])
+def test_a_long_text_does_not_displace_the_question(
+    monkeypatch: pytest.MonkeyPatch, video_tokens: int
+) -> None:
+    """Each chunk's own last words took the place of the question that ran ahead."""
+    probe_tokens = 8
+    lab = make_lab("hybrid", probe_tokens=probe_tokens)
+    features = [Feature(6, video_tokens, 4)] if video_tokens else []
+    client = Client("text", PROMPT_TOKENS, features)
+    run_ahead(lab, client, probe_tokens)
+    probes = watch_probes(monkeypatch)
+    lab.run(client, outputs=1)
+    of_first_layer = probes[:: lab.layers]
+    raw, rotary = lab.script[0][0, :probe_tokens], lab.rotary
+    # all chunks but the last, in which the question itself stands
+    for chunk, probe in enumerate(of_first_layer[:-1]):
+        stop = PROMPT_TOKENS - 24 * (len(of_first_layer) - 1 - chunk)
+        place = torch.arange(stop, stop + probe_tokens)
+        expected = rotate(raw, place, rotary.inv_freq, rotary.is_neox)
+        torch.testing.assert_close(probe, expected, rtol=0, atol=1e-4)
+    assert len(of_first_layer) > 10
+
+
 def test_a_short_prompt_probes_with_its_own_template() -> None:
     """Nothing runs ahead of it, but its long output is compacted with its template's queries."""
     lab, client = make_lab("streammem", template_tokens=3), Client("short", 20)
