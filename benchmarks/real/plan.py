@@ -141,5 +141,5 @@ PLANS: dict[str, list[Run]] = {
         *at(method("keydiff", "keydiff"), (0.1, 0.2), **LONG),
     ],
     "ablations": [FULL, HYBRID, *VARIATIONS],
-    "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
+    "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],
 }
