@@ -208,9 +208,9 @@ VARIATIONS = (
     ablation("all heads dynamic", force_class="dynamic"),
     *(ablation(f"threshold {x}", static_threshold=x) for x in (0.7, 0.99)),
     ablation("top-k of 16 at least", tuning={"top_k_min": 16}),
-    ablation("no type level", tuning={"dynamic_weight": 1.0}),
-    ablation("no head level", tuning={"floor_ratio": 1.0}),
-    ablation("no head and type level", tuning={"floor_ratio": 1.0, "dynamic_weight": 1.0}),
+    ablation("type level", tuning={"dynamic_weight": 1.5}),
+    ablation("head level", tuning={"floor_ratio": 0.2}),
+    ablation("head and type level", tuning={"floor_ratio": 0.2, "dynamic_weight": 1.5}),
     # what stays
     *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
     *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),

@@ -89,12 +89,10 @@ def method(name: str, policy: str, **fields: Any) -> Run:
 
 
 HYBRID = method("hybrid", "hybrid")
-METHODS = (
-    HYBRID,
+METHODS = (HYBRID, method("snapkv", "snapkv"), method("keydiff", "keydiff"))
+BASELINES = (
     method("window", "window"),
-    method("snapkv", "snapkv"),
     method("ada-snapkv", "ada-snapkv"),
-    method("keydiff", "keydiff"),
     method("infinipot-v", "infinipot-v"),
     method("lookm", "lookm"),
 )
@@ -124,7 +122,7 @@ VARIATIONS = (
         text_reach_behind_tokens=0,
     ),
     tuned("reach of 8 and 8", text_reach_before_tokens=8, text_reach_behind_tokens=8),
-    tuned("even budgets", floor_ratio=1.0, dynamic_weight=1.0),
+    tuned("budgets by class and score", floor_ratio=0.2, dynamic_weight=1.5),
     tuned("no unlike share", unlike_share=0.0),
     ablation("no look-ahead", lookahead=False),
     ablation("retrieve all pages", retrieval_ratio=1.0),
@@ -135,10 +133,11 @@ QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), 
 PLANS: dict[str, list[Run]] = {
     "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
     "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
+    "baselines": [FULL, *(run for method in BASELINES for run in at(method, SHARES[:2]))],
     "long": [
         replace(FULL, **LONG),
-        *at(HYBRID, (0.1, 0.2), **LONG),
-        *at(method("keydiff", "keydiff"), (0.1, 0.2), **LONG),
+        *at(HYBRID, SHARES[:2], **LONG),
+        *at(METHODS[-1], SHARES[:2], **LONG),
     ],
     "ablations": [FULL, HYBRID, *VARIATIONS],
     "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],

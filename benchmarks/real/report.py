@@ -124,6 +124,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_full": ("full", full_table),
     "real_quota": ("main", quota_table),
     "real_tasks": ("main", task_table),
+    "real_baselines": ("baselines", quota_table),
     "real_long": ("long", quota_table),
     "real_ablations": ("ablations", variation_table),
 }

@@ -108,7 +108,8 @@ def test_snapkv_keeps_the_best_of_what_is_not_pinned(case: Case) -> None:
 @given(case=CASES)
 def test_ada_snapkv_shares_by_score(case: Case) -> None:
     observation = replace(case.observe(), protected_position=case.seen_tokens)
-    options = replace(OPTIONS, floor_ratio=0.25)
+    # the reference takes the share that the policy is to take, under its general name
+    options = replace(OPTIONS, ada_floor_ratio=0.25, floor_ratio=0.25)
     retention = make_policy("ada-snapkv", options, PAGE_TOKENS).retain(observation)
     if observation.fits:
         assert retention.budgets.tolist() == observation.lens.tolist()

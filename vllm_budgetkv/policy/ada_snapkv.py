@@ -19,7 +19,7 @@ class AdaSnapKVPolicy(Policy):
     """Ada-KV (https://arxiv.org/abs/2407.11550, algorithm 1) on top of `SnapKVPolicy`.
 
     A head gets as many tokens as it has among the best of all heads of the layer, after
-    `floor_ratio` of the budget was split evenly. Unlike the paper pinned tokens do not compete,
+    `ada_floor_ratio` of the budget was split evenly. Unlike the paper pinned tokens do not compete,
     scores are normalised over the others, and what a head cannot use goes to the rest.
     """
 
@@ -29,7 +29,7 @@ class AdaSnapKVPolicy(Policy):
     compresses: ClassVar[bool] = True
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
-        self._options = options
+        self._options = replace(options, floor_ratio=options.ada_floor_ratio)
         self._page_tokens = page_tokens
 
     def retain(self, observation: Observation) -> Retention:

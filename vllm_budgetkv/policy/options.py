@@ -113,9 +113,9 @@ class PolicyOptions(PolicyFlags):
         within=SHARE,
     )
     dynamic_weight: float = knob(
-        1.5,
-        "Budget of a dynamic head relative to `static_weight`. Above it, because what a dynamic "
-        "head drops cannot be recalled.",
+        1.0,
+        "Budget of a dynamic head relative to `static_weight`. Equal: on a pretrained model it is "
+        "sharp, static heads that miss what they drop.",
         metavar="WEIGHT",
         within=WEIGHT,
     )
@@ -126,10 +126,13 @@ class PolicyOptions(PolicyFlags):
         within=WEIGHT,
     )
     floor_ratio: float = knob(
-        0.2,
-        "Share of the static budget that is split evenly; the rest follows the scores (Ada-KV).",
+        1.0,
+        "Share of the static budget in `hybrid` that is split evenly; the rest follows the scores.",
         metavar="SHARE",
         within=SHARE,
+    )
+    ada_floor_ratio: float = knob(
+        0.2, "The same for `ada-snapkv` (Ada-KV).", metavar="SHARE", within=SHARE
     )
     text_share: float = knob(
         0.5,
