@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDED = REPOSITORY / "benchmarks" / "results" / "real_quick.json"
-TOLERANCE = 0.1
+# one example of six, which another order of additions may turn; the log-probability is finer
+TOLERANCE = 0.2
+LOGPROB_TOLERANCE = 0.1
 SECONDS = 1200
 
 
@@ -49,7 +51,7 @@ def test_hybrid_is_as_good_as_recorded(measured: list[RunResult]) -> None:
     for now, then in zip(measured, recorded, strict=True):
         tasks = list(then.right)
         assert now.pooled(tasks).value >= then.pooled(tasks).value - TOLERANCE, now.name
-        assert now.logprob(tasks) >= then.logprob(tasks) - TOLERANCE, now.name
+        assert now.logprob(tasks) >= then.logprob(tasks) - LOGPROB_TOLERANCE, now.name
 
 
 @pytest.mark.engine
