@@ -84,5 +84,5 @@ def test_few_operations(monkeypatch: pytest.MonkeyPatch) -> None:
         counts.append(0)
         serve(lab)
         monkeypatch.undo()
-    assert 0 < counts[0] <= 183 + 2 * QUOTA.num_layers
+    assert 0 < counts[0] <= 197 + 2 * QUOTA.num_layers
     assert counts[1] > 160 * QUOTA.num_layers

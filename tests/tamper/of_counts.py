@@ -104,7 +104,7 @@ OF_COUNTS = (
     Mutation(
         "cache: text before the video replaces the look-ahead",
         "policy/probe_source.py",
-        "start = max(start, places.end_of_vision)",
+        "start = max(start, places.end_of_vision, end_tokens)",
         "pass",
     ),
     Mutation(
