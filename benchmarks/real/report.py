@@ -127,6 +127,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_baselines": ("baselines", quota_table),
     "real_long": ("long", quota_table),
     "real_ablations": ("ablations", variation_table),
+    "real_options": ("options", variation_table),
 }
 
 
