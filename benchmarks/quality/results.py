@@ -86,6 +86,28 @@ class QuotaExceededError(RuntimeError):
     """A request held more blocks than its quota."""
 
 
+def check_bound(title: str, records: Sequence[dict[str, Any]]) -> None:
+    """See that no request of a run held more than its quota.
+
+    Args:
+        title: of the run, for messages.
+        records: the plugin's reports of its requests.
+
+    Raises:
+        QuotaExceededError: a request held more blocks than its quota.
+        ValueError: a request left no record.
+    """
+    if not all(records):
+        missing = sum(not record for record in records)
+        raise ValueError(f"{title}: {missing} of {len(records)} requests left no record")
+    for record in records:
+        if record["peak_blocks"] > record["quota_blocks"]:
+            raise QuotaExceededError(
+                f"{title}: request {record['request_id']} held {record['peak_blocks']} blocks "
+                f"of a quota of {record['quota_blocks']}"
+            )
+
+
 def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str) -> RunResult:
     """The result of a run.
 
@@ -100,15 +122,7 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         ValueError: a request under a quota left no record.
     """
     records = [outcome.record for outcome in outcomes]
-    if not all(records):
-        missing = sum(not record for record in records)
-        raise ValueError(f"{run.title}: {missing} of {len(records)} requests left no record")
-    for record in records:
-        if record["peak_blocks"] > record["quota_blocks"]:
-            raise QuotaExceededError(
-                f"{run.title}: request {record['request_id']} held {record['peak_blocks']} blocks "
-                f"of a quota of {record['quota_blocks']}"
-            )
+    check_bound(run.title, records)
     by_task = {task: [o for o in outcomes if o.task == task] for task in run.tasks}
     return RunResult(
         name=run.name,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from benchmarks import bench_table
-from benchmarks.quality.intervals import mcnemar, wilson
-from benchmarks.quality.report import INCOMPLETE, SOLVED, grid
+from benchmarks.quality.intervals import mcnemar
+from benchmarks.quality.report import INCOMPLETE, SOLVED, grid, percent
 from benchmarks.real.results import load_plan
 from benchmarks.real.tasks import TASKS
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    from benchmarks.quality.results import Share
     from benchmarks.real.results import RunResult
 
 
@@ -32,12 +31,6 @@ def solved_tasks(full: RunResult) -> list[str]:
 
 def compressed(results: Sequence[RunResult]) -> list[RunResult]:
     return [result for result in results if result.quota_share is not None]
-
-
-def percent(share: Share) -> str:
-    """Share with its 95 % interval: `87 (82-91)`."""
-    low, high = wilson(share.right, share.count)
-    return f"{100 * share.value:.0f} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def cell(result: RunResult, tasks: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.quality.results import QuotaExceededError, Share
+from benchmarks.quality.results import Share, check_bound
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,15 +78,7 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         ValueError: a request left no record.
     """
     records = [outcome.record for outcome in outcomes]
-    if not all(records):
-        missing = sum(not record for record in records)
-        raise ValueError(f"{run.title}: {missing} of {len(records)} requests left no record")
-    for record in records:
-        if record["peak_blocks"] > record["quota_blocks"]:
-            raise QuotaExceededError(
-                f"{run.title}: request {record['request_id']} held {record['peak_blocks']} blocks "
-                f"of a quota of {record['quota_blocks']}"
-            )
+    check_bound(run.title, records)
 
     def marks(of: Callable[[Outcome], bool]) -> dict[str, str]:
         return {t: "".join("01"[of(o)] for o in outcomes if o.task == t) for t in run.tasks}

@@ -347,3 +347,23 @@ def test_text_alone_has_no_tier_of_its_own() -> None:
         for share in (0.0, 1.0)
     ]
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(("budget_tokens", "reach"), [(24, 3), (800, 8)])
+def test_a_reach_leaves_room_in_a_small_budget(budget_tokens: int, reach: int) -> None:
+    """Of one attended text token: an eighth of the budget behind it, a sixteenth before it."""
+    observation = Case(seen_tokens=900, num_heads=1).observe()
+    index = torch.arange(observation.shape[1])[None]
+    observation = replace(
+        observation,
+        is_vision=torch.zeros_like(observation.is_vision),
+        positions=index.int(),
+        lens=torch.tensor([index.shape[1]], dtype=torch.int32),
+        span_ids=torch.zeros_like(index, dtype=torch.int32),
+        span_tokens=None,
+        mass=(index == 400).float(),
+        value_norms=None,
+        budget_tokens=budget_tokens,
+    )
+    scores = make_policy("hybrid", PolicyOptions(), PAGE_TOKENS).retain(observation).scores[0]
+    assert scores.nonzero().flatten().tolist() == list(range(400 - reach // 2, 401 + reach))
