@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 PAGE_TOKENS = 16
 CHUNK_TOKENS = 256
 DECODE_INTERVAL_TOKENS = 16
-ALL_TASKS = tuple(TASKS)
+CONTINUATION = "continuation"
+# a continuation has no answer to be right
+ALL_TASKS = tuple(name for name in TASKS if name != CONTINUATION)
 SHARES = (0.1, 0.2, 0.5)
 
 
@@ -89,9 +91,11 @@ def method(name: str, policy: str, **fields: Any) -> Run:
 
 
 HYBRID = method("hybrid", "hybrid")
-METHODS = (HYBRID, method("snapkv", "snapkv"), method("keydiff", "keydiff"))
+KEYDIFF = method("keydiff", "keydiff")
+METHODS = (HYBRID, method("snapkv", "snapkv"), KEYDIFF)
+WINDOW = method("window", "window")
 BASELINES = (
-    method("window", "window"),
+    WINDOW,
     method("ada-snapkv", "ada-snapkv"),
     method("infinipot-v", "infinipot-v"),
     method("lookm", "lookm"),
@@ -130,7 +134,9 @@ OPTIONS = (
     ablation("no look-ahead", lookahead=False),
     ablation("retrieve all pages", retrieval_ratio=1.0),
 )
-LONG: dict[str, Any] = {"length_tokens": 4096, "tasks": ("single", "distant"), "count": 3}
+LONG: dict[str, Any] = {"length_tokens": 4096, "count": 3}
+LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count": 3}
+CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
 PLANS: dict[str, list[Run]] = {
@@ -139,8 +145,17 @@ PLANS: dict[str, list[Run]] = {
     "baselines": [FULL, *(run for method in BASELINES for run in at(method, SHARES[:2]))],
     "long": [
         replace(FULL, **LONG),
-        *at(HYBRID, SHARES[:2], **LONG),
-        *at(METHODS[-1], SHARES[:2], **LONG),
+        *at(HYBRID, SHARES, **LONG),
+        *at(KEYDIFF, SHARES, **LONG),
+    ],
+    "longest": [
+        replace(FULL, **LONGEST),
+        *at(HYBRID, SHARES[:2], **LONGEST),
+        *at(KEYDIFF, SHARES[:2], **LONGEST),
+    ],
+    "perplexity": [
+        replace(FULL, **CONTINUED),
+        *(run for method in (*METHODS, WINDOW) for run in at(method, SHARES, **CONTINUED)),
     ],
     "ablations": [FULL, HYBRID, *VARIATIONS],
     "options": [FULL, HYBRID, *OPTIONS],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from benchmarks import bench_table
@@ -77,6 +78,23 @@ def full_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     return "\n".join([*grid(heads, rows), "", source(about, results)])
 
 
+def perplexity_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """Perplexity of what follows a prompt, policy by quota."""
+    full = full_caches(results)[0]
+    (task,) = full.right
+    shares = sorted({result.quota_share or 0.0 for result in compressed(results)})
+    rows = [["full cache", *[perplexity(full, task)] * len(shares)]]
+    for name in dict.fromkeys(result.name for result in compressed(results)):
+        found = {r.quota_share: r for r in compressed(results) if r.name == name}
+        rows.append([name, *(perplexity(found[s], task) if s in found else "" for s in shares)])
+    heads = ["policy", *(f"{100 * share:g} %" for share in shares)]
+    return "\n".join([*grid(heads, rows), "", source(about, results)])
+
+
+def perplexity(result: RunResult, task: str) -> str:
+    return f"{math.exp(-result.logprob([task])):.2f}"
+
+
 def variation_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     """Variations of one policy at one quota, each against the first."""
     full, tasks = full_caches(results)[0], solved_tasks(full_caches(results)[0])
@@ -119,6 +137,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_tasks": ("main", task_table),
     "real_baselines": ("baselines", quota_table),
     "real_long": ("long", quota_table),
+    "real_longest": ("longest", quota_table),
+    "real_perplexity": ("perplexity", perplexity_table),
     "real_ablations": ("ablations", variation_table),
     "real_options": ("options", variation_table),
 }

@@ -71,6 +71,7 @@ class Draft:
         needles: sentences to put into the text, in this order unless the task has a depth.
         filler: piece of a number; as many make the text as fit.
         joint: between two pieces.
+        grows_to_front: whether each further piece stands in front of those before it.
     """
 
     head: str
@@ -81,6 +82,7 @@ class Draft:
     needles: tuple[str, ...]
     filler: Callable[[int], str]
     joint: str = "\n"
+    grows_to_front: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ def fill(
         piece = draft.filler(len(pieces))
         room_tokens -= tokens(draft.joint + piece)
         if room_tokens > 0:
-            pieces.append(piece)
+            pieces.insert(0 if draft.grows_to_front else len(pieces), piece)
     places = np.sort(rng.integers(len(pieces) + 1, size=len(draft.needles)))
     if depth is not None:
         places = rng.permutation(places)
@@ -297,6 +299,24 @@ def passages(rng: Rng) -> Draft:
     )
 
 
+def continuation(rng: Rng) -> Draft:
+    """The text goes on: what comes next, a sentence or so, given how its paragraph begins."""
+    blocks = prose.paragraphs()
+    long = [index for index, block in enumerate(blocks) if len(block.split()) >= 60]
+    last = long[int(rng.integers(len(long)))]
+    words = blocks[last].split()
+    return Draft(
+        head="Read this text, and then continue it.\n",
+        question="",
+        prefix=" ".join(words[:20]),
+        answers=(" ".join(words[20:60]),),
+        told=" " + " ".join(words[20:60]),
+        needles=(),
+        filler=lambda index: blocks[(last - 1 - index) % len(blocks)],
+        grows_to_front=True,
+    )
+
+
 TASKS: dict[str, Task] = {
     "single": Task("single needle", needle_draft, has_depth=True),
     "multikey": Task("multi-key", lambda rng: needle_draft(rng, keys=NUM_KEYS), has_depth=True),
@@ -312,6 +332,7 @@ TASKS: dict[str, Task] = {
     "common": Task("common words", common),
     "frequent": Task("frequent words", frequent),
     "passages": Task("passages", passages, has_depth=True),
+    "continuation": Task("continuation", continuation),
 }
 
 

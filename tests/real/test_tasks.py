@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.real import prose
 from benchmarks.real.tasks import DEPTHS, TASKS, holds_all, make_examples
 
 LENGTH = 1024
+# a continuation asks nothing
+QUESTIONS = [name for name in TASKS if name != "continuation"]
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -19,7 +22,7 @@ def test_prompts_have_the_length_that_was_asked_for(name: str, tokenizer: Any) -
         assert 0.85 * LENGTH < tokens <= LENGTH
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", QUESTIONS)
 def test_text_holds_the_answers_and_the_question_does_not(name: str, tokenizer: Any) -> None:
     for example in make_examples(name, LENGTH, 3, tokenizer):
         assert holds_all(example.content, example.answers)
@@ -46,3 +49,12 @@ def test_common_words_come_ten_times_as_often(tokenizer: Any) -> None:
     (example,) = make_examples("common", 2048, 1, tokenizer)
     counts = [example.content.count(f" {word} ") for word in example.answers]
     assert min(counts) >= 10
+
+
+def test_a_continuation_is_what_follows_in_the_book(tokenizer: Any) -> None:
+    for example in make_examples("continuation", LENGTH, 3, tokenizer):
+        *earlier, last = example.content.split("\n")[1:]
+        blocks = prose.paragraphs()
+        place = blocks.index(last)
+        assert list(blocks[place - len(earlier) : place]) == earlier
+        assert blocks[place + 1].startswith(example.prefix + example.told)

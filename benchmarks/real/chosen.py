@@ -1,0 +1,167 @@
+"""What a policy keeps of a recorded prompt: its own code, chunk by chunk, without pages.
+
+The engine's cache computes keys behind a compressed context, here they are those of the full cache;
+all else is as there: the chunks, the probe that runs ahead, the measures, the policy, the order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv import ops
+from vllm_budgetkv.cache.probe.rotation import rotate
+from vllm_budgetkv.policy import Observation
+
+if TYPE_CHECKING:
+    from benchmarks.real.told import Memory, ToldModel
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.policy import Policy, PolicyOptions
+
+LOOKAHEAD_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A prompt of text alone, read once, and its right answer.
+
+    Attributes:
+        task: a key of `TASKS`.
+        prompt, told: token ids.
+        memory: of the prompt.
+        ahead: float32 [L, rows, Hq, D], queries of its end, asked without what stands before.
+        inv_freq: of the model's rotary embedding.
+    """
+
+    task: str
+    prompt: list[int]
+    told: list[int]
+    memory: Memory
+    ahead: torch.Tensor
+    inv_freq: torch.Tensor
+
+    def probe(self, layer: int, seen_tokens: int, num_rows: int) -> torch.Tensor:
+        """[rows, Hq, D] at the position behind the tokens that were seen."""
+        if seen_tokens == len(self.prompt):
+            queries = self.memory.queries[layer].transpose(0, 1)[-num_rows:]
+            first = seen_tokens - num_rows
+        else:
+            queries, first = self.ahead[layer, -num_rows:], LOOKAHEAD_TOKENS - num_rows
+        distance = seen_tokens - torch.arange(first, first + num_rows)
+        return rotate(queries, distance, self.inv_freq, is_neox=True)
+
+
+def record(
+    model: ToldModel, task: str, prompt: list[int], told: list[int], num_rows: int
+) -> Recorded:
+    """Read a prompt, and its end alone."""
+    ahead = model.read(prompt[-LOOKAHEAD_TOKENS:], LOOKAHEAD_TOKENS).queries.transpose(1, 2)
+    return Recorded(task, prompt, told, model.read(prompt, num_rows), ahead, model.inv_freq)
+
+
+def keep(
+    recorded: Recorded, policy: Policy, options: PolicyOptions, quota: Quota, budget_tokens: int
+) -> torch.Tensor:
+    """bool [L, H, n], what the policy holds when the prompt has been read.
+
+    Args:
+        recorded: the prompt.
+        policy: asked behind every chunk, with its options.
+        quota: says where chunks end.
+        budget_tokens: per head, on average, that survive each time; may be less than the quota's.
+    """
+    num_tokens, layers = len(recorded.prompt), recorded.memory.keys
+    kept = torch.zeros(len(layers), layers[0].shape[0], num_tokens, dtype=torch.bool)
+    classes: list[torch.Tensor | None] = [None] * len(layers)
+    start = 0
+    while start < num_tokens:
+        stop = quota.next_stop(start, num_tokens)
+        kept[:, :, start:stop] = True
+        if stop > budget_tokens:
+            for layer in range(len(layers)):
+                seen = observe(recorded, layer, kept[layer], stop, policy, options)
+                seen = replace(
+                    seen,
+                    budget_tokens=budget_tokens,
+                    max_head_tokens=2 * budget_tokens,
+                    was_static=classes[layer],
+                )
+                answer = policy.retain(seen)
+                stays = ops.select(answer.scores, answer.tiers, seen.lens, answer.budgets)
+                positions = seen.positions.clamp(min=0).long()
+                kept[layer] = torch.zeros_like(kept[layer]).scatter_add_(-1, positions, stays)
+                classes[layer] = answer.is_static
+        start = stop
+    return kept
+
+
+def observe(
+    recorded: Recorded,
+    layer: int,
+    kept: torch.Tensor,
+    seen_tokens: int,
+    policy: Policy,
+    options: PolicyOptions,
+) -> Observation:
+    """What the policy is told of one layer; budgets are still to be filled in."""
+    lens = kept.sum(dim=-1, dtype=torch.int32)
+    longest = int(lens.max())
+    index = torch.where(kept, torch.arange(kept.shape[1]), kept.shape[1])
+    index = index.sort(dim=-1).values[:, :longest]
+    held = index < kept.shape[1]
+    index = index.clamp(max=kept.shape[1] - 1)
+    keys, values = (
+        side[layer].gather(1, index[..., None].expand(-1, -1, side[layer].shape[-1]))
+        for side in (recorded.memory.keys, recorded.memory.values)
+    )
+    positions = torch.where(held, index, -1).to(torch.int32)
+    observation = Observation(
+        positions=positions,
+        lens=lens,
+        is_vision=torch.zeros_like(held),
+        span_ids=torch.zeros_like(positions),
+        seen_tokens=seen_tokens,
+        protected_position=seen_tokens,
+        budget_tokens=0,
+        max_head_tokens=0,
+        text_tokens=seen_tokens,
+        span_tokens=torch.tensor([seen_tokens], dtype=torch.int32),
+        keys=keys.masked_fill(~held[..., None], 0.0) if policy.needs_keys else None,
+        contrast=contrast(keys, held) if policy.needs_contrast else None,
+        layer=layer,
+    )
+    norms = values.norm(dim=-1).masked_fill(~held, 0.0)
+    if not policy.needs_scores:
+        return replace(observation, value_norms=norms if policy.needs_value_norms else None)
+    probe = recorded.probe(layer, seen_tokens, options.probe_tokens)
+    mass, topk_mass = score(probe, keys, positions, policy.takes_largest, options)
+    return replace(observation, mass=mass, topk_mass=topk_mass, value_norms=norms)
+
+
+def score(
+    probe: torch.Tensor,
+    keys: torch.Tensor,
+    positions: torch.Tensor,
+    takes_largest: bool,
+    options: PolicyOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`mass` and `topk_mass` of the op `score`, on keys that lie in a row."""
+    num_rows, _, head_size = probe.shape
+    held = positions >= 0
+    queries = probe.view(num_rows, keys.shape[0], -1, head_size)
+    logits = torch.einsum("mhgd,hnd->hgmn", queries, keys) * head_size**-0.5
+    weights = logits.masked_fill(~held[:, None, None], -torch.inf).softmax(dim=-1)
+    mass = (weights.amax(dim=2) if takes_largest else weights.mean(dim=2)).mean(dim=1)
+    rest = weights.masked_fill((positions < options.sink_tokens)[:, None, None], 0.0)
+    rest = rest / rest.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    count = min(options.top_k_tokens(keys.shape[1]), keys.shape[1])
+    return mass, rest.topk(count, dim=-1).values.sum(dim=-1).mean(dim=-1).flatten()
+
+
+def contrast(keys: torch.Tensor, held: torch.Tensor) -> torch.Tensor:
+    """The op `contrast`, on keys that lie in a row."""
+    directions = torch.nn.functional.normalize(keys, dim=-1).masked_fill(~held[..., None], 0.0)
+    mean = torch.nn.functional.normalize(directions.sum(dim=1), dim=-1)
+    return (1.0 - torch.einsum("hnd,hd->hn", directions, mean)).masked_fill(~held, 0.0)

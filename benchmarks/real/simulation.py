@@ -1,0 +1,207 @@
+"""What a rule would answer, without an engine and without a kernel: minutes instead of hours.
+
+    python -m benchmarks.real.simulation [--length 2048] [--count 3] [--quota-share 0.1] [--rule ..]
+
+Prompts are read once, on the full cache; then every rule says which tokens each step of the right
+answer may read, and the model says how likely the answer was. Policies are the engine's own code.
+What differs from the engine: keys were computed behind the whole prompt, and no page is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
+from benchmarks.quality.report import grid
+from benchmarks.real import weights, worker
+from benchmarks.real.chosen import keep, record
+from benchmarks.real.plan import CHUNK_TOKENS, DECODE_INTERVAL_TOKENS, PAGE_TOKENS
+from benchmarks.real.recalled import Reader, Recall
+from benchmarks.real.tasks import SUITE, TASKS, make_examples
+from benchmarks.real.told import ToldModel
+from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.policy import PolicyOptions, make_policy
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from benchmarks.real.chosen import Recorded
+
+FILE = REPOSITORY / "benchmarks" / "results" / "real_simulation.json"
+SIMULATED = ("single", "multikey", "reversed", "distant")
+SINK_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A policy, its options, and what comes back.
+
+    Args:
+        policy: a key of `POLICIES`.
+        options: fields of `PolicyOptions`.
+        recall: None brings nothing back.
+    """
+
+    policy: str = "hybrid"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    recall: Recall | None = None
+
+
+SHARP = Recall(heads_share=1 / 3)
+RULES: dict[str, Rule] = {
+    "hybrid": Rule(),
+    "mean over the probe": Rule(options={"takes_largest": False}),
+    "no reach of text": Rule(
+        options={"text_reach_before_tokens": 0, "text_reach_behind_tokens": 0}
+    ),
+    "no unlike share": Rule(options={"unlike_share": 0.0}),
+    "keydiff": Rule("keydiff"),
+    "window": Rule("window"),
+    "all recall, exact": Rule(recall=Recall()),
+    "all recall, 2 bits": Rule(recall=Recall(bits=2)),
+    "all recall, 1 bit": Rule(recall=Recall(bits=1)),
+    "sharp third, exact": Rule(recall=SHARP),
+    "sharp third, 2 bits": Rule(recall=replace(SHARP, bits=2)),
+    "sharp third, 1 bit": Rule(recall=replace(SHARP, bits=1)),
+    "sharp third, 2 bits, window only": Rule("window", recall=replace(SHARP, bits=2)),
+    "sharp half, 2 bits": Rule(recall=replace(SHARP, heads_share=0.5, bits=2)),
+    "sharp tenth, 2 bits": Rule(recall=replace(SHARP, heads_share=0.1, bits=2)),
+    "broad third, exact": Rule(recall=replace(SHARP, pick="broad")),
+    "random third, exact": Rule(recall=replace(SHARP, pick="random")),
+}
+
+
+def concentration(recorded: Recorded) -> torch.Tensor:
+    """S of the question's queries on the full cache, float32 [L, H]."""
+    memory = recorded.memory
+    positions = torch.arange(memory.num_tokens)
+    last = positions[-memory.queries.shape[2] :, None]
+    count = max(64, -(-memory.num_tokens // 10))
+    found = []
+    for queries, keys in zip(memory.queries, memory.keys, strict=True):
+        grouped = queries.unflatten(0, (keys.shape[0], -1))
+        logits = torch.einsum("hgmd,hnd->hgmn", grouped, keys) * keys.shape[-1] ** -0.5
+        hidden = (positions > last) | (positions < SINK_TOKENS)
+        weights_ = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        found.append(weights_.topk(count, dim=-1).values.sum(dim=-1).mean(dim=-1).amin(dim=-1))
+    return torch.stack(found)
+
+
+def judge(model: ToldModel, recorded: Recorded, reader: Reader) -> tuple[bool, float]:
+    """Whether the right answer is what greedy decoding writes, and its log-probability a token."""
+    past = recorded.memory.first(len(recorded.prompt) - 1)
+    logits = model.answer(past, [recorded.prompt[-1], *recorded.told[:-1]], reader)
+    told = torch.tensor(recorded.told)
+    logprobs = logits.log_softmax(dim=-1)[torch.arange(len(told)), told]
+    return bool((logits.argmax(dim=-1) == told).all()), float(logprobs.mean())
+
+
+def reader_of(recorded: Recorded, rule: Rule, share: float) -> Reader:
+    """What stays under a quota, and what may come back.
+
+    Raises:
+        ValueError: nothing is left of the quota beside index and recalled tokens.
+    """
+    memory, prompt_tokens = recorded.memory, len(recorded.prompt)
+    quota = Quota(
+        blocks=int(share * prompt_tokens) // PAGE_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        num_layers=len(memory.keys),
+        chunk_tokens=CHUNK_TOKENS,
+        decode_interval_tokens=DECODE_INTERVAL_TOKENS,
+    )
+    options = PolicyOptions(**rule.options)
+    policy = make_policy(rule.policy, options, PAGE_TOKENS)
+    if rule.recall is None:
+        return Reader(keep(recorded, policy, options, quota, quota.budget_tokens), memory)
+    recall = rule.recall
+    rest_tokens = quota.budget_tokens - recall.index_tokens(prompt_tokens)
+    back_tokens, own_tokens, others_tokens = recall.split(rest_tokens)
+    if own_tokens < 1:
+        raise ValueError(f"{quota.budget_tokens} tokens leave {own_tokens} beside the index")
+    kept = keep(recorded, policy, options, quota, own_tokens)
+    heads = recall.heads(concentration(recorded))
+    if others_tokens not in (0, own_tokens):
+        others = keep(recorded, policy, options, quota, others_tokens)
+        kept = torch.where(heads[..., None], kept, others)
+    return Reader(kept, memory, recall, back_tokens, heads)
+
+
+def measure(model_folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """By rule and quota: (right, log-probability) of every example of each task."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = ToldModel(model_folder)
+    rows = PolicyOptions().probe_tokens
+    outcomes: dict[str, dict[str, list[tuple[bool, float]]]] = {}
+    for task in options.task:
+        for example in make_examples(task, options.length, options.count, tokenizer):
+            prompt, told = (
+                tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (example.prompt(tokenizer), example.told)
+            )
+            recorded = record(model, task, prompt, told, rows)
+            everything = torch.ones(*recorded.memory.queries.shape[:1], 1, len(prompt)).bool()
+            everything = everything.expand(-1, recorded.memory.keys[0].shape[0], -1)
+            readers = {"full cache": Reader(everything, recorded.memory)}
+            for name in options.rule:
+                for share in options.quota_share:
+                    title = f"{name} at {share:g}"
+                    readers[title] = reader_of(recorded, RULES[name], share)
+            for title, reader in readers.items():
+                outcome = judge(model, recorded, reader)
+                outcomes.setdefault(title, {}).setdefault(task, []).append(outcome)
+            print(task, {title: found[task][-1] for title, found in outcomes.items()}, flush=True)
+    return outcomes
+
+
+def table(result: dict[str, Any]) -> str:
+    """Right answers and log-probability of every rule, by task."""
+    outcomes = result["outcomes"]
+    tasks = list(outcomes["full cache"])
+    rows = []
+    for title, found in outcomes.items():
+        cells = []
+        for task in tasks:
+            right = sum(one[0] for one in found[task])
+            logprob = sum(one[1] for one in found[task]) / len(found[task])
+            cells.append(f"{right}/{len(found[task])}; {logprob:.2f}")
+        rows.append([title, *cells])
+    about = result["about"]
+    note = f"`{about['command']}` at {about['commit']}, {about['machine']}; {about['model']}."
+    heads = ["rule", *(TASKS[task].title for task in tasks)]
+    return "\n".join([*grid(heads, rows), "", note])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="What a rule would answer.")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
+    parser.add_argument("--count", type=int, default=3, help="examples of each task")
+    parser.add_argument("--quota-share", type=float, nargs="+", default=[0.1])
+    parser.add_argument("--task", nargs="+", choices=list(TASKS), default=list(SIMULATED))
+    parser.add_argument("--rule", nargs="+", choices=list(RULES), default=list(RULES))
+    options = parser.parse_args()
+    os.environ |= worker.ENVIRONMENT
+    about = {
+        "command": " ".join(["python -m benchmarks.real.simulation", *sys.argv[1:]]),
+        "commit": current_commit(),
+        "machine": machine(),
+        "model": weights.LABEL,
+        "suite_seed": SUITE,
+    }
+    result = {"about": about, "outcomes": measure(str(weights.model_folder()), options)}
+    FILE.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    print(table(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
