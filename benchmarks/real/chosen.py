@@ -7,7 +7,7 @@ all else is as there: the chunks, the probe that runs ahead, the measures, the p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -23,46 +23,83 @@ if TYPE_CHECKING:
 LOOKAHEAD_TOKENS = 64
 
 
+Probe = Literal["ahead", "replay", "true"]
+
+
 @dataclass(frozen=True)
 class Recorded:
-    """A prompt of text alone, read once, and its right answer.
+    """A prompt of text alone, read once, and its right answer. a tokens of it, n of the prompt.
 
     Attributes:
         task: a key of `TASKS`.
         prompt, told: token ids.
-        memory: of the prompt.
-        ahead: float32 [L, rows, Hq, D], queries of its end, asked without what stands before.
-        inv_freq: of the model's rotary embedding.
+        memory: of the prompt and of all but the last token of the answer, with the queries of the
+            prompt's last `num_rows` tokens and of the a - 1 behind them.
+        num_rows: of a probe.
+        ahead: float32 [L, rows, Hq, D], queries of the prompt's end, asked without what stands
+            before.
+        model: for what has to be asked again.
     """
 
     task: str
     prompt: list[int]
     told: list[int]
     memory: Memory
+    num_rows: int
     ahead: torch.Tensor
-    inv_freq: torch.Tensor
+    model: ToldModel
 
-    def probe(self, layer: int, seen_tokens: int, num_rows: int) -> torch.Tensor:
-        """[rows, Hq, D] at the position behind the tokens that were seen."""
-        if seen_tokens == len(self.prompt):
-            queries = self.memory.queries[layer].transpose(0, 1)[-num_rows:]
-            first = seen_tokens - num_rows
+    @property
+    def past(self) -> Memory:
+        """Of the prompt alone."""
+        return self.memory.first(len(self.prompt))
+
+    @property
+    def question_queries(self) -> torch.Tensor:
+        """float32 [L, Hq, rows, D] of the last tokens of the prompt."""
+        return self.memory.queries[:, :, : self.num_rows]
+
+    @property
+    def answer_queries(self) -> torch.Tensor:
+        """float32 [L, Hq, a, D] of the steps that wrote the answer: its first token is due to the
+        prompt's last."""
+        return self.memory.queries[:, :, self.num_rows - 1 :]
+
+    def probe(self, seen_tokens: int, source: Probe) -> torch.Tensor:
+        """[L, rows, Hq, D] at the position behind the tokens that were seen.
+
+        "ahead" are the queries of a look-ahead until the prompt has been read, "replay" those of
+        the same text asked behind what was seen, "true" those that come in the end.
+        """
+        end, rows = len(self.prompt), self.num_rows
+        if source == "true" or seen_tokens == end:
+            queries, first = self.question_queries.transpose(1, 2), end - rows
+        elif source == "ahead":
+            queries, first = self.ahead[:, -rows:], LOOKAHEAD_TOKENS - rows
         else:
-            queries, first = self.ahead[layer, -num_rows:], LOOKAHEAD_TOKENS - num_rows
-        distance = seen_tokens - torch.arange(first, first + num_rows)
-        return rotate(queries, distance, self.inv_freq, is_neox=True)
+            text = self.prompt[-LOOKAHEAD_TOKENS:]
+            queries = self.model.ask(self.past.first(seen_tokens), text, rows).transpose(1, 2)
+            first = seen_tokens + LOOKAHEAD_TOKENS - rows
+        distance = seen_tokens - torch.arange(first, first + rows)
+        return rotate(queries, distance, self.model.inv_freq, is_neox=True)
 
 
 def record(
     model: ToldModel, task: str, prompt: list[int], told: list[int], num_rows: int
 ) -> Recorded:
-    """Read a prompt, and its end alone."""
+    """Read a prompt with its answer, and the prompt's end alone."""
     ahead = model.read(prompt[-LOOKAHEAD_TOKENS:], LOOKAHEAD_TOKENS).queries.transpose(1, 2)
-    return Recorded(task, prompt, told, model.read(prompt, num_rows), ahead, model.inv_freq)
+    memory = model.read([*prompt, *told[:-1]], num_rows + len(told) - 1)
+    return Recorded(task, prompt, told, memory, num_rows, ahead, model)
 
 
 def keep(
-    recorded: Recorded, policy: Policy, options: PolicyOptions, quota: Quota, budget_tokens: int
+    recorded: Recorded,
+    policy: Policy,
+    options: PolicyOptions,
+    quota: Quota,
+    budget_tokens: int,
+    source: Probe = "ahead",
 ) -> torch.Tensor:
     """bool [L, H, n], what the policy holds when the prompt has been read.
 
@@ -71,8 +108,10 @@ def keep(
         policy: asked behind every chunk, with its options.
         quota: says where chunks end.
         budget_tokens: per head, on average, that survive each time; may be less than the quota's.
+        source: of the probe.
     """
-    num_tokens, layers = len(recorded.prompt), recorded.memory.keys
+    past = recorded.past
+    num_tokens, layers = past.num_tokens, past.keys
     kept = torch.zeros(len(layers), layers[0].shape[0], num_tokens, dtype=torch.bool)
     classes: list[torch.Tensor | None] = [None] * len(layers)
     start = 0
@@ -80,8 +119,10 @@ def keep(
         stop = quota.next_stop(start, num_tokens)
         kept[:, :, start:stop] = True
         if stop > budget_tokens:
+            probe = recorded.probe(stop, source)
             for layer in range(len(layers)):
-                seen = observe(recorded, layer, kept[layer], stop, policy, options)
+                held = (past, layer, kept[layer], stop)
+                seen = observe(*held, probe[layer], policy, options)
                 seen = replace(
                     seen,
                     budget_tokens=budget_tokens,
@@ -98,10 +139,11 @@ def keep(
 
 
 def observe(
-    recorded: Recorded,
+    memory: Memory,
     layer: int,
     kept: torch.Tensor,
     seen_tokens: int,
+    probe: torch.Tensor,
     policy: Policy,
     options: PolicyOptions,
 ) -> Observation:
@@ -114,7 +156,7 @@ def observe(
     index = index.clamp(max=kept.shape[1] - 1)
     keys, values = (
         side[layer].gather(1, index[..., None].expand(-1, -1, side[layer].shape[-1]))
-        for side in (recorded.memory.keys, recorded.memory.values)
+        for side in (memory.keys, memory.values)
     )
     positions = torch.where(held, index, -1).to(torch.int32)
     observation = Observation(
@@ -135,7 +177,6 @@ def observe(
     norms = values.norm(dim=-1).masked_fill(~held, 0.0)
     if not policy.needs_scores:
         return replace(observation, value_norms=norms if policy.needs_value_norms else None)
-    probe = recorded.probe(layer, seen_tokens, options.probe_tokens)
     mass, topk_mass = score(probe, keys, positions, policy.takes_largest, options)
     return replace(observation, mass=mass, topk_mass=topk_mass, value_norms=norms)
 

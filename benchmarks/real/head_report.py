@@ -12,28 +12,21 @@ if TYPE_CHECKING:
     from typing import Any
 
 THIRDS = ("lowest S", "middle", "highest S")
+RANKED_BY = "S of the question"
 
 
 def table(result: dict[str, Any]) -> str:
-    """Means over thirds of the heads, each task alike; `missing` per policy and quota."""
-    concentration = mean_over_tasks(result["concentration"])
-    order = concentration.argsort(kind="stable")
-    thirds = np.array_split(order, len(THIRDS))
-    columns = {
-        "S of the question": concentration,
-        "S of the answer": mean_over_tasks(result["answer_concentration"]),
-        "overlap of steps": mean_over_tasks(result["overlap"]),
-        "attention afar": mean_over_tasks(result["far"]),
-    }
-    for name, by_task in result["missing"].items():
-        columns[f"missing: {name}"] = mean_over_tasks(by_task)
+    """A row for each figure: means over thirds of the heads and over all, each task alike."""
+    figures = {name: mean_over_tasks(by_task) for name, by_task in result["figures"].items()}
+    order = figures[RANKED_BY].argsort(kind="stable")
+    groups = [*np.array_split(order, len(THIRDS)), order]
     rows = [
-        [name, *(f"{values[heads].mean():.2f}" for values in columns.values())]
-        for name, heads in zip([*THIRDS, "all"], [*thirds, order], strict=True)
+        [name, *(f"{values[heads].mean():.2f}" for heads in groups)]
+        for name, values in figures.items()
     ]
     about = result["about"]
     note = f"`{about['command']}` at {about['commit']}, {about['machine']}; {about['model']}."
-    return "\n".join([*grid(["heads", *columns], rows), "", note])
+    return "\n".join([*grid(["mean over heads", *THIRDS, "all"], rows), "", note])
 
 
 def mean_over_tasks(by_task: dict[str, list[list[float]]]) -> np.ndarray:

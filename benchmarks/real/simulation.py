@@ -21,6 +21,7 @@ import torch
 from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
 from benchmarks.quality.report import grid
 from benchmarks.real import weights, worker
+from benchmarks.real.attention import attention, concentration
 from benchmarks.real.chosen import keep, record
 from benchmarks.real.plan import CHUNK_TOKENS, DECODE_INTERVAL_TOKENS, PAGE_TOKENS
 from benchmarks.real.recalled import Reader, Recall
@@ -30,13 +31,12 @@ from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from benchmarks.real.chosen import Recorded
 
 FILE = REPOSITORY / "benchmarks" / "results" / "real_simulation.json"
 SIMULATED = ("single", "multikey", "reversed", "distant")
-SINK_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -78,29 +78,32 @@ RULES: dict[str, Rule] = {
 }
 
 
-def concentration(recorded: Recorded) -> torch.Tensor:
+def question_concentration(recorded: Recorded) -> torch.Tensor:
     """S of the question's queries on the full cache, float32 [L, H]."""
-    memory = recorded.memory
-    positions = torch.arange(memory.num_tokens)
-    last = positions[-memory.queries.shape[2] :, None]
-    count = max(64, -(-memory.num_tokens // 10))
-    found = []
-    for queries, keys in zip(memory.queries, memory.keys, strict=True):
-        grouped = queries.unflatten(0, (keys.shape[0], -1))
-        logits = torch.einsum("hgmd,hnd->hgmn", grouped, keys) * keys.shape[-1] ** -0.5
-        hidden = (positions > last) | (positions < SINK_TOKENS)
-        weights_ = logits.masked_fill(hidden, -torch.inf).softmax(dim=-1)
-        found.append(weights_.topk(count, dim=-1).values.sum(dim=-1).mean(dim=-1).amin(dim=-1))
-    return torch.stack(found)
+    past = recorded.past
+    positions = torch.arange(past.num_tokens)[-recorded.num_rows :]
+    pairs = zip(recorded.question_queries, past.keys, strict=True)
+    return torch.stack([concentration(attention(q, k, positions)) for q, k in pairs])
 
 
 def judge(model: ToldModel, recorded: Recorded, reader: Reader) -> tuple[bool, float]:
     """Whether the right answer is what greedy decoding writes, and its log-probability a token."""
-    past = recorded.memory.first(len(recorded.prompt) - 1)
+    past = recorded.past.first(len(recorded.prompt) - 1)
     logits = model.answer(past, [recorded.prompt[-1], *recorded.told[:-1]], reader)
     told = torch.tensor(recorded.told)
     logprobs = logits.log_softmax(dim=-1)[torch.arange(len(told)), told]
     return bool((logits.argmax(dim=-1) == told).all()), float(logprobs.mean())
+
+
+def quota_of(recorded: Recorded, share: float) -> Quota:
+    """The engine's, for a share of the prompt."""
+    return Quota(
+        blocks=int(share * len(recorded.prompt)) // PAGE_TOKENS,
+        page_tokens=PAGE_TOKENS,
+        num_layers=len(recorded.memory.keys),
+        chunk_tokens=CHUNK_TOKENS,
+        decode_interval_tokens=DECODE_INTERVAL_TOKENS,
+    )
 
 
 def reader_of(recorded: Recorded, rule: Rule, share: float) -> Reader:
@@ -109,58 +112,60 @@ def reader_of(recorded: Recorded, rule: Rule, share: float) -> Reader:
     Raises:
         ValueError: nothing is left of the quota beside index and recalled tokens.
     """
-    memory, prompt_tokens = recorded.memory, len(recorded.prompt)
-    quota = Quota(
-        blocks=int(share * prompt_tokens) // PAGE_TOKENS,
-        page_tokens=PAGE_TOKENS,
-        num_layers=len(memory.keys),
-        chunk_tokens=CHUNK_TOKENS,
-        decode_interval_tokens=DECODE_INTERVAL_TOKENS,
-    )
+    past, quota = recorded.past, quota_of(recorded, share)
     options = PolicyOptions(**rule.options)
     policy = make_policy(rule.policy, options, PAGE_TOKENS)
     if rule.recall is None:
-        return Reader(keep(recorded, policy, options, quota, quota.budget_tokens), memory)
+        return Reader(keep(recorded, policy, options, quota, quota.budget_tokens), past)
     recall = rule.recall
-    rest_tokens = quota.budget_tokens - recall.index_tokens(prompt_tokens)
+    rest_tokens = quota.budget_tokens - recall.index_tokens(len(recorded.prompt))
     back_tokens, own_tokens, others_tokens = recall.split(rest_tokens)
     if own_tokens < 1:
         raise ValueError(f"{quota.budget_tokens} tokens leave {own_tokens} beside the index")
     kept = keep(recorded, policy, options, quota, own_tokens)
-    heads = recall.heads(concentration(recorded))
+    heads = recall.heads(question_concentration(recorded))
     if others_tokens not in (0, own_tokens):
         others = keep(recorded, policy, options, quota, others_tokens)
         kept = torch.where(heads[..., None], kept, others)
-    return Reader(kept, memory, recall, back_tokens, heads)
+    return Reader(kept, past, recall, back_tokens, heads)
 
 
-def measure(model_folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """By rule and quota: (right, log-probability) of every example of each task."""
+def recorded(
+    model: ToldModel, folder: str, tasks: Sequence[str], options: argparse.Namespace
+) -> Iterator[Recorded]:
+    """`options.count` prompts of `options.length` tokens of each task, read one by one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    model = ToldModel(model_folder)
-    rows = PolicyOptions().probe_tokens
-    outcomes: dict[str, dict[str, list[tuple[bool, float]]]] = {}
-    for task in options.task:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for task in tasks:
         for example in make_examples(task, options.length, options.count, tokenizer):
             prompt, told = (
                 tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (example.prompt(tokenizer), example.told)
             )
-            recorded = record(model, task, prompt, told, rows)
-            everything = torch.ones(*recorded.memory.queries.shape[:1], 1, len(prompt)).bool()
-            everything = everything.expand(-1, recorded.memory.keys[0].shape[0], -1)
-            readers = {"full cache": Reader(everything, recorded.memory)}
-            for name in options.rule:
-                for share in options.quota_share:
-                    title = f"{name} at {share:g}"
-                    readers[title] = reader_of(recorded, RULES[name], share)
-            for title, reader in readers.items():
-                outcome = judge(model, recorded, reader)
-                outcomes.setdefault(title, {}).setdefault(task, []).append(outcome)
-            print(task, {title: found[task][-1] for title, found in outcomes.items()}, flush=True)
+            yield record(model, task, prompt, told, PolicyOptions().probe_tokens)
+
+
+def measure(model_folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """By rule and quota: (right, log-probability) of every example of each task."""
+    model = ToldModel(model_folder)
+    outcomes: dict[str, dict[str, list[tuple[bool, float]]]] = {}
+    for one in recorded(model, model_folder, options.task, options):
+        readers = {"full cache": Reader(everything(one), one.past)}
+        for name in options.rule:
+            for share in options.quota_share:
+                readers[f"{name} at {share:g}"] = reader_of(one, RULES[name], share)
+        for title, reader in readers.items():
+            outcome = judge(model, one, reader)
+            outcomes.setdefault(title, {}).setdefault(one.task, []).append(outcome)
+        print(one.task, len(outcomes["full cache"][one.task]), flush=True)
     return outcomes
+
+
+def everything(one: Recorded) -> torch.Tensor:
+    """bool [L, H, n], all of them True."""
+    keys = one.past.keys
+    return torch.ones(len(keys), *keys[0].shape[:2], dtype=torch.bool)
 
 
 def table(result: dict[str, Any]) -> str:

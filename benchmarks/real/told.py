@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from transformers import LlamaForCausalLM
+    from transformers import DynamicCache, LlamaForCausalLM
 
 Readable = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer, queries [Hq, a, D], keys [H, n, D]) to what each step may read, bool [H, a, n]."""
@@ -73,6 +73,13 @@ class ToldModel:
         return Memory(seen.keys, seen.values, torch.stack(seen.queries))
 
     @torch.inference_mode()
+    def ask(self, memory: Memory, tokens: Sequence[int], num_queries: int) -> torch.Tensor:
+        """Queries of the last `num_queries` of tokens that follow a memory, [L, Hq, rows, D]."""
+        seen = _Asked(num_queries)
+        self._model(torch.tensor([tokens]), past_key_values=cache_of(memory), told=seen)
+        return torch.stack(seen.queries)
+
+    @torch.inference_mode()
     def answer(self, memory: Memory, tokens: Sequence[int], readable: Readable) -> torch.Tensor:
         """Logits behind each of `tokens`, which follow the memory; float32 [a, vocabulary].
 
@@ -82,15 +89,19 @@ class ToldModel:
             readable: which tokens of the memory each of these steps may read. They read each other
                 as ever.
         """
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(zip(memory.keys, memory.values, strict=True)):
-            cache.update(keys[None], values[None], layer)
-        output = self._model(
-            torch.tensor([tokens]), past_key_values=cache, told=_Told(readable, memory.num_tokens)
-        )
+        told = _Told(readable, memory.num_tokens)
+        output = self._model(torch.tensor([tokens]), past_key_values=cache_of(memory), told=told)
         return output.logits[0]
+
+
+def cache_of(memory: Memory) -> DynamicCache:
+    """A cache of transformers that begins with a memory; the memory is not mutated."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(memory.keys, memory.values, strict=True)):
+        cache.update(keys[None], values[None], layer)
+    return cache
 
 
 class _Seen:
@@ -110,6 +121,23 @@ class _Seen:
         self.values.append(value)
         self.queries.append(query[:, query.shape[1] - self._num_queries :])
         return None
+
+
+class _Asked:
+    """Takes the last queries of every layer along, of tokens that follow others and read all."""
+
+    def __init__(self, num_queries: int) -> None:
+        self._num_queries = num_queries
+        self.queries: list[torch.Tensor] = []
+
+    def mask(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor | None:
+        assert layer == len(self.queries)
+        self.queries.append(query[:, query.shape[1] - self._num_queries :])
+        steps, tokens = query.shape[1], key.shape[1]
+        mask = torch.ones(steps, tokens, dtype=torch.bool).tril(tokens - steps)
+        return mask.expand(query.shape[0], -1, -1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +165,7 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float,
-    told: _Seen | _Told,
+    told: _Seen | _Asked | _Told,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of transformers' interface; [1, a, Hq, D]."""

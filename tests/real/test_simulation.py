@@ -10,18 +10,18 @@ import torch
 
 from benchmarks.real.chosen import contrast, keep, observe, record, score
 from benchmarks.real.recalled import Reader, Recall, code
+from benchmarks.real.simulation import everything, quota_of
 from benchmarks.real.tasks import make_examples
 from benchmarks.real.told import Memory, ToldModel
 from tests.ops.factories import make_cache
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from benchmarks.real.chosen import Recorded
+    from benchmarks.real.chosen import Probe, Recorded
 
 PAGE_TOKENS = 16
 QUERIES = 32
@@ -41,24 +41,9 @@ def recorded(model: ToldModel, tokenizer: Any) -> Recorded:
     return record(model, "single", prompt, told, QUERIES)
 
 
-def quota_of(recorded: Recorded, blocks: int) -> Quota:
-    return Quota(
-        blocks=blocks,
-        page_tokens=PAGE_TOKENS,
-        num_layers=len(recorded.memory.keys),
-        chunk_tokens=128,
-        decode_interval_tokens=PAGE_TOKENS,
-    )
-
-
 def logits_of(model: ToldModel, recorded: Recorded, reader: Reader) -> torch.Tensor:
-    past = recorded.memory.first(len(recorded.prompt) - 1)
+    past = recorded.past.first(len(recorded.prompt) - 1)
     return model.answer(past, [recorded.prompt[-1], *recorded.told[:-1]], reader)
-
-
-def everything(recorded: Recorded) -> torch.Tensor:
-    keys = recorded.memory.keys
-    return torch.ones(len(keys), keys[0].shape[0], len(recorded.prompt), dtype=torch.bool)
 
 
 def test_a_model_that_may_read_all_is_that_of_transformers(
@@ -70,27 +55,27 @@ def test_a_model_that_may_read_all_is_that_of_transformers(
     with torch.inference_mode():
         wanted = stock(torch.tensor([recorded.prompt + recorded.told])).logits[0]
     wanted = wanted[len(recorded.prompt) - 1 : -1]
-    found = logits_of(model, recorded, Reader(everything(recorded), recorded.memory))
+    found = logits_of(model, recorded, Reader(everything(recorded), recorded.past))
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
 
 
 def test_a_token_that_may_not_be_read_has_no_effect(model: ToldModel, recorded: Recorded) -> None:
     kept = everything(recorded)
     kept[:, :, 100:200] = False
-    before = logits_of(model, recorded, Reader(kept, recorded.memory))
-    other = torch.zeros(len(recorded.prompt), 1)
+    before = logits_of(model, recorded, Reader(kept, recorded.past))
+    other = torch.zeros(recorded.memory.num_tokens, 1)
     other[100:200] = 1.0
     keys, values = (
         [one + other for one in side] for side in (recorded.memory.keys, recorded.memory.values)
     )
     changed = replace(recorded, memory=replace(recorded.memory, keys=keys, values=values))
-    after = logits_of(model, changed, Reader(kept, recorded.memory))
+    after = logits_of(model, changed, Reader(kept, recorded.past))
     torch.testing.assert_close(after, before, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("policy", ["hybrid", "keydiff", "snapkv", "window"])
 def test_a_policy_keeps_its_budget(recorded: Recorded, policy: str) -> None:
-    quota = quota_of(recorded, 10)
+    quota = quota_of(recorded, 0.4)
     chooser = make_policy(policy, OPTIONS, PAGE_TOKENS)
     kept = keep(recorded, chooser, OPTIONS, quota, quota.budget_tokens)
     heads = kept.shape[1]
@@ -119,7 +104,8 @@ def test_an_observation_holds_the_kept_tokens(recorded: Recorded) -> None:
     kept = everything(recorded)[0]
     kept[0, 10:20] = False
     policy = make_policy("hybrid", OPTIONS, PAGE_TOKENS)
-    seen = observe(recorded, 0, kept, len(recorded.prompt), policy, OPTIONS)
+    probe = recorded.probe(len(recorded.prompt), "ahead")[0]
+    seen = observe(recorded.past, 0, kept, len(recorded.prompt), probe, policy, OPTIONS)
     assert seen.lens.tolist() == kept.sum(dim=-1).tolist()
     assert seen.positions[0, 10] == 20 and seen.positions[0, -1] == -1
     assert seen.mass is not None and seen.mass[0, -1] == 0
@@ -130,9 +116,9 @@ def test_recall_of_as_many_tokens_as_there_are_reads_all(
 ) -> None:
     kept = torch.zeros_like(everything(recorded))
     all_heads = torch.ones(kept.shape[:2], dtype=torch.bool)
-    reader = Reader(kept, recorded.memory, Recall(), kept.shape[-1], all_heads)
+    reader = Reader(kept, recorded.past, Recall(), kept.shape[-1], all_heads)
     found = logits_of(model, recorded, reader)
-    wanted = logits_of(model, recorded, Reader(everything(recorded), recorded.memory))
+    wanted = logits_of(model, recorded, Reader(everything(recorded), recorded.past))
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -165,3 +151,23 @@ def test_a_budget_is_shared_out(heads_share: float) -> None:
     heads = Recall(heads_share=heads_share).heads(concentration)
     assert int(heads.sum()) == round(90 * heads_share)
     assert concentration[heads].min() >= concentration[~heads].max() if heads_share < 1 else True
+
+
+@pytest.mark.parametrize("source", ["ahead", "replay", "true"])
+def test_a_probe_stands_behind_what_was_seen(recorded: Recorded, source: Probe) -> None:
+    """At the end all are the question's queries; turned there and back, "true" ones are equal."""
+    end = len(recorded.prompt)
+    last = recorded.probe(end, source)
+    torch.testing.assert_close(last, recorded.probe(end, "true"), atol=0, rtol=0)
+    earlier = recorded.probe(end // 2, source)
+    assert earlier.shape == last.shape and not torch.equal(earlier, last)
+    lengths = earlier.norm(dim=-1)
+    if source == "true":
+        torch.testing.assert_close(lengths, last.norm(dim=-1), atol=1e-3, rtol=1e-4)
+
+
+def test_a_replay_behind_all_of_the_prompt_asks_the_question(recorded: Recorded) -> None:
+    """The first layer's queries know no context: a look-ahead asks there what a replay asks."""
+    seen_tokens = len(recorded.prompt) // 2
+    ahead, replay = (recorded.probe(seen_tokens, source)[0] for source in ("ahead", "replay"))
+    torch.testing.assert_close(ahead, replay, atol=2e-3, rtol=1e-3)
