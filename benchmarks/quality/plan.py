@@ -212,8 +212,8 @@ VARIATIONS = (
     ablation("head level", tuning={"floor_ratio": 0.2}),
     ablation("head and type level", tuning={"floor_ratio": 0.2, "dynamic_weight": 1.5}),
     # what stays
-    *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.25, 1.0)),
-    *(ablation(f"pool of {n}", tuning={"hybrid_pool_tokens": n}) for n in (3, 7, 15)),
+    *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.5, 1.0)),
+    *(ablation(f"vision reach {n}", tuning={"vision_reach_tokens": n}) for n in (0, 1, 2)),
     *(ablation(f"window of {n}", window_tokens=n) for n in (0, 2)),
     ablation("cut frames not protected", tuning={"frame_share": 0.0}),
     ablation("merge values", merge="value"),

@@ -13,11 +13,15 @@ import torch
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.cache.probe.rotation import rotate
+from vllm_budgetkv.cache.spans import PromptSpans
 from vllm_budgetkv.policy import Observation
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from benchmarks.real.told import Memory, ToldModel
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.spans import VisionItem
     from vllm_budgetkv.policy import Policy, PolicyOptions
 
 LOOKAHEAD_TOKENS = 64
@@ -28,16 +32,17 @@ Probe = Literal["ahead", "replay", "true"]
 
 @dataclass(frozen=True)
 class Recorded:
-    """A prompt of text alone, read once, and its right answer. a tokens of it, n of the prompt.
+    """A prompt, read once, and its right answer. a tokens of it, n of the prompt.
 
     Attributes:
         task: a key of `TASKS`.
         prompt, told: token ids.
         memory: of the prompt and of all but the last token of the answer, with the queries of the
             prompt's last `num_rows` tokens and of the a - 1 behind them.
-        num_rows: of a probe.
-        ahead: float32 [L, rows, Hq, D], queries of the prompt's end, asked without what stands
-            before.
+        num_rows: most queries of a probe.
+        question_tokens: at the prompt's end, which run ahead.
+        ahead: float32 [L, question tokens, Hq, D], their queries, without what stands before.
+        spans: which tokens of the prompt are vision.
         model: for what has to be asked again.
     """
 
@@ -46,7 +51,9 @@ class Recorded:
     told: list[int]
     memory: Memory
     num_rows: int
+    question_tokens: int
     ahead: torch.Tensor
+    spans: PromptSpans
     model: ToldModel
 
     @property
@@ -71,26 +78,42 @@ class Recorded:
         "ahead" are the queries of a look-ahead until the prompt has been read, "replay" those of
         the same text asked behind what was seen, "true" those that come in the end.
         """
-        end, rows = len(self.prompt), self.num_rows
+        end, asked = len(self.prompt), self.question_tokens
+        rows = min(self.num_rows, asked)
         if source == "true" or seen_tokens == end:
-            queries, first = self.question_queries.transpose(1, 2), end - rows
+            queries, first = self.question_queries[:, :, -rows:].transpose(1, 2), end - rows
         elif source == "ahead":
-            queries, first = self.ahead[:, -rows:], LOOKAHEAD_TOKENS - rows
+            queries, first = self.ahead[:, -rows:], asked - rows
         else:
-            text = self.prompt[-LOOKAHEAD_TOKENS:]
+            text = self.prompt[-asked:]
             queries = self.model.ask(self.past.first(seen_tokens), text, rows).transpose(1, 2)
-            first = seen_tokens + LOOKAHEAD_TOKENS - rows
+            first = seen_tokens + asked - rows
         distance = seen_tokens - torch.arange(first, first + rows)
         return rotate(queries, distance, self.model.inv_freq, is_neox=True)
 
 
 def record(
-    model: ToldModel, task: str, prompt: list[int], told: list[int], num_rows: int
+    model: ToldModel,
+    task: str,
+    prompt: list[int],
+    told: list[int],
+    num_rows: int,
+    items: Sequence[VisionItem] = (),
 ) -> Recorded:
-    """Read a prompt with its answer, and the prompt's end alone."""
-    ahead = model.read(prompt[-LOOKAHEAD_TOKENS:], LOOKAHEAD_TOKENS).queries.transpose(1, 2)
+    """Read a prompt with its answer, and the text behind its last item alone.
+
+    Args:
+        model: reads.
+        task: a key of `TASKS`.
+        prompt, told: token ids; what stands for a token of vision may be a word.
+        num_rows: most queries of a probe.
+        items: which tokens of the prompt are vision.
+    """
+    spans = PromptSpans(len(prompt), items)
+    asked = min(LOOKAHEAD_TOKENS, len(prompt) - spans.end_of_vision)
+    ahead = model.read(prompt[-asked:], asked).queries.transpose(1, 2)
     memory = model.read([*prompt, *told[:-1]], num_rows + len(told) - 1)
-    return Recorded(task, prompt, told, memory, num_rows, ahead, model)
+    return Recorded(task, prompt, told, memory, num_rows, asked, ahead, spans, model)
 
 
 def keep(
@@ -121,7 +144,7 @@ def keep(
         if stop > budget_tokens:
             probe = recorded.probe(stop, source)
             for layer in range(len(layers)):
-                held = (past, layer, kept[layer], stop)
+                held = (recorded, layer, kept[layer], stop)
                 seen = observe(*held, probe[layer], policy, options)
                 seen = replace(
                     seen,
@@ -139,7 +162,7 @@ def keep(
 
 
 def observe(
-    memory: Memory,
+    recorded: Recorded,
     layer: int,
     kept: torch.Tensor,
     seen_tokens: int,
@@ -149,7 +172,7 @@ def observe(
 ) -> Observation:
     """What the policy is told of one layer; budgets are still to be filled in."""
     lens = kept.sum(dim=-1, dtype=torch.int32)
-    longest = int(lens.max())
+    longest, memory, spans = int(lens.max()), recorded.memory, recorded.spans
     index = torch.where(kept, torch.arange(kept.shape[1]), kept.shape[1])
     index = index.sort(dim=-1).values[:, :longest]
     held = index < kept.shape[1]
@@ -159,17 +182,22 @@ def observe(
         for side in (memory.keys, memory.values)
     )
     positions = torch.where(held, index, -1).to(torch.int32)
+    span_ids, is_vision = spans.lookup(positions)
+    frame_ids, patch_ids = spans.lookup_frames(positions)
     observation = Observation(
         positions=positions,
         lens=lens,
-        is_vision=torch.zeros_like(held),
-        span_ids=torch.zeros_like(positions),
+        is_vision=is_vision & held,
+        span_ids=span_ids,
         seen_tokens=seen_tokens,
-        protected_position=seen_tokens,
+        protected_position=spans.trailing_frame_start(seen_tokens),
         budget_tokens=0,
         max_head_tokens=0,
-        text_tokens=seen_tokens,
-        span_tokens=torch.tensor([seen_tokens], dtype=torch.int32),
+        text_tokens=spans.count_text(seen_tokens),
+        span_tokens=spans.span_tokens(seen_tokens),
+        frame_ids=frame_ids,
+        patch_ids=patch_ids,
+        num_patches=spans.num_patches,
         keys=keys.masked_fill(~held[..., None], 0.0) if policy.needs_keys else None,
         contrast=contrast(keys, held) if policy.needs_contrast else None,
         layer=layer,

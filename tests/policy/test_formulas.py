@@ -14,7 +14,7 @@ from tests.policy.factories import PAGE_TOKENS, Case, kept_indices
 from vllm_budgetkv.policy import PolicyOptions, Retention, Tier, make_policy
 from vllm_budgetkv.policy.budgets import allocate
 from vllm_budgetkv.policy.classify import classify
-from vllm_budgetkv.policy.importance import importance
+from vllm_budgetkv.policy.importance import Reach, importance, pooled_attention
 from vllm_budgetkv.policy.pins import Pins
 from vllm_budgetkv.policy.text_prior import prior_text
 from vllm_budgetkv.policy.units import keep_whole_units
@@ -36,22 +36,25 @@ repeatable = settings(max_examples=60, deadline=None, derandomize=True)
 @pytest.mark.parametrize("width", [1, 3, 5, 7, 9, 13])
 def test_pool_stops_at_gaps_and_borders(width: int) -> None:
     observation = Case(held_share=0.85).observe()
-    scores = importance(replace(observation, value_norms=None), width)
+    scores = pooled_attention(observation, width)
     assert scores.tolist() == naive.pool(observation, width)
 
 
-def test_importance_is_pooled_mass_times_value_norm() -> None:
-    observation = Case(seed=3).observe()
+def test_importance_is_lent_mass_times_value_norm() -> None:
+    observation, reach = Case(seed=3).observe(), Reach(2, 3, 1)
     assert observation.value_norms is not None
-    pooled = importance(replace(observation, value_norms=None), 7)
-    torch.testing.assert_close(importance(observation, 7), pooled * observation.value_norms)
+    lent = importance(replace(observation, value_norms=None), reach)
+    torch.testing.assert_close(importance(observation, reach), lent * observation.value_norms)
+    assert observation.mass is not None and bool((lent > observation.mass).any())
+    alone = importance(replace(observation, value_norms=None))
+    assert torch.equal(alone, observation.mass)
 
 
 def test_importance_without_a_probe() -> None:
     observation = replace(Case().observe(), mass=None)
     assert observation.value_norms is not None
-    assert torch.equal(importance(observation, 7), observation.value_norms)
-    recency = importance(replace(observation, value_norms=None), 7)
+    assert torch.equal(importance(observation, Reach(2, 3, 1)), observation.value_norms)
+    recency = importance(replace(observation, value_norms=None))
     assert recency.tolist() == (observation.positions + 1).tolist()
 
 
@@ -97,7 +100,7 @@ def test_budgets(case: Case, static_heads: int, dynamic_weight: float, floor_rat
     observation = case.observe()
     options = PolicyOptions(dynamic_weight=dynamic_weight, floor_ratio=floor_ratio)
     is_static = [bool(static_heads >> head & 1) for head in range(case.num_heads)]
-    scores = importance(observation, 7)
+    scores = importance(observation)
     tiers = Pins.of(observation, options).tiers(observation.positions)
     pinned = int(((tiers > Tier.SCORED) & torch.tensor(is_static)[:, None]).sum())
     weights = [1.0 if static else dynamic_weight for static in is_static]
@@ -115,7 +118,7 @@ def test_budgets(case: Case, static_heads: int, dynamic_weight: float, floor_rat
 @given(case=CASES, caps=st.lists(st.integers(0, 120), min_size=8, max_size=8))
 def test_text_prior(case: Case, caps: list[int]) -> None:
     observation = case.observe()
-    scores = importance(observation, 1)
+    scores = importance(observation)
     tiers = Pins.of(observation, PolicyOptions()).tiers(observation.positions)
     candidates = (tiers == Tier.SCORED) & ~observation.is_vision
     chosen = prior_text(observation, scores, candidates, torch.tensor(caps[: case.num_heads]))
@@ -134,7 +137,7 @@ def test_text_spans_shrink_at_one_rate() -> None:
     observation = Case(seen_tokens=900, held_share=1.5).observe()
     candidates = (observation.positions >= 0) & ~observation.is_vision
     cap = int(candidates[0].sum()) // 3
-    chosen = prior_text(observation, importance(observation, 7), candidates, torch.full((4,), cap))
+    chosen = prior_text(observation, importance(observation), candidates, torch.full((4,), cap))
     assert chosen.sum(dim=1).tolist() == [cap] * 4
     for span in range(0, 7, 2):
         mine = candidates & (observation.span_ids == span)
@@ -154,7 +157,7 @@ def test_an_early_span_is_not_pruned_again_and_again() -> None:
     sizes = observation.span_tokens.tolist()
     assert counts[0] * 2 < sizes[0]
     cap = torch.tensor([int(thinned.sum()) // 2])
-    chosen = prior_text(observation, importance(observation, 7), thinned, cap)
+    chosen = prior_text(observation, importance(observation), thinned, cap)
     kept = [int((chosen & (observation.span_ids == span)).sum()) for span in (0, 2)]
     assert kept[0] == counts[0]
     assert kept[1] < counts[1]
@@ -167,7 +170,7 @@ def test_whole_units(case: Case, unit_tokens: int, static_heads: int) -> None:
     tiers = Pins.of(observation, PolicyOptions()).tiers(observation.positions)
     is_static = torch.tensor([bool(static_heads >> h & 1) for h in range(case.num_heads)])
     budgets = observation.lens.clamp(max=case.budget_tokens)
-    scores = importance(observation, 1)
+    scores = importance(observation)
     token_wise = Retention(scores=scores, tiers=tiers, budgets=budgets, is_static=is_static)
     answer = keep_whole_units(token_wise, observation.positions, unit_tokens, case.seen_tokens)
     kept = kept_indices(answer, observation)
@@ -189,7 +192,7 @@ def test_a_budget_below_one_unit_does_not_empty_the_head() -> None:
     tiers = (observation.positions >= 0).to(torch.uint8)
     answer = keep_whole_units(
         Retention(
-            scores=importance(observation, 1),
+            scores=importance(observation),
             tiers=tiers,
             budgets=torch.tensor([15, 16, 17, 33], dtype=torch.int32),
             is_static=torch.zeros(4, dtype=torch.bool),
@@ -211,12 +214,22 @@ def test_units_through_the_policy() -> None:
         assert len({index // PAGE_TOKENS for index in head}) == 6
 
 
-def test_attention_reaches_the_text_beside_it() -> None:
-    """8 tokens behind and 4 before an attended one, nearest first, but no vision and no gap."""
+@pytest.mark.parametrize(
+    ("reach", "lent"),
+    [
+        # the picture from 20 on stops the first, the gap behind 29 the second
+        (Reach(text_before=4, text_behind=8), [*range(11, 20), 22, *range(25, 30)]),
+        (Reach(vision=2), [15, *range(20, 25), 29]),
+        (Reach(vision=1), [15, 21, 22, 23, 29]),
+    ],
+    ids=["text", "vision", "less"],
+)
+def test_attention_is_lent_to_what_stands_beside(reach: Reach, lent: list[int]) -> None:
+    """Nearest first, but not from text to vision, nor over a gap."""
     positions = torch.arange(40).int()[None].clone()
     positions[:, 30:] += 5
     mass = torch.zeros(1, 40)
-    mass[0, 15] = mass[0, 29] = 0.5
+    mass[0, 15] = mass[0, 29] = mass[0, 22] = 0.5
     is_vision = torch.zeros(1, 40, dtype=torch.bool)
     is_vision[:, 20:25] = True
     spans = torch.cat((torch.zeros(20), torch.ones(5), torch.full((15,), 2.0))).int()[None]
@@ -228,7 +241,8 @@ def test_attention_reaches_the_text_beside_it() -> None:
         is_vision=is_vision,
         span_ids=spans,
     )
-    scores = importance(observation, 1, (4, 8))[0]
-    # the picture from 20 on stops the first, the gap behind 29 the second
-    assert scores.nonzero().flatten().tolist() == [*range(11, 20), *range(25, 30)]
-    assert scores[15] == 0.5 and scores[16] > scores[17] > 0.49
+    scores = importance(observation, reach)[0]
+    assert scores.nonzero().flatten().tolist() == lent
+    assert scores[15] == scores[22] == 0.5
+    neighbours = scores[lent][(scores[lent] < 0.5)]
+    assert (neighbours > 0.49).all()

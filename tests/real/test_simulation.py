@@ -105,7 +105,7 @@ def test_an_observation_holds_the_kept_tokens(recorded: Recorded) -> None:
     kept[0, 10:20] = False
     policy = make_policy("hybrid", OPTIONS, PAGE_TOKENS)
     probe = recorded.probe(len(recorded.prompt), "ahead")[0]
-    seen = observe(recorded.past, 0, kept, len(recorded.prompt), probe, policy, OPTIONS)
+    seen = observe(recorded, 0, kept, len(recorded.prompt), probe, policy, OPTIONS)
     assert seen.lens.tolist() == kept.sum(dim=-1).tolist()
     assert seen.positions[0, 10] == 20 and seen.positions[0, -1] == -1
     assert seen.mass is not None and seen.mass[0, -1] == 0

@@ -1,8 +1,9 @@
-"""How much a token matters to a head: pooled probe attention times the norm of its value."""
+"""How much a token matters to a head: the probe's attention to it or beside it, times the norm of
+its value."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -13,57 +14,73 @@ if TYPE_CHECKING:
 # far from the index of any run
 NO_RUN = -(1 << 30)
 # so little that only ties are decided: an attended token before its neighbours, near ones first
-TEXT_FADE = 1 / 1024
+FADE = 1 / 1024
 
 
-def importance(
-    observation: Observation, pool_width_tokens: int, text_reach: tuple[int, int] = (0, 0)
-) -> torch.Tensor:
+class Reach(NamedTuple):
+    """Neighbours in the prompt to which an attended token lends its attention.
+
+    Attributes:
+        text_before, text_behind: tokens of text on each side of one of text.
+        vision: tokens of vision on either side of one of vision.
+    """
+
+    text_before: int = 0
+    text_behind: int = 0
+    vision: int = 0
+
+
+NO_REACH = Reach()
+
+
+def importance(observation: Observation, reach: Reach = NO_REACH) -> torch.Tensor:
     """Score every token, in float32.
 
-    With a probe: attention max-pooled over its neighbours (SnapKV, https://arxiv.org/abs/2404.14469)
-    times the value's L2 norm, because a token moves the output by attention times value (VATP,
-    https://arxiv.org/abs/2406.12335). Without a probe no text has been seen, so nothing tells what
-    will be asked: then the value norm alone (InfiniPot-V, https://arxiv.org/abs/2506.15745), or
-    recency where the norms were not computed either.
+    With a probe: attention, lent to neighbours within reach, times the value's L2 norm, because a
+    token moves the output by attention times value (VATP, https://arxiv.org/abs/2406.12335).
+    Without a probe no text has been seen, so nothing tells what will be asked: then the value norm
+    alone (InfiniPot-V, https://arxiv.org/abs/2506.15745), or recency where the norms were not
+    computed either.
 
     Args:
         observation: of one layer of one request.
-        pool_width_tokens: width of the max-pool, odd.
-        text_reach: tokens of text before and behind an attended one that its attention reaches
-            beyond the pool.
+        reach: a question's tokens attend to what they repeat; what they ask for stands beside it,
+            and nothing attends to that before the answer is written.
 
     Returns:
         float32 [H, n], 0 or more, 0 beyond `lens`.
     """
     if observation.mass is None and observation.value_norms is not None:
         return observation.value_norms
-    scores = pooled_attention(observation, pool_width_tokens)
-    if observation.mass is not None and any(text_reach):
-        scores = torch.where(observation.is_vision, scores, reach_text(observation, *text_reach))
-    if observation.mass is not None and observation.value_norms is not None:
+    if observation.mass is None:
+        return recency(observation)
+    scores = lend(observation, reach) if any(reach) else observation.mass
+    if observation.value_norms is not None:
         scores = scores * observation.value_norms
     return scores
 
 
-def reach_text(observation: Observation, before_tokens: int, behind_tokens: int) -> torch.Tensor:
-    """Attention lent along runs of text, float32 [H, n]; without meaning for vision.
+def lend(observation: Observation, reach: Reach) -> torch.Tensor:
+    """Attention lent along runs of text and along runs of vision, float32 [H, n]."""
+    mass, index = observation.mass, run_index(observation)
+    assert mass is not None
+    of_text = pool_runs(mass, index, reach.text_before, reach.text_behind, FADE)
+    of_vision = pool_runs(mass, index, reach.vision, reach.vision, FADE)
+    return torch.where(observation.is_vision, of_vision, of_text)
 
-    A question's words attend to the words that it repeats. What it asks for stands beside them, and
-    no token of the question attends to that: the answer will.
-    """
-    assert observation.mass is not None
-    index = run_index(observation)
-    return pool_runs(observation.mass, index, before_tokens, behind_tokens, TEXT_FADE)
+
+def recency(observation: Observation) -> torch.Tensor:
+    """float32 [H, n], later tokens score higher; 0 beyond `lens`."""
+    return (observation.positions + 1).float()
 
 
 def pooled_attention(observation: Observation, pool_width_tokens: int) -> torch.Tensor:
     """Score every token by the probe's attention alone, max-pooled over its neighbours (SnapKV).
 
-    Without a probe the score is recency. Arguments and result as for `importance`.
+    Without a probe the score is recency. float32 [H, n], 0 beyond `lens`.
     """
     if observation.mass is None:
-        return (observation.positions + 1).float()
+        return recency(observation)
     reach_tokens = pool_width_tokens // 2
     return pool_runs(observation.mass, run_index(observation), reach_tokens, reach_tokens)
 

@@ -135,9 +135,9 @@ class PolicyOptions(PolicyFlags):
         0.2, "The same for `ada-snapkv` (Ada-KV).", metavar="SHARE", within=SHARE
     )
     text_share: float = knob(
-        0.5,
+        0.1,
         "Share of a static head's budget, less its pinned tokens, that text may take before "
-        "vision.",
+        "vision: enough for instructions, too little for the marks between many pictures.",
         metavar="SHARE",
         within=SHARE,
     )
@@ -147,13 +147,12 @@ class PolicyOptions(PolicyFlags):
         metavar="TOKENS",
         within=ODD,
     )
-    hybrid_pool_tokens: int = knob(
-        1,
-        "The same for `hybrid`. Off: each spurious peak would take its neighbours along. At a "
-        "quota of 5 % a whole frame was found in 33 % of the examples with 7, in 60 % with 3, in "
-        "93 % without.",
+    vision_reach_tokens: int = knob(
+        8,
+        "Vision tokens on either side of an attended one to which `hybrid` lends its attention, as "
+        "with text; at most a sixteenth of the budget, and never beyond text between two pictures.",
         metavar="TOKENS",
-        within=ODD,
+        within=NOT_NEGATIVE,
     )
     text_reach_before_tokens: int = knob(
         4,
