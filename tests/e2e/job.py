@@ -6,6 +6,7 @@ after every step.
 
 from __future__ import annotations
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -28,6 +29,9 @@ def content_of(part: dict[str, Any]) -> dict[str, Any]:
 
     if "text" in part:
         return {"type": "text", "text": part["text"]}
+    if "video_file" in part:
+        data = base64.b64encode(Path(part["video_file"]).read_bytes()).decode()
+        return {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{data}"}}
     size = tuple(part.get("size_pixels", (112, 112)))
     if "image" in part:
         frame = render_frame(part["image"], size_pixels=size)

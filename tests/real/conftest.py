@@ -1,4 +1,4 @@
-"""The pretrained model and its tokenizer, once for all tests."""
+"""The pretrained model, its tokenizer and filmed videos, once for all tests."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks.real import prose, weights
+from benchmarks.real import prose, videos, weights
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,3 +32,14 @@ def tokenizer(smollm2: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(smollm2)
+
+
+@pytest.fixture(scope="session")
+def filmed() -> dict[str, Path]:
+    """Files of filmed videos; skipped like the model where they cannot be fetched."""
+    try:
+        return {"bikes": videos.BIKES.fetch(), "carphone": videos.CARPHONE.fetch()}
+    except OSError as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"no videos in build/real, and {error}")
