@@ -148,6 +148,7 @@ METHODS = (
     method("sparsemm", "sparsemm", options={"head_scores_file": HEAD_SCORES}),
     method("keydiff", "keydiff"),
     method("infinipot-v", "infinipot-v"),
+    method("cords", "cords"),
     method("streammem", "streammem"),
     method("lookm", "lookm"),
     method("lookm-average", "lookm-average"),

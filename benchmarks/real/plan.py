@@ -98,6 +98,7 @@ BASELINES = (
     WINDOW,
     method("ada-snapkv", "ada-snapkv"),
     method("infinipot-v", "infinipot-v"),
+    method("cords", "cords"),
     method("lookm", "lookm"),
 )
 

@@ -155,7 +155,7 @@ def test_a_policy_is_told_the_mass_it_takes(
         assert bool((sums > 1.01).all()) if takes_largest else sums.allclose(torch.ones(1))
 
 
-@pytest.mark.parametrize("policy", ["random", "window", "keydiff", "infinipot-v"])
+@pytest.mark.parametrize("policy", ["random", "window", "keydiff", "infinipot-v", "cords"])
 def test_a_policy_without_scores_pays_for_no_probe(
     monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
@@ -178,7 +178,7 @@ def test_no_digest_and_no_retrieval_without_dynamic_heads(
     assert all(step.num_retrieving_rows == 0 for step in lab.steps)
 
 
-@pytest.mark.parametrize("policy", ["keydiff", "hybrid", "infinipot-v"])
+@pytest.mark.parametrize("policy", ["keydiff", "hybrid", "infinipot-v", "cords"])
 def test_keys_and_norms_are_those_of_the_held_tokens(
     monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
@@ -192,6 +192,12 @@ def test_keys_and_norms_are_those_of_the_held_tokens(
         for head, count in enumerate(seen.lens.tolist()):
             positions = seen.positions[head, :count].long()
             held = shadow[positions, :, head]
+            if policy == "cords":
+                for vectors, part in ((seen.keys, 0), (seen.values, 1)):
+                    assert vectors is not None and seen.contrast is None
+                    assert torch.equal(vectors[head, :count], held[:, part])
+                    assert (vectors[head, count:] == 0).all()
+                continue
             if policy != "infinipot-v":
                 assert seen.contrast is not None
                 unit = normalize(held[:, 0].double(), dim=1)
@@ -199,7 +205,7 @@ def test_keys_and_norms_are_those_of_the_held_tokens(
                 found = seen.contrast[head].double()
                 torch.testing.assert_close(found[:count], expected, atol=1e-6, rtol=0)
                 assert (found[count:] == 0).all()
-                assert seen.keys is None and seen.frame_ids is None
+                assert seen.keys is None and seen.values is None and seen.frame_ids is None
                 continue
             assert seen.keys is not None and seen.contrast is None
             assert torch.equal(seen.keys[head, :count], held[:, 0])

@@ -17,7 +17,7 @@ from vllm_budgetkv.arithmetic.quota import Quota
 SCENARIOS = 200
 POOL_BLOCKS = 40
 BASELINES = ["random", "snapkv", "ada-snapkv", "pyramidkv", "sparsemm", "keydiff"]
-BASELINES += ["infinipot-v", "streammem", "lookm"]
+BASELINES += ["infinipot-v", "cords", "streammem", "lookm"]
 AnyLab = TypeVar("AnyLab", bound=Lab)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 POLICIES = ["random", "snapkv", "ada-snapkv", "pyramidkv", "sparsemm", "keydiff"]
-POLICIES += ["infinipot-v", "streammem"]
+POLICIES += ["infinipot-v", "cords", "streammem"]
 
 
 def test_every_baseline_stays_inside_the_quota(tmp_path: Path, vision_model: Path) -> None:

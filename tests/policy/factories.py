@@ -103,6 +103,7 @@ class Case:
             patch_ids=patch_ids,
             num_patches=spans.num_patches,
             layer=self.layer,
+            values=torch.randn(*positions.shape, HEAD_SIZE, generator=generator) * held[..., None],
         )
 
 

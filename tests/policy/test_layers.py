@@ -13,13 +13,13 @@ from vllm_budgetkv.policy import POLICIES, Observation, PolicyOptions
 
 SEEDS = (2, 3, 4, 5)
 # those that say so of all layers, and those that `hybrid` does not read
-SHARED = {"span_tokens", "keys", "frame_ids", "patch_ids"}
+SHARED = {"span_tokens", "keys", "values", "frame_ids", "patch_ids"}
 NAMES = sorted(name for name, policy in POLICIES.items() if policy.takes_layers)
 
 
 def layers_of(**changes: Any) -> list[Observation]:
     """One observation per seed, padded to the longest."""
-    seen = [replace(Case(seed=seed).observe(), keys=None, **changes) for seed in SEEDS]
+    seen = [replace(Case(seed=seed).observe(), keys=None, values=None, **changes) for seed in SEEDS]
     width = max(observation.shape[1] for observation in seen)
     return [padded(observation, width) for observation in seen]
 

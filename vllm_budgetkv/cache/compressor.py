@@ -180,6 +180,8 @@ class Compressor:
             found["value_norms"] = norms
         if policy.needs_keys:
             found["keys"] = gather(pool.keys, heads, longest_tokens, 0)
+        if policy.needs_values:
+            found["values"] = gather(pool.values, heads, longest_tokens, 0)
         # a policy that reads scores does without before the first probe
         if policy.needs_contrast and (probe is not None or not policy.needs_scores):
             found["contrast"] = ops.contrast(heads, longest_tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from vllm_budgetkv.policy.ada_snapkv import AdaSnapKVPolicy
 from vllm_budgetkv.policy.base import Observation, Policy, Retention, Tier
+from vllm_budgetkv.policy.cords import CoRDSPolicy
 from vllm_budgetkv.policy.full import FullPolicy
 from vllm_budgetkv.policy.hybrid import HybridPolicy
 from vllm_budgetkv.policy.infinipot_v import InfiniPotVPolicy
@@ -33,6 +34,7 @@ POLICIES: dict[str, type[Policy]] = {
     "sparsemm": SparseMMPolicy,
     "keydiff": KeyDiffPolicy,
     "infinipot-v": InfiniPotVPolicy,
+    "cords": CoRDSPolicy,
     "streammem": StreamMemPolicy,
     "lookm": LookMPolicy,
     "lookm-average": LookMAveragePolicy,

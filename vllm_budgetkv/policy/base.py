@@ -56,6 +56,7 @@ class Observation:
             needs neither scores nor the norms.
         keys: [H, n, D] of the cache's dtype, rotated as they are stored, 0 beyond `lens`; None
             unless the policy needs keys.
+        values: [H, n, D] of the cache's dtype, 0 beyond `lens`; None unless the policy needs them.
         contrast: float32 [H, n], 1 - cos of each key with the mean of the head's normalised keys, 0
             beyond `lens`; None unless the policy needs it.
         frame_ids: int32 [H, n], number of the token's frame in the prompt; -1 for text and beyond
@@ -96,6 +97,7 @@ class Observation:
     text_tokens: int | None = None
     span_tokens: torch.Tensor | None = None
     keys: torch.Tensor | None = None
+    values: torch.Tensor | None = None
     contrast: torch.Tensor | None = None
     frame_ids: torch.Tensor | None = None
     patch_ids: torch.Tensor | None = None
@@ -153,6 +155,8 @@ class Policy(Protocol):
     """Whether `value_norms` are needed also without a probe."""
     needs_keys: ClassVar[bool] = False
     """Whether `keys` must be gathered."""
+    needs_values: ClassVar[bool] = False
+    """Whether `values` must be gathered."""
     needs_contrast: bool = False
     """Whether `contrast` must be computed; if scores are needed, only beside them. An option that
     does without it sets this in `__init__`."""

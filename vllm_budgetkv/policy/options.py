@@ -210,6 +210,18 @@ class PolicyOptions(PolicyFlags):
         metavar="SHARE",
         within=SHARE,
     )
+    coverage_value_share: float = knob(
+        0.5,
+        "Weight of a token's value against its key in `cords`; a guess.",
+        metavar="SHARE",
+        within=SHARE,
+    )
+    diversity_share: float = knob(
+        0.5,
+        "Weight of new directions against coverage in `cords`; a guess.",
+        metavar="SHARE",
+        within=SHARE,
+    )
     uniform_share: float = knob(
         0.1,
         "Share of the budget that all heads get alike; the rest follows their offline scores "
