@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 # each takes an equal part of the coreset; with one point in a round it is the greedy choice itself
-ROUNDS = 16
+ROUNDS = 8
 # judged beside twice as many as a round takes: a still scene holds many copies of its best point
 SPARE_RIVALS = 128
 # beyond any distance between points of unit scale, and finite: it is multiplied by 0
