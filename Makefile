@@ -47,6 +47,7 @@ quality: env
 
 quality-real: env
 	$(BIN)/python -m benchmarks.real.run
+	$(BIN)/python -m benchmarks.real.peers
 
 train: env
 	$(BIN)/python -m benchmarks.quality.train

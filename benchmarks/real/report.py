@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks import bench_table
 from benchmarks.quality.intervals import mcnemar
 from benchmarks.quality.report import INCOMPLETE, SOLVED, grid, percent
+from benchmarks.real.peers import report as peers
 from benchmarks.real.results import load_plan
 from benchmarks.real.tasks import TASKS
 
@@ -152,7 +153,7 @@ def tables(folder: Path) -> dict[str, str]:
         if file.is_file():
             about, results = load_plan(file)
             found[mark] = table(results, about) if full_caches(results) else INCOMPLETE
-    return found
+    return found | peers.tables(folder)
 
 
 def write(folder: Path, document: Path) -> None:
