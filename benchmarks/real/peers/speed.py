@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 OUTPUT_TOKENS = 33
 WARMUP_TOKENS = 256
 SHARE = 0.1
+# block 0 is vLLM's own
+SPARE_BLOCKS = 2
 # the least that vLLM's own attention takes on a CPU
 STOCK_BLOCK_TOKENS = 32
 REPORT = FOLDER / "peers" / "timed.jsonl"
@@ -127,8 +129,13 @@ def job_of(system: System, model: str, size: int) -> dict[str, Any]:
             "pool_blocks": (size + OUTPUT_TOKENS) // BLOCK_TOKENS + 2,
         }
     ours = system.options["budget"] is not None
-    engine: dict[str, Any] = ENGINE | {"model": model, "max_model_len": 8192}
-    engine["block_size"] = PAGE_TOKENS if ours else STOCK_BLOCK_TOKENS
+    page_tokens = PAGE_TOKENS if ours else STOCK_BLOCK_TOKENS
+    # a pool for this request alone, so that the process holds no more than it needs
+    longest_tokens = (size + OUTPUT_TOKENS) // page_tokens * page_tokens + page_tokens
+    held_tokens = tokens if ours else longest_tokens
+    engine: dict[str, Any] = ENGINE | {"model": model, "max_model_len": longest_tokens}
+    engine |= {"block_size": page_tokens}
+    engine |= {"num_gpu_blocks_override": held_tokens // page_tokens + SPARE_BLOCKS}
     if ours:
         engine["additional_config"] = {
             "budgetkv": {
