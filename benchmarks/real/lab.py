@@ -1,4 +1,4 @@
-"""Asks a real engine the text tasks: what it writes, and how likely the right answer was."""
+"""Asks a real engine the tasks: what it writes, and how likely the right answer was."""
 
 from __future__ import annotations
 
@@ -137,15 +137,15 @@ class TextLab:
 
     def read_through(self, example: Example) -> None:
         """Run the prompt with its right answer behind it, and write one token."""
-        text = example.prompt(self._tokenizer) + example.told
-        self.llm.generate([text], _free(1), use_tqdm=False)
+        prompt = example.inputs(self._tokenizer, behind=example.told)
+        self.llm.generate([prompt], _free(1), use_tqdm=False)
 
     def _generate(
         self, examples: Sequence[Example], params: list[SamplingParams]
     ) -> list[RequestOutput]:
         if not examples:
             return []
-        prompts = [example.prompt(self._tokenizer) for example in examples]
+        prompts = [example.inputs(self._tokenizer) for example in examples]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         # the worker reports what ended in the last step when the next one starts
         self.llm.llm_engine.step()

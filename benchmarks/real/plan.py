@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.real.frames import FRAME_TASKS
 from benchmarks.real.tasks import SUITE, TASKS
 from vllm_budgetkv.policy import POLICIES
 
@@ -32,7 +33,7 @@ class Run:
         quota_share: quota as a share of the prompt, 0 to 1; None for the full cache.
         options: further options of the plugin, see `BudgetConfig`.
         length_tokens: about how long the prompts are.
-        tasks: keys of `TASKS`.
+        tasks: keys of `TASKS`, or of `FRAME_TASKS`.
         count: examples of each task.
 
     Raises:
@@ -56,6 +57,11 @@ class Run:
         """Name, quota and length, for progress and errors."""
         share = "" if self.quota_share is None else f" at {100 * self.quota_share:g} %"
         return f"{self.name}{share} of {self.length_tokens:,} tokens"
+
+    @property
+    def shows_frames(self) -> bool:
+        """Whether it asks the model with eyes."""
+        return set(self.tasks) <= FRAME_TASKS.keys()
 
     @property
     def num_examples(self) -> int:
@@ -140,6 +146,9 @@ LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count":
 CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
+FRAMES: dict[str, Any] = {"tasks": tuple(FRAME_TASKS), "count": 5}
+FRAME_METHODS = (*METHODS, BASELINES[0], BASELINES[-1])
+
 PLANS: dict[str, list[Run]] = {
     "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
     "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
@@ -160,5 +169,9 @@ PLANS: dict[str, list[Run]] = {
     ],
     "ablations": [FULL, HYBRID, *VARIATIONS],
     "options": [FULL, HYBRID, *OPTIONS],
+    "frames": [
+        replace(FULL, **FRAMES),
+        *(run for method in FRAME_METHODS for run in at(method, SHARES, **FRAMES)),
+    ],
     "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks import bench_table
 from benchmarks.quality.intervals import mcnemar
 from benchmarks.quality.report import INCOMPLETE, SOLVED, grid, percent
+from benchmarks.real.frames import FRAME_TASKS
 from benchmarks.real.peers import report as peers
 from benchmarks.real.results import load_plan
 from benchmarks.real.tasks import TASKS
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from benchmarks.real.results import RunResult
+
+TITLES = {name: task.title for name, task in (TASKS | FRAME_TASKS).items()}
 
 
 def full_caches(results: Sequence[RunResult]) -> list[RunResult]:
@@ -64,7 +67,7 @@ def task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
         share = "" if result.quota_share is None else f"{100 * result.quota_share:g} %"
         row = [result.name, share, *(f"{100 * result.share(t).value:.0f}" for t in tasks)]
         rows.append(row)
-    heads = ["policy", "quota", *(TASKS[task].title for task in tasks)]
+    heads = ["policy", "quota", *(TITLES[task] for task in tasks)]
     return "\n".join([*grid(heads, rows), "", source(about, results)])
 
 
@@ -72,7 +75,7 @@ def full_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     """What the full cache answers, task by length; below `SOLVED` a task is left out."""
     fulls = full_caches(results)
     rows = [
-        [TASKS[task].title, *(f"{percent(f.share(task))}; {f.logprob([task]):.2f}" for f in fulls)]
+        [TITLES[task], *(f"{percent(f.share(task))}; {f.logprob([task]):.2f}" for f in fulls)]
         for task in fulls[0].right
     ]
     heads = ["task", *(f"{full.length_tokens:,} tokens" for full in fulls)]
@@ -113,7 +116,7 @@ def left_out(full: RunResult) -> str:
     """One sentence on the tasks that the average leaves out."""
     solved = solved_tasks(full)
     missing = [
-        f"{TASKS[task].title} ({100 * full.share(task).value:.0f})"
+        f"{TITLES[task]} ({100 * full.share(task).value:.0f})"
         for task in full.right
         if task not in solved
     ]
@@ -141,6 +144,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_longest": ("longest", quota_table),
     "real_perplexity": ("perplexity", perplexity_table),
     "real_ablations": ("ablations", variation_table),
+    "real_frames": ("frames", quota_table),
+    "real_frame_tasks": ("frames", task_table),
     "real_options": ("options", variation_table),
 }
 

@@ -21,7 +21,7 @@ from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
 from benchmarks.quality.queueing import Cache, Worker, run_all
 from benchmarks.quality.results import save_plan
 from benchmarks.quality.run import start_process
-from benchmarks.real import report, weights, worker
+from benchmarks.real import eyes, report, weights, worker
 from benchmarks.real.packages import FOLDER
 from benchmarks.real.plan import PAGE_TOKENS, PLANS
 from benchmarks.real.results import RunResult
@@ -34,9 +34,8 @@ DOCUMENT = REPOSITORY / "docs" / "experiments.md"
 def main() -> int:
     options = parse_arguments()
     os.environ |= worker.ENVIRONMENT
-    model = str(weights.model_folder())
     options.out.mkdir(parents=True, exist_ok=True)
-    failed = sum(run_plan(name, model, options) for name in options.plan)
+    failed = sum(run_plan(name, options) for name in options.plan)
     if options.out == RESULTS:
         report.write(options.out, DOCUMENT)
     print(report.summary(options.out))
@@ -57,15 +56,17 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def run_plan(name: str, model: str, options: argparse.Namespace) -> int:
+def run_plan(name: str, options: argparse.Namespace) -> int:
     """Measures one plan and writes its file; returns how many runs failed."""
     runs = [replace(run, count=options.count or run.count) for run in PLANS[name]]
+    sees = any(run.shows_frames for run in runs)
+    model = str(eyes.eyes_folder() if sees else weights.model_folder())
     fingerprint, commit = models.fingerprint(model), current_commit()
     about = {
         "command": " ".join(["python -m benchmarks.real.run", *sys.argv[1:]]),
         "commit": commit,
         "machine": machine(),
-        "model": weights.LABEL,
+        "model": eyes.LABEL if sees else weights.LABEL,
         "gguf_sha256": weights.GGUF.sha256,
         "fingerprint": fingerprint,
         "suite_seed": SUITE,

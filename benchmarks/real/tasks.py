@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class Example:
         message = [{"role": "user", "content": self.content}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return text + self.prefix
+
+    def inputs(self, tokenizer: PreTrainedTokenizerBase, behind: str = "") -> Any:
+        """The prompt as vLLM takes it, with more text behind it."""
+        return self.prompt(tokenizer) + behind
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality.worker import ENVIRONMENT as OF_WORKERS
 from benchmarks.quality.worker import free_memory
+from benchmarks.real.frames import FRAME_TASKS, make_frame_examples
 from benchmarks.real.results import RunResult, summarise
 from benchmarks.real.tasks import make_examples
 
@@ -14,6 +15,12 @@ if TYPE_CHECKING:
     from benchmarks.real.plan import Run
 
 ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 1024, "use_tqdm_on_load": False}
+# pictures of one request; the tower is not tried with as many at start
+FRAME_ENGINE = ENGINE | {
+    "limit_mm_per_prompt": {"image": 512},
+    "mm_processor_cache_gb": 0,
+    "skip_mm_profiling": True,
+}
 ENVIRONMENT = OF_WORKERS | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
@@ -28,10 +35,14 @@ def measure(run: Run, model: str, commit: str) -> RunResult:
     from benchmarks.real.lab import Setup, TextLab
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    groups = [make_examples(t, run.length_tokens, run.count, tokenizer) for t in run.tasks]
+    groups = []
+    for task in run.tasks:
+        make = make_frame_examples if task in FRAME_TASKS else make_examples
+        groups.append(make(task, run.length_tokens, run.count, tokenizer))
+    engine = FRAME_ENGINE if run.shows_frames else ENGINE
     started = time.perf_counter()
     try:
-        with TextLab(Setup(model=model, budget=run.budget(), engine=ENGINE)) as lab:
+        with TextLab(Setup(model=model, budget=run.budget(), engine=engine)) as lab:
             outcomes = lab.ask([example for group in groups for example in group])
             del lab
         seconds = time.perf_counter() - started
