@@ -146,7 +146,8 @@ LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count":
 CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
-FRAMES: dict[str, Any] = {"tasks": tuple(FRAME_TASKS), "count": 5}
+# of what the full cache reads on frames, one task of a kind
+FRAMES: dict[str, Any] = {"tasks": ("sign", "sign-reversed", "page"), "count": 5}
 FRAME_METHODS = (*METHODS, BASELINES[0], BASELINES[-1])
 
 PLANS: dict[str, list[Run]] = {
@@ -169,9 +170,10 @@ PLANS: dict[str, list[Run]] = {
     ],
     "ablations": [FULL, HYBRID, *VARIATIONS],
     "options": [FULL, HYBRID, *OPTIONS],
+    "frames-full": [replace(FULL, tasks=tuple(FRAME_TASKS), length_tokens=n) for n in (512, 2048)],
     "frames": [
         replace(FULL, **FRAMES),
-        *(run for method in FRAME_METHODS for run in at(method, SHARES, **FRAMES)),
+        *(run for share in SHARES for m in FRAME_METHODS for run in at(m, (share,), **FRAMES)),
     ],
     "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],
 }
