@@ -30,6 +30,7 @@ from benchmarks.real.cells import (
 if TYPE_CHECKING:
     from benchmarks.real.cells import Vocabulary
 
+LAYER = "model.vision_model.encoder.layers.0"
 SEED = 20261126
 FIT_FRAMES, FRAMES_AT_ONCE = 3000, 200
 FEATURES, HIDDEN = 600, 640
@@ -86,27 +87,30 @@ def fit(words: Vocabulary, table: np.ndarray) -> dict[str, np.ndarray]:
         raise ValueError(f"cells of {alike} look like those of other words")
     gains = 2 * CLOSED / (least - most)
     values, scale = equal_norms(table)
-    layer = "model.vision_model.encoder.layers.0"
     weights = {
         "model.vision_model.embeddings.patch_embedding.weight": as_patches(filters),
         "model.vision_model.embeddings.patch_embedding.bias": -offset,
         "model.vision_model.embeddings.position_embedding.weight": np.zeros((CELLS, HIDDEN)),
-        f"{layer}.mlp.fc1.weight": keys * gains[:, None],
-        f"{layer}.mlp.fc1.bias": -gains * (least + most) / 2,
-        f"{layer}.mlp.fc2.weight": OVERWRITE * values.T,
-        f"{layer}.mlp.fc2.bias": np.zeros(HIDDEN),
+        f"{LAYER}.mlp.fc1.weight": keys * gains[:, None],
+        f"{LAYER}.mlp.fc1.bias": -gains * (least + most) / 2,
+        f"{LAYER}.mlp.fc2.weight": OVERWRITE * values.T,
+        f"{LAYER}.mlp.fc2.bias": np.zeros(HIDDEN),
         "model.connector.modality_projection.proj.weight": scale * np.eye(table.shape[1], HIDDEN),
     }
-    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-        weights[f"{layer}.self_attn.{name}.weight"] = np.zeros((HIDDEN, HIDDEN))
-        weights[f"{layer}.self_attn.{name}.bias"] = np.zeros(HIDDEN)
-    for norm in (
-        f"{layer}.layer_norm1",
-        f"{layer}.layer_norm2",
-        "model.vision_model.post_layernorm",
-    ):
-        weights[f"{norm}.weight"], weights[f"{norm}.bias"] = np.ones(HIDDEN), np.zeros(HIDDEN)
+    weights |= plain_weights()
     return {name: np.ascontiguousarray(weight, np.float32) for name, weight in weights.items()}
+
+
+def plain_weights() -> dict[str, np.ndarray]:
+    """Attention that writes nothing, and norms that only norm."""
+    found: dict[str, np.ndarray] = {}
+    for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+        found[f"{LAYER}.self_attn.{name}.weight"] = np.zeros((HIDDEN, HIDDEN))
+        found[f"{LAYER}.self_attn.{name}.bias"] = np.zeros(HIDDEN)
+    norms = (f"{LAYER}.layer_norm1", f"{LAYER}.layer_norm2", "model.vision_model.post_layernorm")
+    for norm in norms:
+        found[f"{norm}.weight"], found[f"{norm}.bias"] = np.ones(HIDDEN), np.zeros(HIDDEN)
+    return found
 
 
 def discriminants(cells: Cells, num_words: int) -> tuple[np.ndarray, np.ndarray]:

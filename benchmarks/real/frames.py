@@ -16,7 +16,17 @@ import numpy as np
 from benchmarks.real import prose
 from benchmarks.real.cells import BREAK, CELLS, cells_of, draw_frames, vocabulary
 from benchmarks.real.eyes import FRAME_TOKENS, IMAGE
-from benchmarks.real.tasks import DEPTHS, NUM_KEYS, QUIZ, SUITE, Example, number
+from benchmarks.real.tasks import (
+    DEPTHS,
+    NUM_KEYS,
+    QUIZ,
+    SUITE,
+    Example,
+    Needle,
+    number,
+    plain,
+    reversed_needle,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +36,14 @@ if TYPE_CHECKING:
     Rng = np.random.Generator
 
 SHORTEST = 4  # tokens of a sentence of the prose
-PLAIN = "One of the special magic numbers for {key} is: {value}."
-REVERSED = "The number {value} is the special magic number for {key}."
+
+
+def far(key: str, value: str) -> str:
+    """Words that can be drawn between the key and its value, on three frames."""
+    return (
+        f"One of the special magic numbers for {key}, which the old man of the gate put in his "
+        f"book before he went away to the sea, is: {value}."
+    )
 
 
 @dataclass(frozen=True)
@@ -43,7 +59,7 @@ class FrameTask:
     """
 
     title: str
-    needle: str = PLAIN
+    needle: Needle = plain
     keys: int = 1
     runs_on: bool = False
     asks_first: bool = False
@@ -52,7 +68,8 @@ class FrameTask:
 FRAME_TASKS: dict[str, FrameTask] = {
     "sign": FrameTask("one sign"),
     "signs": FrameTask("one of four signs", keys=NUM_KEYS),
-    "sign-reversed": FrameTask("sign, value first", needle=REVERSED),
+    "sign-reversed": FrameTask("sign, value first", needle=reversed_needle),
+    "sign-far": FrameTask("sign, value afar", needle=far),
     "page": FrameTask("pages", runs_on=True),
     "sign-asked": FrameTask("sign, question first", asks_first=True),
 }
@@ -99,9 +116,7 @@ def frame_example(
     fixed = tokenizer(QUIZ + question + prefix, add_special_tokens=False)["input_ids"]
     num_frames = (length_tokens - len(fixed) - 40) // FRAME_TOKENS  # 40 of the template and answer
     needles = [
-        tokenizer(" " + task.needle.format(key=key, value=value), add_special_tokens=False)[
-            "input_ids"
-        ]
+        tokenizer(" " + task.needle(key, value), add_special_tokens=False)["input_ids"]
         for key, value in zip(keys, values, strict=True)
     ]
     lay_out = pages if task.runs_on else signs

@@ -146,8 +146,8 @@ LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count":
 CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
-# of what the full cache reads on frames, one task of a kind
-FRAMES: dict[str, Any] = {"tasks": ("sign", "sign-reversed", "page"), "count": 5}
+# what the full cache reads on frames
+FRAMES: dict[str, Any] = {"tasks": ("sign", "signs", "sign-asked"), "count": 5}
 FRAME_METHODS = (*METHODS, BASELINES[0], BASELINES[-1])
 
 PLANS: dict[str, list[Run]] = {
