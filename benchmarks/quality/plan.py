@@ -214,7 +214,7 @@ VARIATIONS = (
     ablation("head and type level", tuning={"floor_ratio": 0.2, "dynamic_weight": 1.5}),
     # what stays
     *(ablation(f"text share {x}", tuning={"text_share": x}) for x in (0.0, 0.5, 1.0)),
-    *(ablation(f"vision reach {n}", tuning={"vision_reach_tokens": n}) for n in (0, 1, 2)),
+    *(ablation(f"reach of {n}", tuning={"reach_tokens": n}) for n in (0, 1, 2)),
     *(ablation(f"window of {n}", window_tokens=n) for n in (0, 2)),
     ablation("cut frames not protected", tuning={"frame_share": 0.0}),
     ablation("merge values", merge="value"),

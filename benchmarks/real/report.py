@@ -147,7 +147,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_frames_full": ("frames-full", full_table),
     "real_frames": ("frames", quota_table),
     "real_frame_tasks": ("frames", task_table),
-    "real_options": ("options", variation_table),
 }
 
 

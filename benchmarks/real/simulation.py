@@ -58,9 +58,7 @@ SHARP = Recall(heads_share=1 / 3)
 RULES: dict[str, Rule] = {
     "hybrid": Rule(),
     "mean over the probe": Rule(options={"takes_largest": False}),
-    "no reach of text": Rule(
-        options={"text_reach_before_tokens": 0, "text_reach_behind_tokens": 0}
-    ),
+    "no reach": Rule(options={"reach_tokens": 0}),
     "no unlike share": Rule(options={"unlike_share": 0.0}),
     "keydiff": Rule("keydiff"),
     "window": Rule("window"),

@@ -63,7 +63,7 @@ def stacked(seen: list[Observation]) -> Observation:
         {"dynamic_unit_tokens": 4, "static_threshold": 0.9},
         {"force_class": "dynamic", "dynamic_unit_tokens": 2},
         {"force_class": "static"},
-        {"vision_reach_tokens": 3, "merge": "value"},
+        {"reach_tokens": 3, "merge": "value"},
     ],
     ids=lambda options: ", ".join(options) or "defaults",
 )

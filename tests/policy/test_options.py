@@ -37,7 +37,7 @@ KNOBS = {item.name for item in fields(PolicyOptions)} - {item.name for item in f
         ("retrieval_ratio", 0.0),
         ("pool_width_tokens", 6),
         ("pool_width_tokens", -1),
-        ("vision_reach_tokens", -1),
+        ("reach_tokens", -1),
         ("text_share", float("nan")),
         ("text_share", "half"),
         ("top_k_min", 8.0),

@@ -160,7 +160,7 @@ def test_what_no_question_looks_at_may_stay(unlike_share: float, stays: bool) ->
     mass = observation.mass.clone()
     mass[:, index] = 0.0
     observation = replace(observation, contrast=contrast, mass=mass)
-    options = PolicyOptions(unlike_share=unlike_share, vision_reach_tokens=0)
+    options = PolicyOptions(unlike_share=unlike_share, reach_tokens=0)
     retention = make_policy("hybrid", options, PAGE_TOKENS).retain(observation)
     assert all((index in kept) == stays for kept in kept_indices(retention, observation))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm_budgetkv.policy.base import Observation, Policy, Retention, Tier
 from vllm_budgetkv.policy.budgets import allocate, share_of
 from vllm_budgetkv.policy.classify import classify
-from vllm_budgetkv.policy.importance import Reach, importance
+from vllm_budgetkv.policy.importance import importance
 from vllm_budgetkv.policy.pins import Pins
 from vllm_budgetkv.policy.text_prior import prior_text
 from vllm_budgetkv.policy.units import keep_whole_units
@@ -57,7 +57,7 @@ class HybridPolicy(Policy):
     def retain(self, observation: Observation) -> Retention:
         """See `Policy.retain`."""
         options = self._options
-        scores = importance(observation, self._reach(observation))
+        scores = importance(observation, self._reach_tokens(observation))
         is_static = classify(observation, options)
         tiers = Pins.of(observation, options).tiers(observation.positions)
         if observation.fits:
@@ -79,14 +79,9 @@ class HybridPolicy(Policy):
             retention, observation.positions, options.dynamic_unit_tokens, observation.seen_tokens
         )
 
-    def _reach(self, observation: Observation) -> Reach:
-        """How far attention is lent; little where a peak's neighbours would fill the budget."""
-        options, room_tokens = self._options, observation.budget_tokens // 16
-        return Reach(
-            min(options.text_reach_before_tokens, room_tokens),
-            min(options.text_reach_behind_tokens, 2 * room_tokens),
-            min(options.vision_reach_tokens, room_tokens),
-        )
+    def _reach_tokens(self, observation: Observation) -> int:
+        """How far attention is lent; less where the neighbours of few tokens would fill a budget."""
+        return min(self._options.reach_tokens, observation.budget_tokens // 16)
 
     def _raise_text(
         self,

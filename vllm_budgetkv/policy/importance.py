@@ -3,7 +3,7 @@ its value."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import pad
@@ -17,35 +17,20 @@ NO_RUN = -(1 << 30)
 FADE = 1 / 1024
 
 
-class Reach(NamedTuple):
-    """Neighbours in the prompt to which an attended token lends its attention.
-
-    Attributes:
-        text_before, text_behind: tokens of text on each side of one of text.
-        vision: tokens of vision on either side of one of vision.
-    """
-
-    text_before: int = 0
-    text_behind: int = 0
-    vision: int = 0
-
-
-NO_REACH = Reach()
-
-
-def importance(observation: Observation, reach: Reach = NO_REACH) -> torch.Tensor:
+def importance(observation: Observation, reach_tokens: int = 0) -> torch.Tensor:
     """Score every token, in float32.
 
-    With a probe: attention, lent to neighbours within reach, times the value's L2 norm, because a
-    token moves the output by attention times value (VATP, https://arxiv.org/abs/2406.12335).
-    Without a probe no text has been seen, so nothing tells what will be asked: then the value norm
-    alone (InfiniPot-V, https://arxiv.org/abs/2506.15745), or recency where the norms were not
-    computed either.
+    With a probe: attention, lent to the neighbours of each token, times the value's L2 norm,
+    because a token moves the output by attention times value (VATP,
+    https://arxiv.org/abs/2406.12335). Without a probe no text has been seen, so nothing tells what
+    will be asked: then the value norm alone (InfiniPot-V, https://arxiv.org/abs/2506.15745), or
+    recency where the norms were not computed either.
 
     Args:
         observation: of one layer of one request.
-        reach: a question's tokens attend to what they repeat; what they ask for stands beside it,
-            and nothing attends to that before the answer is written.
+        reach_tokens: how far attention is lent to either side. A question's tokens attend to what
+            they repeat; what they ask for stands beside it, and nothing attends to that before the
+            answer is written.
 
     Returns:
         float32 [H, n], 0 or more, 0 beyond `lens`.
@@ -54,19 +39,12 @@ def importance(observation: Observation, reach: Reach = NO_REACH) -> torch.Tenso
         return observation.value_norms
     if observation.mass is None:
         return recency(observation)
-    scores = lend(observation, reach) if any(reach) else observation.mass
+    scores = observation.mass
+    if reach_tokens:
+        scores = pool_runs(scores, run_index(observation), reach_tokens, FADE)
     if observation.value_norms is not None:
         scores = scores * observation.value_norms
     return scores
-
-
-def lend(observation: Observation, reach: Reach) -> torch.Tensor:
-    """Attention lent along runs of text and along runs of vision, float32 [H, n]."""
-    mass, index = observation.mass, run_index(observation)
-    assert mass is not None
-    of_text = pool_runs(mass, index, reach.text_before, reach.text_behind, FADE)
-    of_vision = pool_runs(mass, index, reach.vision, reach.vision, FADE)
-    return torch.where(observation.is_vision, of_vision, of_text)
 
 
 def recency(observation: Observation) -> torch.Tensor:
@@ -81,8 +59,7 @@ def pooled_attention(observation: Observation, pool_width_tokens: int) -> torch.
     """
     if observation.mass is None:
         return recency(observation)
-    reach_tokens = pool_width_tokens // 2
-    return pool_runs(observation.mass, run_index(observation), reach_tokens, reach_tokens)
+    return pool_runs(observation.mass, run_index(observation), pool_width_tokens // 2)
 
 
 def run_index(observation: Observation) -> torch.Tensor:
@@ -94,11 +71,7 @@ def run_index(observation: Observation) -> torch.Tensor:
 
 
 def pool_runs(
-    mass: torch.Tensor,
-    run_index: torch.Tensor,
-    before_tokens: int,
-    behind_tokens: int,
-    fade: float = 0.0,
+    mass: torch.Tensor, run_index: torch.Tensor, reach_tokens: int, fade: float = 0.0
 ) -> torch.Tensor:
     """Lend every token's score to its neighbours in the prompt; each keeps the largest.
 
@@ -109,19 +82,18 @@ def pool_runs(
         mass: float32 [H, n], 0 or more.
         run_index: int32 [H, n], grows by exactly 1 from each token to its neighbour and by more
             where a run ends.
-        before_tokens, behind_tokens: how far a score reaches to earlier and to later tokens.
+        reach_tokens: how far a score reaches to either side.
         fade: share of a score that is lost with every token of distance.
 
     Returns:
         float32 [H, n]. Nothing is mutated.
     """
-    if before_tokens == behind_tokens == 0:
+    if reach_tokens == 0:
         return mass
-    # a token takes from those before it what reaches behind them
-    margins, width = (behind_tokens, before_tokens), before_tokens + behind_tokens + 1
+    margins, width = (reach_tokens, reach_tokens), 2 * reach_tokens + 1
     lenders = pad(mass, margins).unfold(-1, width, 1)
     index = pad(run_index, margins, value=NO_RUN).unfold(-1, width, 1)
-    offsets = torch.arange(-behind_tokens, before_tokens + 1, device=mass.device)
+    offsets = torch.arange(-reach_tokens, reach_tokens + 1, device=mass.device)
     is_neighbour = index - run_index[..., None] == offsets
     lent = lenders * is_neighbour
     if fade:

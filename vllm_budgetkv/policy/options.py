@@ -147,25 +147,11 @@ class PolicyOptions(PolicyFlags):
         metavar="TOKENS",
         within=ODD,
     )
-    vision_reach_tokens: int = knob(
+    reach_tokens: int = knob(
         8,
-        "Vision tokens on either side of an attended one to which `hybrid` lends its attention, as "
-        "with text; at most a sixteenth of the budget, and never beyond text between two pictures.",
-        metavar="TOKENS",
-        within=NOT_NEGATIVE,
-    )
-    text_reach_before_tokens: int = knob(
-        4,
-        "Text tokens before an attended one to which `hybrid` lends its attention; at most a "
-        "sixteenth of the budget.",
-        metavar="TOKENS",
-        within=NOT_NEGATIVE,
-    )
-    text_reach_behind_tokens: int = knob(
-        8,
-        "Text tokens behind an attended one to which `hybrid` lends its attention: a question's "
-        "words attend to those that it repeats, and the answer stands beside them. At most an "
-        "eighth of the budget.",
+        "Tokens on either side of an attended one to which `hybrid` lends its attention: a "
+        "question's words attend to those that it repeats, and the answer stands beside them. At "
+        "most a sixteenth of the budget, and never from text to vision or back.",
         metavar="TOKENS",
         within=NOT_NEGATIVE,
     )
