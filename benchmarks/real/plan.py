@@ -143,7 +143,7 @@ FRAME_METHODS = (*METHODS, BASELINES[-1])
 PLANS: dict[str, list[Run]] = {
     "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
     "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
-    "baselines": [FULL, *(run for method in BASELINES for run in at(method, SHARES[:2]))],
+    "baselines": [FULL, *(run for method in BASELINES for run in at(method, SHARES[:1]))],
     "long": [
         replace(FULL, **LONG),
         *at(HYBRID, SHARES, **LONG),

@@ -80,7 +80,7 @@ class HybridPolicy(Policy):
         )
 
     def _reach_tokens(self, observation: Observation) -> int:
-        """How far attention is lent; less where the neighbours of few tokens would fill a budget."""
+        """How far attention is lent: less where a few tokens and neighbours would fill a budget."""
         return min(self._options.reach_tokens, observation.budget_tokens // 16)
 
     def _raise_text(
