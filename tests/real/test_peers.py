@@ -168,7 +168,7 @@ def test_recorded_full_caches_agree() -> None:
     content = json.loads((RECORDED / report.FILE).read_text(encoding="utf-8"))
     (ours,) = [run for run in load_plan(RECORDED / report.OURS)[1] if run.quota_share is None]
     full = [row for row in content["accuracy"]["rows"] if row["share"] == 1]
-    assert {row["name"] for row in full} == {"transformers", "openvino"}
+    assert "transformers" in {row["name"] for row in full}
     for row in full:
         for task, logprobs in row["logprobs"].items():
             assert logprobs == pytest.approx(ours.logprobs[task], abs=5e-3), row["name"]
