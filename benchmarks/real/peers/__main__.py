@@ -54,8 +54,9 @@ def main() -> int:
     if "accuracy" in options.only:
         failed = ask(model, tokenizer, options)
     if "speed" in options.only:
+        source = about(model)
         rows = speed.measure(model, options.sizes, options.repeats, tokenizer)
-        save(options.out / FILE, "speed", about(model), rows)
+        save(options.out / FILE, "speed", source, rows)
     if options.out == RESULTS:
         report.write(options.out, DOCUMENT)
     print(report.summary(options.out))

@@ -139,7 +139,7 @@ def speed_table(rows: Sequence[Row], about: Row) -> str:
         ]
         lines.append([row["name"], f"{row['prompt_tokens']:,.0f}", *cells_of(row, base)])
     heads = ["system", "prompt tokens", "first token", "further token", "KV, most"]
-    heads += ["KV in decode", "process over idle", "process"]
+    heads += ["KV in decode", "process", "over idle"]
     note = f"`{about['command']}` at {about['commit']}, {about['machine']}; {about['model']}; "
     note += f"{versions(about)}; float32, all cores, a process each, medians of "
     note += f"{rows[0]['repeats']}; a tenth is kept; in brackets: times that of {BASE}."
@@ -147,23 +147,20 @@ def speed_table(rows: Sequence[Row], about: Row) -> str:
 
 
 def cells_of(row: Row, base: Row) -> list[str]:
-    """Each figure with its ratio to that of `base`."""
-
-    def over_idle(of: Row) -> float:
-        return of["peak_bytes"] - of["idle_bytes"]
-
+    """Each figure with its ratio to that of `base`; less may come on top of idle than is seen."""
     figures = [
-        (row["first_token_seconds"], base["first_token_seconds"], 1, ".2f", "s"),
-        (row["decode_ms"], base["decode_ms"], 1, ".1f", "ms"),
-        (row["kv_peak_bytes"], base["kv_peak_bytes"], MIB, ".1f", "MiB"),
-        (row["kv_decode_bytes"], base["kv_decode_bytes"], MIB, ".1f", "MiB"),
-        (over_idle(row), over_idle(base), MIB, ".0f", "MiB"),
-        (row["peak_bytes"], base["peak_bytes"], MIB, ".0f", "MiB"),
+        ("first_token_seconds", 1, ".2f", "s"),
+        ("decode_ms", 1, ".1f", "ms"),
+        ("kv_peak_bytes", MIB, ".1f", "MiB"),
+        ("kv_decode_bytes", MIB, ".1f", "MiB"),
+        ("peak_bytes", MIB, ".0f", "MiB"),
     ]
-    return [
-        f"{value / scale:{form}} {unit} ({value / reference:.1f}x)"
-        for value, reference, scale, form, unit in figures
+    cells = [
+        f"{row[name] / scale:{form}} {unit} ({row[name] / base[name]:.1f}x)"
+        for name, scale, form, unit in figures
     ]
+    over_idle = (row["peak_bytes"] - row["idle_bytes"]) / MIB
+    return [*cells, f"{over_idle:.0f} MiB"]
 
 
 def versions(about: Row) -> str:
