@@ -15,8 +15,9 @@ from benchmarks.real.peers.clock import clock, resident_bytes
 from benchmarks.real.peers.judged import Question, judge
 from benchmarks.real.peers.prompts import question_of
 from benchmarks.real.peers.speed import SYSTEMS, job_of
+from benchmarks.real.plan import ALL_TASKS
 from benchmarks.real.results import load_plan
-from benchmarks.real.tasks import TASKS, make_examples
+from benchmarks.real.tasks import make_examples
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDED = REPOSITORY / "benchmarks" / "results"
@@ -48,7 +49,7 @@ def test_judge(likeliest: list[int], first: bool, exact: bool) -> None:
     assert (found.first, found.exact, found.logprob) == (first, exact, -3.0)
 
 
-@pytest.mark.parametrize("task", list(TASKS))
+@pytest.mark.parametrize("task", ALL_TASKS)
 def test_questions_stand_last(task: str, tokenizer: Any) -> None:
     (example,) = make_examples(task, 1024, 1, tokenizer)
     question = question_of(example, tokenizer)
