@@ -122,7 +122,8 @@ def heads(one: Recorded, shares: list[float]) -> Iterator[tuple[str, torch.Tenso
     yield "S of the answer", answer_concentration(one)
     yield "look-ahead's S, off by", (chunks[-1] - question).abs()
     yield "class changes a chunk", (static[1:] != static[:-1]).float().mean(dim=0)
-    yield "overlap of steps", overlap(far)
+    if len(one.told) > 1:
+        yield "overlap of steps", overlap(far)
     yield "attention afar", far.sum(dim=-1).mean(dim=-1)
     options = PolicyOptions()
     for share in shares:

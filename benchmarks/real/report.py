@@ -71,6 +71,21 @@ def task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     return "\n".join([*grid(heads, rows), "", source(about, results)])
 
 
+def every_task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """Policy by task at each quota, right and log-probability, whether or not the full cache solves
+    it."""
+    full = full_caches(results)[0]
+    rows = []
+    for result in [full, *compressed(results)]:
+        share = "" if result.quota_share is None else f"{100 * result.quota_share:g} %"
+        cells = [
+            f"{100 * result.share(t).value:.0f}; {result.logprob([t]):.2f}" for t in full.right
+        ]
+        rows.append([result.name, share, *cells, f"{result.logprob(list(full.right)):.2f}"])
+    heads = ["policy", "quota", *(TITLES[task] for task in full.right), "mean log-probability"]
+    return "\n".join([*grid(heads, rows), "", source(about, results)])
+
+
 def full_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     """What the full cache answers, task by length; below `SOLVED` a task is left out."""
     fulls = full_caches(results)
@@ -145,8 +160,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_perplexity": ("perplexity", perplexity_table),
     "real_ablations": ("ablations", variation_table),
     "real_frames_full": ("frames-full", full_table),
-    "real_frames": ("frames", quota_table),
-    "real_frame_tasks": ("frames", task_table),
+    "real_frames": ("frames", every_task_table),
 }
 
 

@@ -33,10 +33,10 @@ from vllm_budgetkv.policy import PolicyOptions, make_policy
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    from benchmarks.real.chosen import Recorded
+    from benchmarks.real.chosen import Probe, Recorded
 
 FILE = REPOSITORY / "benchmarks" / "results" / "real_simulation.json"
-SIMULATED = ("single", "multikey", "reversed", "distant")
+SIMULATED = ("single", "reversed", "distant")
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,27 @@ class Rule:
         policy: a key of `POLICIES`.
         options: fields of `PolicyOptions`.
         recall: None brings nothing back.
+        source: of the probe.
     """
 
     policy: str = "hybrid"
     options: Mapping[str, Any] = field(default_factory=dict)
     recall: Recall | None = None
+    source: Probe = "ahead"
 
 
 SHARP = Recall(heads_share=1 / 3)
 RULES: dict[str, Rule] = {
     "hybrid": Rule(),
-    "mean over the probe": Rule(options={"takes_largest": False}),
-    "no reach": Rule(options={"reach_tokens": 0}),
-    "no unlike share": Rule(options={"unlike_share": 0.0}),
+    "hybrid, question asked behind each chunk": Rule(source="replay"),
+    "hybrid, true question": Rule(source="true"),
     "keydiff": Rule("keydiff"),
-    "window": Rule("window"),
     "all recall, exact": Rule(recall=Recall()),
     "all recall, 2 bits": Rule(recall=Recall(bits=2)),
-    "all recall, 1 bit": Rule(recall=Recall(bits=1)),
     "sharp third, exact": Rule(recall=SHARP),
     "sharp third, 2 bits": Rule(recall=replace(SHARP, bits=2)),
     "sharp third, 1 bit": Rule(recall=replace(SHARP, bits=1)),
     "sharp third, 2 bits, window only": Rule("window", recall=replace(SHARP, bits=2)),
-    "sharp half, 2 bits": Rule(recall=replace(SHARP, heads_share=0.5, bits=2)),
     "sharp tenth, 2 bits": Rule(recall=replace(SHARP, heads_share=0.1, bits=2)),
     "broad third, exact": Rule(recall=replace(SHARP, pick="broad")),
     "random third, exact": Rule(recall=replace(SHARP, pick="random")),
@@ -114,16 +112,17 @@ def reader_of(recorded: Recorded, rule: Rule, share: float) -> Reader:
     options = PolicyOptions(**rule.options)
     policy = make_policy(rule.policy, options, PAGE_TOKENS)
     if rule.recall is None:
-        return Reader(keep(recorded, policy, options, quota, quota.budget_tokens), past)
+        kept = keep(recorded, policy, options, quota, quota.budget_tokens, rule.source)
+        return Reader(kept, past)
     recall = rule.recall
     rest_tokens = quota.budget_tokens - recall.index_tokens(len(recorded.prompt))
     back_tokens, own_tokens, others_tokens = recall.split(rest_tokens)
     if own_tokens < 1:
         raise ValueError(f"{quota.budget_tokens} tokens leave {own_tokens} beside the index")
-    kept = keep(recorded, policy, options, quota, own_tokens)
+    kept = keep(recorded, policy, options, quota, own_tokens, rule.source)
     heads = recall.heads(question_concentration(recorded))
     if others_tokens not in (0, own_tokens):
-        others = keep(recorded, policy, options, quota, others_tokens)
+        others = keep(recorded, policy, options, quota, others_tokens, rule.source)
         kept = torch.where(heads[..., None], kept, others)
     return Reader(kept, past, recall, back_tokens, heads)
 
