@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from benchmarks import bench_table
 from benchmarks.quality.intervals import mcnemar
 from benchmarks.quality.report import INCOMPLETE, SOLVED, grid, percent
+from benchmarks.real import head_report
 from benchmarks.real.frames import FRAME_TASKS
 from benchmarks.real.peers import report as peers
 from benchmarks.real.results import load_plan
@@ -172,7 +173,7 @@ def tables(folder: Path) -> dict[str, str]:
         if file.is_file():
             about, results = load_plan(file)
             found[mark] = table(results, about) if full_caches(results) else INCOMPLETE
-    return found | peers.tables(folder)
+    return found | head_report.tables(folder) | peers.tables(folder)
 
 
 def write(folder: Path, document: Path) -> None:

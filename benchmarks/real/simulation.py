@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
-from benchmarks.quality.report import grid
-from benchmarks.real import weights, worker
+from benchmarks.real import head_report, weights, worker
 from benchmarks.real.attention import attention, concentration
 from benchmarks.real.chosen import keep, record
 from benchmarks.real.plan import CHUNK_TOKENS, DECODE_INTERVAL_TOKENS, PAGE_TOKENS
@@ -165,24 +164,6 @@ def everything(one: Recorded) -> torch.Tensor:
     return torch.ones(len(keys), *keys[0].shape[:2], dtype=torch.bool)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Right answers and log-probability of every rule, by task."""
-    outcomes = result["outcomes"]
-    tasks = list(outcomes["full cache"])
-    rows = []
-    for title, found in outcomes.items():
-        cells = []
-        for task in tasks:
-            right = sum(one[0] for one in found[task])
-            logprob = sum(one[1] for one in found[task]) / len(found[task])
-            cells.append(f"{right}/{len(found[task])}; {logprob:.2f}")
-        rows.append([title, *cells])
-    about = result["about"]
-    note = f"`{about['command']}` at {about['commit']}, {about['machine']}; {about['model']}."
-    heads = ["rule", *(TASKS[task].title for task in tasks)]
-    return "\n".join([*grid(heads, rows), "", note])
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="What a rule would answer.")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a prompt")
@@ -201,7 +182,7 @@ def main() -> int:
     }
     result = {"about": about, "outcomes": measure(str(weights.model_folder()), options)}
     FILE.write_text(json.dumps(result) + "\n", encoding="utf-8")
-    print(table(result))
+    print(head_report.rule_table(result))
     return 0
 
 
