@@ -76,7 +76,8 @@ def pool_runs(
     """Lend every token's score to its neighbours in the prompt; each keeps the largest.
 
     Two held tokens with a dropped one between them, or a border of text and vision, are no
-    neighbours: pooling over them would let a token of one frame lend its score to another frame.
+    neighbours. The frames of a video, and pictures without text between them, are one run, so the
+    last tokens of one lend to the first of the next.
 
     Args:
         mass: float32 [H, n], 0 or more.

@@ -151,7 +151,8 @@ class PolicyOptions(PolicyFlags):
         8,
         "Tokens on either side of an attended one to which `hybrid` lends its attention: a "
         "question's words attend to those that it repeats, and the answer stands beside them. At "
-        "most a sixteenth of the budget, and never from text to vision or back.",
+        "most a sixteenth of the budget, and never from text to vision or back; the frames of a "
+        "video are one run.",
         metavar="TOKENS",
         within=NOT_NEGATIVE,
     )
