@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-SINK_TOKENS = 4
-LEAST_TOP_TOKENS, TOP_SHARE = 64, 0.1
+from vllm_budgetkv.policy import PolicyOptions
+
+OPTIONS = PolicyOptions()
 
 
 def attention(queries: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -29,8 +30,8 @@ def concentration(weights: torch.Tensor) -> torch.Tensor:
     Args:
         weights: float32 [H, G, m, n].
     """
-    count = max(LEAST_TOP_TOKENS, -(-weights.shape[-1] // round(1 / TOP_SHARE)))
-    rest = weights[..., SINK_TOKENS:]
+    count = OPTIONS.top_k_tokens(weights.shape[-1])
+    rest = weights[..., OPTIONS.sink_tokens :]
     rest = rest / rest.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     top = rest.topk(min(count, rest.shape[-1]), dim=-1).values
     return top.sum(dim=-1).mean(dim=-1).amin(dim=-1)

@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
+from benchmarks.quality.provenance import REPOSITORY
 from benchmarks.real import head_report, weights, worker
-from benchmarks.real.attention import SINK_TOKENS, attention, concentration
+from benchmarks.real.attention import OPTIONS, attention, concentration
 from benchmarks.real.chosen import keep
+from benchmarks.real.origin import origin
+from benchmarks.real.plan import CHUNK_TOKENS, PAGE_TOKENS
 from benchmarks.real.simulation import RULES, question_concentration, quota_of, reader_of, recorded
-from benchmarks.real.tasks import SUITE
 from benchmarks.real.told import ToldModel
-from vllm_budgetkv.policy import PolicyOptions, make_policy
+from vllm_budgetkv.policy import make_policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,11 +40,7 @@ if TYPE_CHECKING:
     from benchmarks.real.chosen import Probe, Recorded
 
 FILE = REPOSITORY / "benchmarks" / "results" / "real_heads.json"
-WINDOW_TOKENS = 64
 MOST_READ_TOKENS = 8
-CHUNK_TOKENS = 256
-STATIC_THRESHOLD = PolicyOptions().static_threshold
-PAGE_TOKENS = 16
 TASKS = ("single", "multikey", "reversed", "distant", "multivalue", "passages")
 KEEPERS: dict[str, tuple[str, Probe]] = {
     "hybrid, look-ahead": ("hybrid", "ahead"),
@@ -115,9 +112,9 @@ def heads(one: Recorded, shares: list[float]) -> Iterator[tuple[str, torch.Tenso
     """Every figure of one example by its name, [L, H]."""
     read = answer_attention(one)
     prompt = read[..., : len(one.prompt)]
-    far = prompt[..., SINK_TOKENS : len(one.prompt) - WINDOW_TOKENS]
+    far = prompt[..., OPTIONS.sink_tokens : len(one.prompt) - OPTIONS.window_tokens]
     question, chunks = question_concentration(one), chunk_concentration(one)
-    static = chunks >= STATIC_THRESHOLD
+    static = chunks >= OPTIONS.static_threshold
     yield "S of the question", question
     yield "S of the answer", answer_concentration(one)
     yield "look-ahead's S, off by", (chunks[-1] - question).abs()
@@ -125,12 +122,11 @@ def heads(one: Recorded, shares: list[float]) -> Iterator[tuple[str, torch.Tenso
     if len(one.told) > 1:
         yield "overlap of steps", overlap(far)
     yield "attention afar", far.sum(dim=-1).mean(dim=-1)
-    options = PolicyOptions()
     for share in shares:
         quota = quota_of(one, share)
         for name, (policy, source) in KEEPERS.items():
-            chooser = make_policy(policy, options, PAGE_TOKENS)
-            kept = keep(one, chooser, options, quota, quota.budget_tokens, source)
+            chooser = make_policy(policy, OPTIONS, PAGE_TOKENS)
+            kept = keep(one, chooser, OPTIONS, quota, quota.budget_tokens, source)
             yield f"missing at {share:g}: {name}", missing(prompt, kept[:, :, None])
         reader = reader_of(one, RULES[RECALLING], share)
         readable = of_layers(
@@ -163,13 +159,7 @@ def main() -> int:
     parser.add_argument("--quota-share", type=float, nargs="+", default=[0.1, 0.2])
     options = parser.parse_args()
     os.environ |= worker.ENVIRONMENT
-    about = {
-        "command": " ".join(["python -m benchmarks.real.instruments", *sys.argv[1:]]),
-        "commit": current_commit(),
-        "machine": machine(),
-        "model": weights.LABEL,
-        "suite_seed": SUITE,
-    }
+    about = origin("instruments")
     result = {"about": about, "figures": measure(str(weights.model_folder()), options)}
     FILE.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(head_report.table(result))

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.quality import models
-from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
+from benchmarks.quality.provenance import REPOSITORY, current_commit
 from benchmarks.quality.queueing import Cache, Worker, run_all
 from benchmarks.quality.results import save_plan
 from benchmarks.quality.run import start_process
 from benchmarks.real import eyes, report, weights, worker
+from benchmarks.real.origin import origin
 from benchmarks.real.packages import FOLDER
 from benchmarks.real.plan import PAGE_TOKENS, PLANS
 from benchmarks.real.results import RunResult
-from benchmarks.real.tasks import SUITE
 
 RESULTS = REPOSITORY / "benchmarks" / "results"
 DOCUMENT = REPOSITORY / "docs" / "experiments.md"
@@ -62,14 +62,10 @@ def run_plan(name: str, options: argparse.Namespace) -> int:
     sees = any(run.shows_frames for run in runs)
     model = str(eyes.eyes_folder() if sees else weights.model_folder())
     fingerprint, commit = models.fingerprint(model), current_commit()
-    about = {
-        "command": " ".join(["python -m benchmarks.real.run", *sys.argv[1:]]),
-        "commit": commit,
-        "machine": machine(),
+    about = origin("run") | {
         "model": eyes.LABEL if sees else weights.LABEL,
         "gguf_sha256": weights.GGUF.sha256,
         "fingerprint": fingerprint,
-        "suite_seed": SUITE,
         "page_tokens": PAGE_TOKENS,
     }
     with ExitStack() as stack:

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.quality.provenance import REPOSITORY, current_commit, machine
+from benchmarks.quality.provenance import REPOSITORY
 from benchmarks.real import head_report, weights, worker
 from benchmarks.real.attention import attention, concentration
 from benchmarks.real.chosen import keep, record
+from benchmarks.real.origin import origin
 from benchmarks.real.plan import CHUNK_TOKENS, DECODE_INTERVAL_TOKENS, PAGE_TOKENS
 from benchmarks.real.recalled import Reader, Recall
-from benchmarks.real.tasks import SUITE, TASKS, make_examples
+from benchmarks.real.tasks import TASKS, make_examples
 from benchmarks.real.told import ToldModel
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import PolicyOptions, make_policy
@@ -173,13 +174,7 @@ def main() -> int:
     parser.add_argument("--rule", nargs="+", choices=list(RULES), default=list(RULES))
     options = parser.parse_args()
     os.environ |= worker.ENVIRONMENT
-    about = {
-        "command": " ".join(["python -m benchmarks.real.simulation", *sys.argv[1:]]),
-        "commit": current_commit(),
-        "machine": machine(),
-        "model": weights.LABEL,
-        "suite_seed": SUITE,
-    }
+    about = origin("simulation")
     result = {"about": about, "outcomes": measure(str(weights.model_folder()), options)}
     FILE.write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(head_report.rule_table(result))
