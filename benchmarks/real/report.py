@@ -156,12 +156,16 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_quota": ("main", quota_table),
     "real_tasks": ("main", task_table),
     "real_baselines": ("baselines", quota_table),
-    "real_long": ("long", quota_table),
-    "real_longest": ("longest", quota_table),
+    "real_long": ("long", every_task_table),
+    "real_longest": ("longest", every_task_table),
     "real_perplexity": ("perplexity", perplexity_table),
     "real_ablations": ("ablations", variation_table),
     "real_frames_full": ("frames-full", full_table),
     "real_frames": ("frames", every_task_table),
+    "real_recall": ("recall", quota_table),
+    "real_recall_variations": ("recall-variations", variation_table),
+    "real_recall_long": ("recall-long", quota_table),
+    "real_recall_frames": ("recall-frames", every_task_table),
 }
 
 
