@@ -12,5 +12,6 @@
 #include "digest.h"
 #include "float_type.h"
 #include "merge.h"
+#include "recall.h"
 #include "retrieve.h"
 #include "score.h"

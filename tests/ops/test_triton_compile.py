@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.ops.factories import batch_rows, int32, make_cache
+from tests.ops.recall_factory import make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import PageChoice
 
@@ -122,6 +123,41 @@ def launch_merge(layout: PageLayout, group: int) -> None:
         merge(keep, cache.heads_of(0), keep, mode, 80, 0.8)
 
 
+def launch_store(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.store import store
+
+    made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
+    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
+    store(key, key, batch_rows([0, 1], [20, 30]), made.tier)
+
+
+def launch_encode(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.encode import encode
+
+    made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
+    encode(1, made.tier, made.recalls, made.cache.pool)
+
+
+def launch_mark(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.mark import mark
+
+    made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
+    mark(1, made.cache.heads, made.recalls)
+
+
+def launch_recall(layout: PageLayout, group: int) -> None:
+    """Of an index as wide as that of a long prompt, and of one page."""
+    from vllm_budgetkv.ops.triton.recall import recall
+
+    made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
+    query = torch.zeros(2, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    moved, rows = torch.zeros(2, NUM_HEADS, dtype=torch.int32), batch_rows([0, 1], [1, 1])
+    for width_pages in (400, 1):
+        index = torch.zeros(2, NUM_HEADS, width_pages, dtype=torch.int32)
+        recalls = made.recalls._replace(index=index)
+        recall(query, made.cache.heads, rows, recalls, made.tier, 0.1, moved)
+
+
 # how many launches each of these makes
 LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_append: 1,
@@ -134,6 +170,10 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_compact: 4,
     launch_digest: 1,
     launch_merge: 4,
+    launch_store: 1,
+    launch_encode: 1,
+    launch_mark: 1,
+    launch_recall: 6,
 }
 
 

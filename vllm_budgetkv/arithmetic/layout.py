@@ -10,6 +10,13 @@ policy needs of a token travels with the token and is charged to the pool:
 K, V, centre and radius have the cache dtype. `centre` and `radius` are the page's digest.
 `position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
 every field starts on a 16-byte boundary.
+
+A head-page may hold an index instead, what the device knows of E consecutive tokens in host memory:
+
+    codes int32 [E, ceil(D / 16)] over K and V | mean [D] | step [D] | held: a bit per token | pad
+
+Channel d of a token has the 2 bits 2 (d % 16) of word d / 16 of its codes; a code c says
+`mean + step (c - 1.5)`. `held` says which of the tokens the head holds on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +30,8 @@ PAGE_ALIGNMENT_BYTES = 256
 SUPPORTED_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
+# channels of a key whose 2-bit codes share a word
+CODES_PER_WORD = 16
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,16 @@ class PageLayout:
     @property
     def position_offset_bytes(self) -> int:
         return self.digest_offset_bytes + 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def code_words(self) -> int:
+        """Words of a token's codes: 2 bits a channel."""
+        return -(-self.head_size // CODES_PER_WORD)
+
+    @property
+    def index_tokens(self) -> int:
+        """Tokens that a page speaks for as an index (E)."""
+        return self.digest_offset_bytes // (4 * self.code_words)
 
     @property
     def page_bytes(self) -> int:
@@ -127,6 +146,12 @@ class PagePool:
         """int32 [P, N]: logical index of each token in its request."""
         layout = self.layout
         return self._field(layout.position_offset_bytes, (layout.page_tokens,), torch.int32)
+
+    @cached_property
+    def codes(self) -> torch.Tensor:
+        """int32 [P, E, ceil(D / 16)]: what a page of an index says of its tokens."""
+        layout = self.layout
+        return self._field(0, (layout.index_tokens, layout.code_words), torch.int32)
 
     def _field(self, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size_bytes = dtype.itemsize

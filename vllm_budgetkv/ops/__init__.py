@@ -12,27 +12,44 @@ from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
+from vllm_budgetkv.ops.encode import encode
+from vllm_budgetkv.ops.mark import mark
 from vllm_budgetkv.ops.merge import merge
+from vllm_budgetkv.ops.recall import recall
 from vllm_budgetkv.ops.reserve import reserve
 from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
-from vllm_budgetkv.ops.views import BatchRows, FreeStack, PageChoice, PagedHeads
+from vllm_budgetkv.ops.store import store
+from vllm_budgetkv.ops.views import (
+    BatchRows,
+    FreeStack,
+    PageChoice,
+    PagedHeads,
+    RecallHeads,
+    TierLayer,
+)
 
 __all__ = [
     "BatchRows",
     "FreeStack",
     "PageChoice",
     "PagedHeads",
+    "RecallHeads",
     "Scores",
+    "TierLayer",
     "append",
     "attend",
     "compact",
     "contrast",
     "digest",
+    "encode",
+    "mark",
     "merge",
+    "recall",
     "reserve",
     "retrieve",
     "score",
     "select",
+    "store",
 ]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads
+    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads, RecallHeads, TierLayer
 
 
 def require(
@@ -74,6 +74,27 @@ def require_rows(rows: BatchRows) -> None:
     """
     require("slots", rows.slots, torch.int32, (None,))
     require("query_start", rows.query_start, torch.int32, (rows.slots.shape[0] + 1,))
+
+
+def require_tier(tier: TierLayer, num_slots: int) -> None:
+    """Refuse a tier that is not one layer, [B, H, 2, N, D], of so many slots.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require("tier.tokens", tier.tokens, tier.tokens.dtype, (None, None, 2, None, None))
+    require("tier.blocks", tier.blocks, torch.int32, (num_slots, None))
+
+
+def require_recalls(recalls: RecallHeads, slots_and_heads: tuple[int, ...]) -> None:
+    """Refuse what does not tell every head of every slot what it recalls.
+
+    Raises:
+        ValueError: a shape or dtype does not fit.
+    """
+    require("index", recalls.table, torch.int32, (*slots_and_heads, None))
+    require("num_tokens", recalls.num_tokens, torch.int32, slots_and_heads)
+    require("num_recalled", recalls.num_recalled, torch.int32, slots_and_heads)
 
 
 def require_width(max_tokens: int, heads: PagedHeads) -> None:

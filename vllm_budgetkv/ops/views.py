@@ -82,6 +82,38 @@ class BatchRows(NamedTuple):
     shared: torch.Tensor
 
 
+class TierLayer(NamedTuple):
+    """One layer of the tokens that host memory keeps, of all slots.
+
+    Attributes:
+        tokens: cache dtype [B, H, 2, N, D], keys and values of B host blocks of N tokens; blocks
+            may lie apart. On a GPU's host, pinned memory that kernels read and write.
+        blocks: int32 [S, M], the blocks of each slot's tokens in their order; -1 where it has none.
+    """
+
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a block (N)."""
+        return self.tokens.shape[-2]
+
+
+class RecallHeads(NamedTuple):
+    """What heads know of the tokens that host memory keeps, of one layer of all slots.
+
+    Attributes:
+        table: int32 [S, H, I], index pages of each head; -1 behind the last one.
+        num_tokens: int32 [S, H], tokens that they speak for; 0 for a head that recalls nothing.
+        num_recalled: int32 [S, H], tokens of the head's first pages that are recalled: whole pages.
+    """
+
+    table: torch.Tensor
+    num_tokens: torch.Tensor
+    num_recalled: torch.Tensor
+
+
 class PageChoice(NamedTuple):
     """How many pages a dynamic head reads, and which of them in any case.
 

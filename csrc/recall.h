@@ -1,0 +1,47 @@
+// What the index of one head says of its tokens, and how it is made. A page of an index speaks for
+// `index_tokens` tokens: codes of 2 bits a channel, 16 to a word, and mean and step of each
+// channel.
+#pragma once
+
+#include <cstdint>
+
+#include "float_type.h"
+#include "isa.h"
+
+namespace budgetkv {
+
+constexpr int64_t kCodesPerWord = 16;
+
+// The step of the best uniform quantiser of 4 levels for a Gaussian, in deviations (Max, 1960).
+constexpr float kCodeStep = 0.9957f;
+
+// The query heads of one KV head, against pages of its index.
+struct IndexQuery {
+  const float* queries;  // [num_queries, head_size]
+  int64_t num_queries, head_size;
+  float scale;        // of the logits
+  FloatType type;     // of the digests
+  int64_t num_words;  // of a token's codes
+};
+
+// Floats of scratch that `index_logits` needs.
+inline int64_t index_scratch_floats(int64_t num_queries, int64_t num_words) {
+  return num_queries * (num_words * kCodesPerWord + 1);
+}
+
+BUDGETKV_DECLARE(void index_logits(const IndexQuery& query,
+                                   const int32_t* codes,  // [num_tokens, num_words]
+                                   const void* digest,    // mean [D], step [D]
+                                   int64_t num_tokens, float* scratch,
+                                   float* logits,  // [num_queries, stride], mutated
+                                   int64_t stride))
+// The sum over the queries of the softmax of their logits over all tokens.
+BUDGETKV_DECLARE(void index_mass(float* logits,  // [num_queries, stride], destroyed
+                                 int64_t num_queries, int64_t num_tokens, int64_t stride,
+                                 float* mass))  // [num_tokens], mutated
+// Writes codes and digest of the keys at `keys`, one pointer a token.
+BUDGETKV_DECLARE(void encode_page(FloatType type, const void* const* keys, int64_t num_tokens,
+                                  int64_t head_size, int64_t num_words, int32_t* codes,
+                                  void* digest))
+
+}  // namespace budgetkv

@@ -1,0 +1,324 @@
+"""`store`, `encode`, `mark` and `recall`: the references against naive ones, the kernels too."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.ops.factories import batch_rows, strided_randn
+from tests.ops.recall_factory import Remembered, make_remembered
+from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.ops import TierLayer, encode, mark, recall, store
+from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.encode import unpack
+from vllm_budgetkv.ops.reference.mark import mark as mark_reference
+from vllm_budgetkv.ops.reference.recall import recall as recall_reference
+from vllm_budgetkv.ops.reference.store import store as store_reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from vllm_budgetkv.ops import BatchRows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+NUM_TOKENS = (700, 333)
+LAYOUT = PageLayout(16, 32, torch.float32)
+
+
+def prepare(made: Remembered) -> None:
+    """Write the index of all slots with the references."""
+    for slot in range(len(made.num_tokens)):
+        encode_reference(slot, made.tier, made.recalls, made.cache.pool)
+        mark_reference(slot, made.cache.heads, made.recalls)
+
+
+def known_keys(made: Remembered, slot: int, head: int) -> torch.Tensor:
+    """float64 [n, D]: what the index says of the keys of a head."""
+    pool, count = made.cache.pool, int(made.recalls.num_tokens[slot, head])
+    entries = pool.layout.index_tokens
+    pages = made.recalls.table[slot, head, : -(-count // entries)].long()
+    mean, step = pool.digests[pages].double().unbind(1)
+    codes = unpack(pool.codes[pages], pool.layout.head_size).double()
+    return (mean[:, None] + step[:, None] * (codes - 1.5)).flatten(0, 1)[:count]
+
+
+# --- store --------------------------------------------------------------------------------------
+
+
+def stored(
+    op: Callable[..., None], made: Remembered, rows: BatchRows, *new: torch.Tensor
+) -> torch.Tensor:
+    tokens = torch.full_like(made.tier.tokens, torch.nan)
+    op(*new, rows, TierLayer(tokens, made.tier.blocks))
+    return tokens
+
+
+@pytest.mark.parametrize("op", [store_reference, store], ids=["reference", "op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_store_writes_each_token_to_its_place(op: Callable[..., None], dtype: torch.dtype) -> None:
+    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype))
+    counts, firsts = (1, 70, 0), (332, 0, 9)
+    rows = batch_rows([1, 0, 1], counts)._replace(first_position=torch.tensor(firsts).int())
+    key, value = (strided_randn((sum(counts), 2, 40), dtype, seed=s) for s in (1, 2))
+    tokens = stored(op, made, rows, key, value)
+    seen = torch.zeros(tokens.shape[:5:2][:1] + tokens.shape[3:4], dtype=torch.bool)
+    token = 0
+    for slot, count, first in zip([1, 0, 1], counts, firsts, strict=True):
+        for position in range(first, first + count):
+            block, offset = int(made.tier.blocks[slot, position // 16]), position % 16
+            assert torch.equal(tokens[block, :, 0, offset], key[token])
+            assert torch.equal(tokens[block, :, 1, offset], value[token])
+            seen[block, offset] = True
+            token += 1
+    # and nothing else
+    assert tokens.isnan().all(-1).all(1).all(1)[~seen].all()
+
+
+@pytest.mark.parametrize("op", [store_reference, store], ids=["reference", "op"])
+def test_store_leaves_out_what_has_no_block(op: Callable[..., None]) -> None:
+    """Output stands behind the blocks of a prompt, and other requests have none."""
+    made = make_remembered(NUM_TOKENS, LAYOUT)
+    made.tier.blocks[1] = -1
+    rows = batch_rows([0, 1], [100, 40])._replace(first_position=torch.tensor([690, 0]).int())
+    key, value = (strided_randn((140, 2, 32), torch.float32, seed=s) for s in (1, 2))
+    tokens = stored(op, made, rows, key, value)
+    # 700 tokens end inside a block of 16, which has room for 704
+    assert int((~tokens.isnan()).any(-1)[:, 0, 0].sum()) == 704 - 690
+
+
+# --- encode -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [encode_reference, encode], ids=["reference", "op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 40, 128])
+def test_a_code_is_the_nearest_level(
+    op: Callable[..., None], head_size: int, dtype: torch.dtype
+) -> None:
+    """No level of its channel is nearer to a key than the one that the index says, but for ties."""
+    made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, dtype))
+    for slot in range(2):
+        op(slot, made.tier, made.recalls, made.cache.pool)
+    layout = made.cache.pool.layout
+    for slot, count in enumerate(NUM_TOKENS):
+        keys, known = made.keys(slot, 0).double(), known_keys(made, slot, 0)
+        pages = made.recalls.table[slot, 0, : -(-count // layout.index_tokens)].long()
+        mean, step = (
+            part.double().repeat_interleave(layout.index_tokens, 0)[:count]
+            for part in made.cache.pool.digests[pages].unbind(1)
+        )
+        levels = mean[..., None] + step[..., None] * torch.tensor([-1.5, -0.5, 0.5, 1.5])
+        nearest = (levels - keys[..., None]).abs().amin(-1)
+        slack = 8 * torch.finfo(torch.float32).eps * (keys.abs() + mean.abs() + step)
+        assert ((known - keys).abs() <= nearest + slack).all()
+        for first in range(0, count, layout.index_tokens):
+            part = keys[first : first + layout.index_tokens]
+            page = made.cache.pool.digests[pages[first // layout.index_tokens]].double()
+            rounding = 2 * torch.finfo(dtype).eps
+            torch.testing.assert_close(page[0], part.mean(0), rtol=rounding, atol=1e-5)
+            deviation = 0.9957 * part.std(0, correction=0)
+            torch.testing.assert_close(page[1], deviation, rtol=rounding, atol=1e-5)
+
+
+@pytest.mark.parametrize("op", [encode_reference, encode], ids=["reference", "op"])
+def test_a_channel_without_deviation_is_its_mean(op: Callable[..., None]) -> None:
+    made = make_remembered([5, 1], LAYOUT)
+    made.tier.tokens[:, :, 0, :, :3] = torch.where(
+        made.tier.tokens[:, :, 0, :, :3].isnan(), torch.nan, 2.5
+    )
+    for slot in range(2):
+        op(slot, made.tier, made.recalls, made.cache.pool)
+        known = known_keys(made, slot, 0)
+        assert (known[:, :3] == 2.5).all()
+        assert not known.isnan().any()
+
+
+def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
+    """Digests to the rounding of their type; codes differ where a key is between two levels."""
+    for head_size in (40, 64):
+        made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, torch.bfloat16))
+        twin = made.clone()
+        for slot in range(2):
+            encode_reference(slot, made.tier, made.recalls, made.cache.pool)
+            encode(slot, twin.tier, twin.recalls, twin.cache.pool)
+        known, other = known_keys(made, 0, 0), known_keys(twin, 0, 0)
+        assert (known != other).float().mean() < 0.02
+    assert instruction_set
+
+
+# --- mark ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [mark_reference, mark], ids=["reference", "op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_marks_are_the_positions_behind_the_recall_pages(
+    op: Callable[..., None], dtype: torch.dtype
+) -> None:
+    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype), num_heads=3)
+    pool, entries = made.cache.pool, made.cache.pool.layout.index_tokens
+    # decode appended a token that no index knows
+    table, place = made.cache.table[0, 0], int(made.cache.lens[0, 0]) - 1
+    pool.positions[int(table[place // 16]), place % 16] = 5000
+    made.held[0][0] = made.held[0][0][:-1]
+    for slot in range(2):
+        op(slot, made.cache.heads, made.recalls)
+        for head in range(2):
+            found = set()
+            for number, page in enumerate(made.recalls.table[slot, head].tolist()):
+                if page >= pool.num_pages:
+                    break
+                words = pool.positions[page].long() & 0xFFFFFFFF
+                bits = (words[:, None] >> torch.arange(32) & 1).flatten()
+                found |= {number * entries + int(bit) for bit in bits.nonzero()}
+            assert found == set(made.held[slot][head].tolist())
+
+
+# --- recall -------------------------------------------------------------------------------------
+
+
+def run(
+    op: Callable[..., None], made: Remembered, query: torch.Tensor, slots: Sequence[int]
+) -> torch.Tensor:
+    moved = torch.zeros_like(made.cache.lens)
+    rows = batch_rows(slots, [1] * len(slots))
+    op(query, made.cache.heads, rows, made.recalls, made.tier, 0.3, moved)
+    return moved
+
+
+def recalled(made: Remembered, slot: int, head: int) -> list[int]:
+    """Positions in the recall pages of a head, in their places; K and V are checked bit by bit."""
+    pool, count = made.cache.pool, int(made.recalls.num_recalled[slot, head])
+    page_tokens = pool.layout.page_tokens
+    pages = made.cache.table[slot, head, : count // page_tokens].long()
+    positions = pool.positions[pages].flatten().tolist()
+    for place, position in enumerate(positions):
+        page, offset = pages[place // page_tokens], place % page_tokens
+        key, value = made.token(slot, head, position)
+        assert torch.equal(pool.keys[page, offset], key)
+        assert torch.equal(pool.values[page, offset], value)
+    return positions
+
+
+def check_choice(made: Remembered, query: torch.Tensor, slot: int, head: int) -> None:
+    """What stands in the recall pages has as much mass as the best tokens that are not held."""
+    positions = recalled(made, slot, head)
+    if not positions:
+        return
+    assert len(set(positions)) == len(positions)
+    held = made.held[slot][head]
+    assert not set(positions) & set(held.tolist())
+    group = query.shape[0] // made.cache.lens.shape[1]
+    queries = query[head * group : (head + 1) * group].double()
+    logits = queries @ known_keys(made, slot, head).T * 0.3
+    mass = logits.softmax(-1).sum(0)
+    mass[held] = -1.0
+    best = mass.topk(len(positions)).values
+    found = mass[positions].sort(descending=True).values
+    # a logit is a float32 sum of 2 D products, of terms that may cancel
+    size = (queries.abs() @ known_keys(made, slot, head).abs().T).amax() * 0.3
+    slack = 4 * query.shape[1] * torch.finfo(torch.float32).eps * float(size)
+    assert (found >= best * (1 - slack) - 1e-12).all()
+
+
+def pages_behind(made: Remembered, slots: Sequence[int]) -> torch.Tensor:
+    """bool [P]: all pages but the recall pages of some slots."""
+    others = torch.ones(made.cache.pool.num_pages, dtype=torch.bool)
+    for slot in slots:
+        for table, count in zip(
+            made.cache.table[slot], made.recalls.num_recalled[slot], strict=True
+        ):
+            others[table[: int(count) // made.cache.pool.layout.page_tokens].long()] = False
+    return others
+
+
+def check_steps(
+    op: Callable[..., None], made: Remembered, slots: Sequence[int], group: int
+) -> None:
+    """Of two steps: the second keeps what it still wants and moves the rest, and nothing else."""
+    prepare(made)
+    num_heads, head_size = made.cache.lens.shape[1], made.cache.pool.layout.head_size
+    dtype, shape = made.cache.pool.layout.dtype, (len(slots), num_heads * group, head_size)
+    before, others = made.cache.pool.raw.clone(), pages_behind(made, slots)
+    old: dict[tuple[int, int], list[int]] = {}
+    first, other = (strided_randn(shape, dtype, seed=seed) for seed in (3, 4))
+    for query in (first, (first + 0.3 * other).to(dtype)):
+        moved = run(op, made, query, slots)
+        for row, slot in enumerate(slots):
+            for head in range(num_heads):
+                check_choice(made, query[row], slot, head)
+                now = recalled(made, slot, head)
+                was = old.get((slot, head), [-1] * len(now))
+                stayed = [a == b for a, b in zip(was, now, strict=True)]
+                # what is still wanted stays where it stood, and nothing else was spared a move
+                assert set(was) & set(now) == {p for p, s in zip(was, stayed, strict=True) if s}
+                assert int(moved[slot, head]) == len(now) - sum(stayed)
+                fresh = [p for p, s in zip(now, stayed, strict=True) if not s]
+                assert fresh == sorted(fresh)
+                old[slot, head] = now
+    assert torch.equal(made.cache.pool.raw[others], before[others])
+
+
+@pytest.mark.parametrize("op", [recall_reference, recall], ids=["reference", "op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 40, 128])
+def test_the_best_tokens_come_back(
+    op: Callable[..., None], head_size: int, dtype: torch.dtype
+) -> None:
+    """The last head of each slot recalls nothing."""
+    made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, dtype), num_heads=3)
+    check_steps(op, made, [1, 0], group=2)
+
+
+def test_kernels_recall_as_the_reference(instruction_set: str) -> None:
+    for layout in (PageLayout(8, 72, torch.bfloat16), PageLayout(64, 64, torch.float16)):
+        made = make_remembered((500, 41, 900), layout, num_heads=4, recall_pages=1)
+        made.recalls.num_recalled[1] = 0
+        prepare(made)
+        query = strided_randn((3, 8, layout.head_size), layout.dtype, seed=3)
+        run(recall, made, query, [2, 1, 0])
+        for row, slot in ((0, 2), (2, 0)):
+            for head in range(3):
+                check_choice(made, query[row], slot, head)
+    assert instruction_set
+
+
+@pytest.mark.parametrize("op", [recall_reference, recall], ids=["reference", "op"])
+def test_equal_tokens_are_taken_from_the_end(op: Callable[..., None]) -> None:
+    made = make_remembered([300], LAYOUT, held_share=0.0)
+    prepare(made)
+    run(op, made, torch.zeros(1, 2, 32), [0])
+    assert recalled(made, 0, 0) == list(range(299 - 32, 299))
+
+
+@pytest.mark.parametrize("op", [recall_reference, recall], ids=["reference", "op"])
+def test_rows_without_a_token_change_nothing(op: Callable[..., None]) -> None:
+    made = make_remembered(NUM_TOKENS, LAYOUT)
+    prepare(made)
+    before = made.cache.pool.raw.clone()
+    moved = torch.zeros_like(made.cache.lens)
+    rows = batch_rows([0, 0], [0, 0])
+    op(torch.ones(2, 4, 32), made.cache.heads, rows, made.recalls, made.tier, 1.0, moved)
+    assert torch.equal(made.cache.pool.raw, before)
+    assert not moved.any()
+
+
+def test_recall_refuses_what_would_read_outside() -> None:
+    made = make_remembered(NUM_TOKENS, LAYOUT)
+    prepare(made)
+    query = torch.ones(1, 4, 32)
+    with pytest.raises(IndexError, match="slot 2"):
+        run(recall, made, query, [2])
+    lost = made.clone()
+    lost.tier.blocks[0, 3] = -1
+    with pytest.raises(IndexError, match="host block"):
+        run(recall, lost, query, [0])
+    lost = made.clone()
+    lost.recalls.table[0, 0, 1] = lost.cache.pool.num_pages
+    with pytest.raises(IndexError, match="index"):
+        run(recall, lost, query, [0])
+    greedy = make_remembered([40], LAYOUT, held_share=0.9, recall_pages=2)
+    prepare(greedy)
+    with pytest.raises(ValueError, match="lacks"):
+        run(recall, greedy, query, [0])

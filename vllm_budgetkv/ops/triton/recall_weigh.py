@@ -1,0 +1,185 @@
+"""The first launch of `recall`: logits from the index, and their peaks and sums over runs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from vllm_budgetkv.ops.triton.index import CODES_PER_WORD, count_tokens, find_page
+
+
+class Recalling(NamedTuple):
+    """The rows of a step, [R] and [R + 1], and the counts [S, H] of what they move."""
+
+    slots: Any
+    query_start: Any
+    num_slots: Any
+    capacity_tokens: Any
+    moved: Any
+    moved_stride: Any
+
+
+class Weights(NamedTuple):
+    """What the first two launches find.
+
+    peaks, totals: float32 [R, Hq, runs], of the logits of each run of index pages. Logits are in
+        units of log 2; a total is relative to its peak.
+    keys: int32 [R, H, num_tokens], mass of each token as a sort key; that of a held one is lowest.
+    """
+
+    peaks: Any
+    totals: Any
+    keys: Any
+    num_tokens: Any
+
+
+@triton.jit
+def find_task(
+    recalling: tl.tuple,
+    index: tl.tuple,
+    head: tl.tensor,
+    row: tl.tensor,
+    INDEX_TOKENS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Slot of a row, tokens of a head's index, and how many it recalls: 0 for nothing to do."""
+    start = tl.load(recalling.query_start + row)
+    slot = tl.load(recalling.slots + row).to(tl.int64)
+    is_active = tl.load(recalling.query_start + row + 1) > start
+    is_active = is_active & (slot >= 0) & (slot < recalling.num_slots)
+    slot = tl.where(is_active, slot, 0)
+    num_tokens = count_tokens(index, slot, head, INDEX_TOKENS)
+    count = tl.load(index.num_recalled + slot * index.recalled_slot_stride + head)
+    count = tl.minimum(tl.minimum(count, recalling.capacity_tokens), num_tokens)
+    return slot, num_tokens, tl.where(is_active, count, 0)
+
+
+@triton.jit
+def weigh_kernel(
+    query: tl.tuple,
+    index: tl.tuple,
+    recalling: tl.tuple,
+    weights: tl.tuple,
+    run_pages: tl.tensor,
+    num_runs: tl.tensor,
+    scale: tl.tensor,
+    GROUP: tl.constexpr,
+    INDEX_TOKENS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    DOT: tl.constexpr,
+) -> None:
+    """Grid [runs, H, R]: peak and sum of the logits of a run of index pages, for each query head.
+
+    The logits are made again by `choose_kernel`: kept, they would take a word for each token of
+    each query head of each row.
+    """
+    run, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    slot, num_tokens, count = find_task(recalling, index, head, row, INDEX_TOKENS)
+    num_pages = tl.cdiv(num_tokens, INDEX_TOKENS)
+    if (count <= 0) | (run * run_pages >= num_pages):
+        return
+    asked = load_queries(query, head, row, GROUP, HEAD_SIZE, BLOCK_SIZE, BLOCK_GROUP) * scale
+    peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    for entry in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
+        page, is_page = find_page(index, slot, head, entry, entry < num_pages)
+        stop = tl.minimum(num_tokens - entry * INDEX_TOKENS, INDEX_TOKENS)
+        stop = tl.where(is_page, stop, 0)
+        factors, base = prepare_page(index, asked, page, is_page, HEAD_SIZE, BLOCK_SIZE)
+        for first in range(0, stop, BLOCK_TOKENS):
+            token = first + tl.arange(0, BLOCK_TOKENS)
+            codes = load_codes(index, page, token, token < stop, NUM_WORDS, BLOCK_SIZE, DOT)
+            logits = find_logits(factors, base, codes, DOT)
+            logits = tl.where((token < stop)[None, :], logits, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            weight = tl.sum(tl.exp2(logits - new_peak[:, None]), 1)
+            total = total * tl.exp2(peak - new_peak) + weight
+            peak = new_peak
+    member = tl.arange(0, BLOCK_GROUP)
+    query_head = (row.to(tl.int64) * tl.num_programs(1) + head) * GROUP + member
+    at = query_head * num_runs + run
+    tl.store(weights.peaks + at, peak, mask=member < GROUP)
+    tl.store(weights.totals + at, total, mask=member < GROUP)
+
+
+@triton.jit
+def load_queries(
+    query: tl.tuple,
+    head: tl.tensor,
+    row: tl.tensor,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+) -> tl.tensor:
+    """float32 [BLOCK_GROUP, BLOCK_SIZE]: the queries of one KV head, then zeros."""
+    member, channel = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_SIZE)
+    vectors = row.to(tl.int64) * query.stride + (head * GROUP + member) * query.head_stride
+    mask = (member < GROUP)[:, None] & (channel < HEAD_SIZE)[None, :]
+    queries = tl.load(query.data + vectors[:, None] + channel[None, :], mask=mask, other=0.0)
+    return queries.to(tl.float32)
+
+
+@triton.jit
+def prepare_page(
+    index: tl.tuple,
+    asked: tl.tensor,
+    page: tl.tensor,
+    is_page: tl.tensor,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The a and the b of q.k = b + sum of a code, for a page and the queries `asked`, scaled.
+
+    As a code says m + s (code - 1.5), a = q s and b is the sum of q m - 1.5 a.
+    """
+    channel = tl.arange(0, BLOCK_SIZE)
+    digest, mask = (
+        index.digest + page * index.stride + channel,
+        channel < tl.where(is_page, HEAD_SIZE, 0),
+    )
+    mean = tl.load(digest, mask=mask, other=0.0).to(tl.float32)
+    step = tl.load(digest + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
+    factors = asked * step[None, :]
+    return factors, tl.sum(asked * mean[None, :] - 1.5 * factors, 1)
+
+
+@triton.jit
+def load_codes(
+    index: tl.tuple,
+    page: tl.tensor,
+    token: tl.tensor,
+    mask: tl.tensor,
+    NUM_WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DOT: tl.constexpr,
+) -> tl.tensor:
+    """DOT [tokens, BLOCK_SIZE]: the codes of some tokens of a page, 0 to 3."""
+    word, lane = tl.arange(0, BLOCK_SIZE // CODES_PER_WORD), tl.arange(0, CODES_PER_WORD)
+    where = index.codes + page * index.word_stride + token[:, None] * NUM_WORDS + word[None, :]
+    words = tl.load(where, mask=mask[:, None] & (word < NUM_WORDS)[None, :], other=0)
+    codes = (words[:, :, None] >> (2 * lane)[None, None, :]) & 3
+    return tl.reshape(codes.to(DOT), (token.shape[0], BLOCK_SIZE))
+
+
+@triton.jit
+def find_logits(
+    factors: tl.tensor, base: tl.tensor, codes: tl.tensor, DOT: tl.constexpr
+) -> tl.tensor:
+    """float32 [queries, tokens]: b + sum of a code, see `prepare_page`.
+
+    Codes are exact in any type; the three parts of a factor have its 24 bits if 8 fit in one.
+    """
+    columns = tl.trans(codes)
+    high = factors.to(DOT)
+    rest = factors - high.to(tl.float32)
+    middle = rest.to(DOT)
+    low = (rest - middle.to(tl.float32)).to(DOT)
+    logits = tl.dot(low, columns, input_precision="ieee")
+    logits = tl.dot(middle, columns, logits, input_precision="ieee")
+    return tl.dot(high, columns, logits, input_precision="ieee") + base[:, None]
