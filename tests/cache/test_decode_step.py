@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -10,8 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
 from tests.cache.lab import Client, Feature, Lab
+from tests.cache.test_recall import RecallLab
 from tests.worker.test_fields import batch, bound
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import PolicyOptions
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 
@@ -44,7 +47,9 @@ class Watched(Lab):
     """Notes what the layers of decode steps do, and how the next step differs in its tensors."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("hybrid", QUOTA, pool_blocks=40, options=OPTIONS, **kwargs)
+        super().__init__(
+            "hybrid", kwargs.pop("quota", QUOTA), pool_blocks=40, options=OPTIONS, **kwargs
+        )
         self.names: set[str] = set()
         self.num_decode_layers = 0
 
@@ -64,7 +69,9 @@ class Replayed(Lab):
     reads_all_pages = False
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__("hybrid", QUOTA, pool_blocks=40, options=OPTIONS, **kwargs)
+        super().__init__(
+            "hybrid", kwargs.pop("quota", QUOTA), pool_blocks=40, options=OPTIONS, **kwargs
+        )
         self.captured = self.cache.step_to_capture(CAPTURED_ROWS)
         heads = (self.heads * self.group, self.heads, self.heads, self.heads * self.group)
         self.tensors = [torch.zeros(CAPTURED_ROWS, count, self.head_size) for count in heads]
@@ -83,6 +90,21 @@ class Replayed(Lab):
         tensors[-1].copy_(self.tensors[-1][:num_rows])
 
 
+RECALL = Recall(num_heads=3, all_heads=6, index_tokens=256, slots_share=0.5, max_index_share=0.5)
+RECALLING: dict[str, Any] = {
+    "quota": replace(QUOTA, retrieves=True, recall=RECALL),
+    "tier_blocks": 100,
+}
+
+
+class WatchedRecall(RecallLab, Watched):
+    """Some heads bring tokens back."""
+
+
+class ReplayedRecall(RecallLab, Replayed):
+    """Some heads bring tokens back."""
+
+
 def decode(lab: Lab) -> dict[str, list[torch.Tensor]]:
     """Two long videos and a short text, 40 tokens of output: what attention gave, by request."""
     clients = [
@@ -94,7 +116,7 @@ def decode(lab: Lab) -> dict[str, list[torch.Tensor]]:
     lab.see = lambda client, layer, out: seen[client.request_id].append(out.clone())  # type: ignore[method-assign]
     for client in clients:
         while client.output_tokens < 1:
-            lab.step({client: min(24, client.total_tokens - client.computed_tokens)})
+            lab.step({client: lab.room(client)})
     for _ in range(40):
         lab.step(dict.fromkeys(clients, 1))
     return seen
@@ -106,6 +128,14 @@ def test_the_layers_allocate_nothing_and_ask_nothing() -> None:
     assert lab.num_decode_layers == 40 * QUOTA.num_layers
     assert lab.names <= VIEWS | WRITES, lab.names - VIEWS - WRITES
     assert lab.names >= WRITES, "the recorder must see what the layers do"
+
+
+def test_the_layers_bring_back_without_allocating_or_asking() -> None:
+    lab = WatchedRecall(**RECALLING)
+    decode(lab)
+    assert lab.num_decode_layers == 40 * QUOTA.num_layers
+    assert lab.names == lab.names & (VIEWS | WRITES) | {"recall"}
+    assert lab.num_checked > 0
 
 
 def test_the_triton_launchers_allocate_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,9 +162,15 @@ def test_the_triton_launchers_allocate_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert recorder.names <= VIEWS | {"copy_"}, recorder.names - VIEWS
 
 
-def test_a_captured_step_replays_every_batch() -> None:
+LABS = [(Replayed, Watched, {}), (ReplayedRecall, WatchedRecall, RECALLING)]
+
+
+@pytest.mark.parametrize(("replayed_lab", "eager_lab", "settings"), LABS, ids=["plain", "recall"])
+def test_a_captured_step_replays_every_batch(
+    replayed_lab: type[Replayed], eager_lab: type[Watched], settings: dict[str, Any]
+) -> None:
     """The same attention, and the lab's own checks of every byte, with padding rows."""
-    replayed, eager = Replayed(), Watched()
+    replayed, eager = replayed_lab(**settings), eager_lab(**settings)
     found, expected = decode(replayed), decode(eager)
     assert replayed.num_replays == eager.num_decode_layers
     for request_id, outs in expected.items():

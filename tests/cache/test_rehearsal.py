@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.cache.lab import Client, Feature, Lab
+from tests.cache.test_recall import small_lab
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.rehearsal import rehearse
@@ -65,6 +66,18 @@ def test_it_reaches_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(ops, name, counting(name, called))
     rehearse(make_lab(force_class="dynamic", merge="value").cache)
     assert all(called.values()), called
+
+
+def test_it_reaches_every_op_of_recall(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (*OPS, "store", "encode", "mark", "recall")
+    called = dict.fromkeys(names, 0)
+    lab = small_lab(options=PolicyOptions(probe_tokens=8, force_class="dynamic", merge="value"))
+    for name in names:
+        monkeypatch.setattr(ops, name, counting(name, called))
+    rehearse(lab.cache)
+    assert all(called.values()), called
+    assert not lab.cache.slots.requests
+    assert lab.recaller.tier.num_free == len(lab.recaller.tier.tokens)
 
 
 def counting(name: str, called: dict[str, int]) -> Any:

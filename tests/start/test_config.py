@@ -18,7 +18,7 @@ FLAGS = {
     "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
-    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-report-file",
+    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-host-memory", "--kv-report-file",
     "--kv-unproven-device", "--no-kv-unproven-device", "--kv-check-ledger",
     "--no-kv-check-ledger",
 }  # fmt: skip
@@ -103,6 +103,13 @@ def test_two_values_of_one_option_are_an_error() -> None:
         ({"policy": "full", "report_file": 5}, "got 5"),
         ({"policy": "sparsemm", "page_quota": 8, "head_scores_file": ["x"]}, "--kv-head-scores"),
         ({"policy": "streammem", "page_quota": 8, "lookahead": False}, "--no-kv-lookahead"),
+        ({"policy": "snapkv", "page_quota": 8, "host_memory": "1GiB"}, "is of --kv-policy hybrid"),
+        ({"policy": "full", "host_memory": "1GiB"}, "is of --kv-policy hybrid"),
+        ({"policy": "hybrid", "page_quota": 8, "host_memory": "lots"}, "as 512MiB or 32GiB; got"),
+        ({"policy": "hybrid", "page_quota": 8, "host_memory": "32"}, "as 512MiB or 32GiB; got"),
+        ({"policy": "hybrid", "page_quota": 8, "host_memory": "-1GiB"}, "as 512MiB or 32GiB; got"),
+        ({"policy": "hybrid", "page_quota": 8, "host_memory": 32}, "--kv-host-memory must be text"),
+        ({"policy": "hybrid", "page_quota": 8, "host_memory": "0GiB"}, "keeps nothing"),
         ({"policy": "hybrid", "page_quota": 8, "lookahead_source": "video"}, "text, template$"),
         ({"policy": "hybrid", "page_quota": 8, "chunk_ends": "frames"}, "unknown budgetkv option"),
         ({"policy": "hybrid", "page_quota": 8, "template_tokens": 0}, "--kv-template-tokens"),
@@ -133,6 +140,17 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 def test_quota_blocks(options: dict[str, object], blocks: int) -> None:
     config = BudgetConfig(policy="window", **options)
     assert config.quota_blocks(page_tokens=16, max_model_len=1000) == blocks
+
+
+@pytest.mark.parametrize(
+    ("size", "host_bytes"),
+    [("512MiB", 2**29), ("1.5GiB", 3 * 2**29), ("32 GB", 32 * 10**9), ("1TiB", 2**40), (None, 0)],
+)
+def test_host_memory_is_a_size(size: str | None, host_bytes: int) -> None:
+    config = BudgetConfig(policy="hybrid", page_quota=9, host_memory=size)
+    assert config.host_bytes == host_bytes
+    # who recalls computes output again as it was decoded
+    assert config.retrieves
 
 
 def test_a_quota_below_one_block_is_refused() -> None:

@@ -15,6 +15,10 @@ R the decode growth between two compactions, and N for the partial page of each 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.recall import Recall, RecallRoom
 
 MIN_BUDGET_PAGES = 2
 
@@ -50,6 +54,7 @@ class Quota:
         compresses: False when the policy keeps everything, so that `blocks` is never reached.
         retrieves: whether decode reads some pages only, so that output which is computed again
             must be read by decode too, a token at a time.
+        recall: what of the quota brings tokens back from host memory; None if nothing does.
 
     Raises:
         ValueError: the quota leaves no budget; the message names the smallest that does.
@@ -62,6 +67,7 @@ class Quota:
     decode_interval_tokens: int
     compresses: bool = True
     retrieves: bool = False
+    recall: Recall | None = None
 
     def __post_init__(self) -> None:
         if self.compresses and self.blocks < self.min_blocks:
@@ -114,7 +120,9 @@ class Quota:
         if not self.compresses:
             return self.blocks
         growth_tokens = max(self.chunk_tokens, self.decode_interval_tokens)
-        grown_pages = ceil_div(self.max_head_tokens + growth_tokens, self.page_tokens)
+        recalled_tokens = 0 if self.recall is None else self.budget_tokens
+        most_tokens = self.max_head_tokens + recalled_tokens + growth_tokens
+        grown_pages = ceil_div(most_tokens, self.page_tokens)
         return max(self.blocks, grown_pages)
 
     def fits(self, num_tokens: int) -> bool:
@@ -134,9 +142,32 @@ class Quota:
         """Whether the chunks of a prompt are compressed, so that its answer hangs on their ends."""
         return self.compresses and not self.fits(prompt_tokens)
 
+    def recall_room(self, prompt_tokens: int) -> RecallRoom | None:
+        """What recall takes of a request with such a prompt; None if it gets none."""
+        if self.recall is None or not self.compresses_prompt(prompt_tokens):
+            return None
+        return self.recall.room(prompt_tokens, self.budget_tokens, self.page_tokens)
+
+    def most_recall_pages(self, longest_tokens: int) -> tuple[int, int]:
+        """Most index pages and recall pages of a head, of prompts of at most so many tokens."""
+        assert self.recall is not None
+        first = self.recall_room(self.tokens + 1)
+        sizes = (longest_tokens, self.budget_tokens, self.page_tokens)
+        index_pages = self.recall.most_index_pages(*sizes)
+        return index_pages, 0 if first is None else first.slot_pages
+
+    def chunks_end(self, prompt_tokens: int) -> int:
+        """Tokens of the prompt that come in chunks: with recall, its last token comes by itself.
+
+        Behind it stands the first token of the answer, which must see what comes back.
+        """
+        return prompt_tokens - (self.recall_room(prompt_tokens) is not None)
+
     def compresses_after(self, seen_tokens: int, prompt_tokens: int) -> bool:
         """Whether a chunk that ends at `seen_tokens` of the prompt is compressed."""
-        return self.compresses_prompt(prompt_tokens) and seen_tokens > self.budget_tokens
+        if not self.compresses_prompt(prompt_tokens) or seen_tokens <= self.budget_tokens:
+            return False
+        return seen_tokens <= self.chunks_end(prompt_tokens)
 
     def compacts_before(self, start_tokens: int, prompt_tokens: int) -> bool:
         """Whether all layers are compacted before the token behind `start_tokens` is appended.
@@ -171,6 +202,8 @@ class Quota:
                 longest -= start_tokens % self.chunk_tokens
                 if start_tokens == 0:
                     longest = min(longest, self.page_tokens)
+                if start_tokens < self.chunks_end(prompt_tokens):
+                    return min(longest, self.chunks_end(prompt_tokens))
             return min(longest, prompt_tokens)
         first = self._first_compression(prompt_tokens)
         if start_tokens < first:
@@ -182,4 +215,4 @@ class Quota:
 
     def _first_compression(self, prompt_tokens: int) -> int:
         """Tokens seen at the first compression that output may lead to, or that it begins with."""
-        return self.tokens if self.fits(prompt_tokens) else prompt_tokens
+        return self.tokens if self.fits(prompt_tokens) else self.chunks_end(prompt_tokens)

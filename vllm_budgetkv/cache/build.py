@@ -10,11 +10,13 @@ from vllm_budgetkv.cache.compressor import Compressor
 from vllm_budgetkv.cache.probe.bank import BankShape
 from vllm_budgetkv.cache.probe.probes import Probes
 from vllm_budgetkv.cache.reading import Reader, page_choice
+from vllm_budgetkv.cache.recaller import Recaller
 from vllm_budgetkv.cache.report import Reports
 from vllm_budgetkv.cache.rows import Rows
 from vllm_budgetkv.cache.slots import Slots
 from vllm_budgetkv.cache.step import Layers
 from vllm_budgetkv.cache.tables import HeadTables
+from vllm_budgetkv.cache.tier import HostTier
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +65,8 @@ class Rules:
         quota: what a request may hold; the tables are as large as it needs.
         num_slots: requests that may hold a slot at once.
         check_ledger: check every table after every step and fill what is free with NaN.
+        max_model_tokens: tokens of the longest request.
+        host_bytes: of host memory that keeps what quotas drop; 0 for none.
     """
 
     policy: Policy
@@ -70,6 +74,8 @@ class Rules:
     quota: Quota
     num_slots: int
     check_ledger: bool
+    max_model_tokens: int = 0
+    host_bytes: int = 0
 
 
 def build_cache(
@@ -103,11 +109,13 @@ def build_cache(
     )
     if policy.compresses:
         compressor.new_layer_budgets(quota)  # refuses a model that does not fit before any request
+    recaller = _recaller_of(model, rules, tables)
     reports = Reports(
         policy_name=policy.name,
         block_bytes=model.num_layers * model.num_heads * model.pool.layout.page_bytes,
         tables=tables,
         on_finished=on_finished,
+        recaller=recaller,
     )
     if rules.check_ledger:
         model.pool.poison()
@@ -117,9 +125,10 @@ def build_cache(
         reader=Reader.empty(tables, model.scales, choice, rules.num_slots),
         probes=probes,
         compressor=compressor,
+        recaller=recaller,
     )
     return BudgetCache(
-        slots=Slots(tables, quota, probes, reports, parent_of, poison=rules.check_ledger),
+        slots=Slots(tables, quota, probes, reports, parent_of, rules.check_ledger, recaller),
         layers=layers,
         rows=Rows.empty(rules.num_slots, tables.lens.device),
         reports=reports,
@@ -135,6 +144,22 @@ def _tables_of(model: Model, rules: Rules) -> HeadTables:
         width_pages=quota.table_width_pages,
         quota_blocks=quota.blocks if rules.policy.compresses else 0,
     )
+
+
+def _recaller_of(model: Model, rules: Rules, tables: HeadTables) -> Recaller | None:
+    quota = rules.quota
+    if quota.recall is None:
+        return None
+    tier = HostTier.empty(
+        model.pool.layout,
+        tables.lens,
+        host_bytes=rules.host_bytes,
+        longest_tokens=rules.max_model_tokens,
+        poison=rules.check_ledger,
+    )
+    index_pages, slot_pages = quota.most_recall_pages(rules.max_model_tokens)
+    sizes = {"index_pages": index_pages, "slot_pages": slot_pages}
+    return Recaller.empty(tables, tier, quota.recall, model.scales, **sizes)
 
 
 def _probes_of(model: Model, rules: Rules) -> Probes:

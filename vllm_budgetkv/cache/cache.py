@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm_budgetkv.cache.ledger import check_slot
 from vllm_budgetkv.cache.requests import RequestState, RowPlan
-from vllm_budgetkv.cache.step import Step, count_retrieving_rows
+from vllm_budgetkv.cache.step import Step, count_reading_rows
 from vllm_budgetkv.ops import backend
 
 if TYPE_CHECKING:
@@ -61,6 +61,8 @@ class BudgetCache:
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
+        if self.layers.recaller is not None:
+            self.layers.recaller.join()
         self.slots.follow(scheduled)
         self.plan_step(scheduled.num_scheduled_tokens)
 
@@ -88,6 +90,7 @@ class BudgetCache:
             rows.shared.zero_()
         # what a decode step leaves behind is counted in rows
         first_tokens = range(len(plans)) if is_decode else starts
+        retrieving, recalling = count_reading_rows(plans)
         self.step = Step(
             layers=self.layers,
             plans=plans,
@@ -95,7 +98,8 @@ class BudgetCache:
             rows=rows,
             is_decode=is_decode,
             writes=self.layers.probes.open_writes(plans, first_tokens),
-            num_retrieving_rows=count_retrieving_rows(plans),
+            num_retrieving_rows=retrieving,
+            num_recalling_rows=recalling,
         )
         return self.step
 
@@ -121,6 +125,7 @@ class BudgetCache:
             is_decode=True,
             writes=[],
             num_retrieving_rows=num_rows if self.layers.reader.choice else 0,
+            num_recalling_rows=num_rows if self.layers.recaller else 0,
         )
 
     def end_step(self) -> None:
@@ -142,7 +147,7 @@ class BudgetCache:
         self.step = None
         if self.check_ledger:
             for request in self.slots.requests.values():
-                check_slot(self.tables, request)
+                check_slot(self.tables, request, self.layers.recaller)
 
     def _plan(self, request: RequestState, num_tokens: int) -> RowPlan:
         quota, prompt_tokens = request.quota, request.prompt_tokens
@@ -158,9 +163,18 @@ class BudgetCache:
         if plan.compress or compacts:
             self._share(request)
         if compacts:
-            self.layers.compressor.compress_all(request)
+            self._compact(request)
         plan.bank_positions = self.layers.probes.plan(request, start_tokens, stop_tokens)
         return plan
+
+    def _compact(self, request: RequestState) -> None:
+        """Compress all layers before a decode step; what was recalled is no part of them."""
+        recaller = self.layers.recaller
+        if recaller is not None and request.recalls:
+            recaller.detach(request)
+        self.layers.compressor.compress_all(request)
+        if recaller is not None and request.recalls:
+            recaller.attach(request)
 
     def _share(self, request: RequestState) -> None:
         """Let a request's heads share its pages from its first compression on."""
@@ -169,14 +183,21 @@ class BudgetCache:
             request.share(self.layers.compressor.new_layer_budgets(request.quota))
 
     def _advance(self, plan: RowPlan) -> None:
-        request, ends_prefill = plan.request, plan.ends_prefill
+        request, ends_prefill, ends_chunks = plan.request, plan.ends_prefill, plan.ends_chunks
         request.advance(plan.num_tokens)
         if plan.compress:
-            self.layers.compressor.finished(request, last=ends_prefill)
-        if not ends_prefill:
-            return
-        if request.parent_id is None:
+            self.layers.compressor.finished(request, last=ends_chunks)
+        if ends_chunks and request.parent_id is None:
             self.reports.prefilled(request)
-        else:
+        if ends_chunks and request.in_tier:
+            self._open_recall(request)
+        if ends_prefill and request.parent_id is not None:
             assert request.bank is not None
             self.layers.probes.seed(request.parent_id, request.bank)
+
+    def _open_recall(self, request: RequestState) -> None:
+        """Let the heads of a request bring back what its prompt's compressions dropped."""
+        assert self.layers.recaller is not None
+        self.layers.recaller.join()
+        self.layers.recaller.open(request)
+        request.recall()

@@ -58,12 +58,13 @@ class Compressor:
             request: the request; it notes the time.
             layers: layer indices, one behind the other.
             num_tokens: tokens that these layers hold beyond `request.computed_tokens`.
-            last: whether decode follows, so that digests are needed.
+            last: whether decode follows, so that digests are needed and recall takes its room.
         """
         started_seconds = time.perf_counter()
         tables, slot = self.tables, request.slot
         seen = [
-            self._observe(request, group, num_tokens) for group in self._groups(request, layers)
+            self._observe(request, group, num_tokens, last)
+            for group in self._groups(request, layers)
         ]
         kept = [self.policy.retain(observation) for observation in seen]
         # neighbours in the tables, so that their heads are the rows of one view
@@ -76,6 +77,9 @@ class Compressor:
         rows = slice(layers[0], layers[-1] + 1)
         is_static = is_static.view(len(layers), -1)
         tables.is_static[slot, rows] = is_static
+        found = [one.concentration for one in seen if one.concentration is not None]
+        if found:
+            tables.concentration[slot, rows] = join(found, 1).view(len(layers), -1)
         if last and self.makes_digests:
             ops.digest(heads)
             tables.is_retrieving[slot, rows] = ~is_static
@@ -127,7 +131,7 @@ class Compressor:
         return LayerBudgets(desired_tokens, quota.budget_tokens, quota.max_head_tokens)
 
     def _observe(
-        self, request: RequestState, layers: Sequence[int], num_tokens: int
+        self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
     ) -> Observation:
         """What the policy is told of one layer, or of several at once."""
         tables, policy, spans = self.tables, self.policy, request.spans
@@ -153,7 +157,7 @@ class Compressor:
             span_ids=span_ids,
             seen_tokens=seen_tokens,
             protected_position=spans.trailing_frame_start(seen_tokens),
-            budget_tokens=request.claim_tokens(layers[0]),
+            budget_tokens=request.claim_tokens(layers[0], last=last),
             max_head_tokens=request.quota.max_head_tokens,
             was_static=tables.is_static[place] if request.has_classes else None,
             text_tokens=spans.count_text(seen_tokens),

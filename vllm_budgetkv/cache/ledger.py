@@ -9,6 +9,7 @@ import torch
 from vllm_budgetkv.cache.tables import NO_PAGE, HeadTables
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RequestState
 
 
@@ -20,7 +21,17 @@ def held_pages(tables: HeadTables, slot: int) -> torch.Tensor:
     return tables.page_table[slot][column < num_pages[..., None]]
 
 
-def check_slot(tables: HeadTables, request: RequestState) -> None:
+def recall_pages(tables: HeadTables, recaller: Recaller, slot: int) -> torch.Tensor:
+    """int32 [M]: the pages of a slot's index, and those for recalled tokens that none uses."""
+    page_tokens = tables.pool.layout.page_tokens
+    slots, index = recaller.slots[slot], recaller.index[slot]
+    column = torch.arange(slots.shape[-1], device=slots.device)
+    idle = slots[column >= (recaller.num_recalled[slot] // page_tokens)[..., None]]
+    pages = torch.cat((index.flatten(), idle))
+    return pages[pages != NO_PAGE]
+
+
+def check_slot(tables: HeadTables, request: RequestState, recaller: Recaller | None = None) -> None:
     """Check the tables of one request against the blocks that it holds.
 
     Raises:
@@ -38,6 +49,8 @@ def check_slot(tables: HeadTables, request: RequestState) -> None:
             raise RuntimeError(f"slot {slot}: a head holds a page that is not its own")
         return
     free = tables.free_pages[slot, : int(tables.num_free[slot])]
+    if recaller is not None:
+        held = torch.cat([held, recall_pages(tables, recaller, slot)])
     found = torch.cat([held, free]).sort().values
     if not torch.equal(found, owned.sort().values):
         raise RuntimeError(

@@ -67,6 +67,9 @@ def _chunks(cache: BudgetCache) -> Iterator[int]:
         yield quota.chunk_tokens
     # Triton compiles again for numbers that 16 does not divide
     yield max(TEXT_TOKENS, quota.chunk_tokens // 2) + 1
+    if quota.recall is not None:
+        # what reads recalled tokens first comes by itself
+        yield 1
 
 
 def _run_step(cache: BudgetCache, num_tokens: int, generator: torch.Generator) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.tables import HeadTables
 
@@ -37,6 +38,13 @@ class RequestRecord:
         static_heads: after prefill, per layer and head whether the head is static.
         kv_bytes: bytes of blocks, tables and probe bank at the peak.
         compression_seconds: of the host; on a GPU the time that launching takes.
+        recall: "off" without host memory; "not needed" for a prompt inside the quota; "index too
+            large" or "no room" where it was served without; "not reached" if it ended before; "on".
+        host_bytes: of host memory that keep its prompt.
+        recall_steps: decode steps in which heads brought tokens back.
+        recalled_tokens: that they read in these steps, summed over (layer, head).
+        moved_tokens: of these, those that were not on the device yet.
+        moved_bytes: that were copied for it.
     """
 
     request_id: str
@@ -52,6 +60,12 @@ class RequestRecord:
     compressions: int = 0
     compression_seconds: float = 0.0
     preemptions: int = 0
+    recall: str = "off"
+    host_bytes: int = 0
+    recall_steps: int = 0
+    recalled_tokens: int = 0
+    moved_tokens: int = 0
+    moved_bytes: int = 0
     kept: dict[str, dict[str, int]] = field(default_factory=dict)
     kept_counts: dict[str, list[int]] = field(default_factory=dict)
     heads: dict[str, int] = field(default_factory=dict)
@@ -76,6 +90,7 @@ class Reports:
         block_bytes: bytes of a block of this rank.
         tables: page tables.
         on_finished: gets the record of every client request that ended; None if nobody reads them.
+        recaller: brings tokens back; None without host memory.
         records: by request id.
         is_paused: whether new requests are no client's, as while the worker warms up.
     """
@@ -84,6 +99,7 @@ class Reports:
     block_bytes: int
     tables: HeadTables
     on_finished: Callable[[RequestRecord], None] | None
+    recaller: Recaller | None = None
     records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
     is_paused: bool = field(default=False, init=False)
 
@@ -119,6 +135,7 @@ class Reports:
             return
         num_blocks = len(request.blocks)
         extra_bytes = self.tables.slot_bytes + (request.bank.nbytes if request.bank else 0)
+        extra_bytes += self.recaller.slot_bytes if self.recaller else 0
         record.peak_blocks = max(record.peak_blocks, num_blocks)
         record.kv_bytes = max(record.kv_bytes, num_blocks * self.block_bytes + extra_bytes)
         # the last sampled token was never computed
@@ -127,6 +144,11 @@ class Reports:
         record.compressions += request.compressions
         record.compression_seconds += request.compression_seconds
         record.preemptions += is_preempted
+        try:
+            _count_recalled(record, request, self.recaller)
+        except Exception:  # noqa: BLE001
+            # what only reports does not end a request
+            warn_once("what requests bring back cannot be counted: their report lacks it")
 
     def prefilled(self, request: RequestState) -> None:
         """The prompt of a request is in the cache. Reads the device; never raises."""
@@ -168,3 +190,31 @@ def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables
         }
         record.kept_counts[name] = counts.tolist()
         record.heads[name] = int(chosen.sum())
+
+
+def _count_recalled(
+    record: RequestRecord, request: RequestState, recaller: Recaller | None
+) -> None:
+    """Add what a request that gives up its slot brought back. Reads the device."""
+    quota, prompt_tokens = request.quota, request.prompt_tokens
+    if recaller is None:
+        return
+    if not quota.compresses_prompt(prompt_tokens):
+        record.recall = "not needed"
+    elif quota.recall_room(prompt_tokens) is None:
+        record.recall = "index too large"
+    elif not request.in_tier:
+        record.recall = "no room"
+    elif not request.recalls:
+        record.recall = "not reached"
+    else:
+        record.recall = "on"
+        steps = request.computed_tokens - quota.chunks_end(prompt_tokens)
+        moved_tokens = int(recaller.moved[request.slot].sum())
+        record.recall_steps += steps
+        record.recalled_tokens += steps * int(recaller.num_recalled[request.slot].sum())
+        record.moved_tokens += moved_tokens
+        record.moved_bytes += moved_tokens * recaller.token_bytes
+    if request.in_tier:
+        held_blocks = ceil_div(prompt_tokens, record.page_tokens)
+        record.host_bytes = held_blocks * recaller.tier.block_bytes

@@ -29,11 +29,13 @@ class RequestState:
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
         parent_id: the request that it runs ahead of; None for a client's request.
+        in_tier: whether host memory keeps its prompt.
         shared: whether its head-pages are shared between its heads (else identity).
         grown_tokens: tokens appended since its last compression.
         compressions: how often all its layers were compressed.
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
+        recalls: whether some of its heads bring tokens back from host memory.
         bank: its probe queries; None until it needs some.
         position_offset: int64 scalar on the device: what the rotary position of its next token is
             beyond the token's index. Text alone follows the prompt, so decode leaves it.
@@ -48,11 +50,13 @@ class RequestState:
     computed_tokens: int
     parent_id: str | None = None
     bank: ProbeBank | None = None
+    in_tier: bool = False
     shared: bool = field(default=False, init=False)
     grown_tokens: int = field(default=0, init=False)
     compressions: int = field(default=0, init=False)
     compression_seconds: float = field(default=0.0, init=False)
     has_digests: bool = field(default=False, init=False)
+    recalls: bool = field(default=False, init=False)
     position_offset: torch.Tensor | None = field(default=None, init=False)
     layer_budgets: LayerBudgets | None = field(default=None, init=False)
 
@@ -102,10 +106,16 @@ class RequestState:
         """Note how far rotary positions are beyond the indices of the next tokens."""
         self.position_offset = position_offset
 
-    def claim_tokens(self, layer: int) -> int:
-        """Tokens per head, on average, that a layer may keep of the compression that begins."""
+    def claim_tokens(self, layer: int, *, last: bool) -> int:
+        """Tokens per head, on average, that a layer may keep of the compression that begins.
+
+        Args:
+            layer: its index.
+            last: whether decode follows, so that recall takes its room.
+        """
         if self.layer_budgets is None:
-            return self.quota.budget_tokens
+            room = self.quota.recall_room(self.prompt_tokens) if self.in_tier and last else None
+            return self.quota.budget_tokens if room is None else room.resident_tokens
         return self.layer_budgets.claim(layer)
 
     def spend(self, seconds: float) -> None:
@@ -116,6 +126,10 @@ class RequestState:
         """Tokens were appended to every head."""
         self.computed_tokens += num_tokens
         self.grown_tokens += num_tokens
+
+    def recall(self) -> None:
+        """Some of its heads bring tokens back from now on."""
+        self.recalls = True
 
     def compressed(self, *, has_digests: bool) -> None:
         """All layers were compressed."""
@@ -157,3 +171,10 @@ class RowPlan:
         return self.request.in_prefill(start_tokens) and not self.request.in_prefill(
             self.stop_tokens
         )
+
+    @property
+    def ends_chunks(self) -> bool:
+        """Whether this step's chunk is the last that is compressed as part of a prompt."""
+        request = self.request
+        end_tokens = request.quota.chunks_end(request.prompt_tokens)
+        return request.computed_tokens < end_tokens <= self.stop_tokens

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.probe.probes import Probes
+    from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.report import Reports
     from vllm_budgetkv.cache.spans import PromptSpans
     from vllm_budgetkv.cache.tables import HeadTables
@@ -31,6 +32,7 @@ class Slots:
         reports: told of every client request.
         parent_of: id of the request that a new one looks ahead for; None for a client's.
         poison: fill the pages of a private request with NaN when it goes.
+        recaller: brings tokens back from host memory; None where nothing does.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
         parents: id of the request that each unfinished look-ahead runs for, by its own id.
@@ -42,6 +44,7 @@ class Slots:
     reports: Reports
     parent_of: Callable[[NewRequestData], str | None]
     poison: bool
+    recaller: Recaller | None
     requests: dict[str, RequestState] = field(default_factory=dict, init=False)
     spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
     parents: dict[str, str] = field(default_factory=dict, init=False)
@@ -82,6 +85,8 @@ class Slots:
         if self.poison and request.shared:
             self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
         self.tables.release(request.slot)
+        if self.recaller is not None:
+            self.recaller.release(request.slot)
         self._free.append(request.slot)
 
     def _admit_new(self, new: NewRequestData) -> None:
@@ -116,9 +121,16 @@ class Slots:
             computed_tokens=computed_tokens,
             parent_id=self.parents.get(request_id),
             bank=self.probes.seed_of(request_id),
+            in_tier=self._enter_tier(slot, self.spans[request_id].prompt_tokens),
         )
         self.tables.extend_identity(slot, 0, blocks)
         self.tables.set_identity_length(slot, computed_tokens)
+
+    def _enter_tier(self, slot: int, prompt_tokens: int) -> bool:
+        """Whether host memory keeps the prompt of a request; one that fits its quota needs none."""
+        if self.recaller is None or self.quota.recall_room(prompt_tokens) is None:
+            return False
+        return self.recaller.tier.admit(slot, prompt_tokens)
 
     def _grow(self, request: RequestState, blocks: list[int]) -> None:
         first_block = len(request.blocks)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.compressor import Compressor
     from vllm_budgetkv.cache.probe.probes import Entry, Probes
     from vllm_budgetkv.cache.reading import Reader
+    from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RowPlan
     from vllm_budgetkv.cache.rows import Rows
     from vllm_budgetkv.cache.tables import HeadTables
@@ -30,6 +31,7 @@ class Layers:
         reader: attention over them.
         probes: queries that score the cache.
         compressor: compresses one layer of one request.
+        recaller: brings tokens back from host memory; None where nothing does.
     """
 
     index: Mapping[str, int]
@@ -37,6 +39,7 @@ class Layers:
     reader: Reader
     probes: Probes
     compressor: Compressor
+    recaller: Recaller | None
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Step:
         is_decode: whether every row decodes.
         writes: text tokens that enter a bank, with the request and its bank.
         num_retrieving_rows: leading rows of one token that may read some of their pages only.
+        num_recalling_rows: leading rows of one token that may bring tokens back.
     """
 
     layers: Layers
@@ -65,6 +69,7 @@ class Step:
     is_decode: bool
     writes: Sequence[Entry]
     num_retrieving_rows: int
+    num_recalling_rows: int
 
     def see_positions(self, positions: torch.Tensor) -> None:
         """Take the rotary positions of the batch, before the first layer runs.
@@ -100,6 +105,11 @@ class Step:
         layer = self.layers.index[layer_name]
         query, key, value, out = (x[: self.starts[-1]] for x in (query, key, value, out))
         ops.append(key, value, tables.layer(layer), tables.stack, rows)
+        if (recaller := self.layers.recaller) is not None:
+            if not self.is_decode:
+                recaller.store(layer, rows, key, value)
+            if count := self.num_recalling_rows:
+                recaller.recall(layer, rows.first(count), query[:count])
         self.layers.reader.attend(layer, rows, self.num_retrieving_rows, query, out)
         if self.is_decode:
             self.layers.probes.note_decode(layer, query)
@@ -109,7 +119,7 @@ class Step:
         for plan in self.plans:
             if plan.compress:
                 self.layers.compressor.compress(
-                    plan.request, [layer], plan.num_tokens, last=plan.ends_prefill
+                    plan.request, [layer], plan.num_tokens, last=plan.ends_chunks
                 )
 
     def close(self) -> None:
@@ -118,7 +128,9 @@ class Step:
             self.layers.probes.take_decode(self.writes)
 
 
-def count_retrieving_rows(plans: Sequence[RowPlan]) -> int:
-    """Leading one-token rows, if any of them retrieves; 0 otherwise."""
+def count_reading_rows(plans: Sequence[RowPlan]) -> tuple[int, int]:
+    """Leading one-token rows, if any of them retrieves, and if any recalls; 0 otherwise."""
     count = next((row for row, plan in enumerate(plans) if plan.num_tokens != 1), len(plans))
-    return count if any(plan.request.has_digests for plan in plans[:count]) else 0
+    requests = [plan.request for plan in plans[:count]]
+    retrieves = any(request.has_digests for request in requests)
+    return count * retrieves, count * any(request.recalls for request in requests)

@@ -32,6 +32,7 @@ class HeadTables:
         num_free: int32 [S].
         is_retrieving: bool [S, L, H], heads that read only some of their pages in decode.
         is_static: bool [S, L, H], class of each head.
+        concentration: float32 [S, L, H], share of the probe's attention on its top k tokens.
     """
 
     pool: PagePool
@@ -41,6 +42,7 @@ class HeadTables:
     num_free: torch.Tensor
     is_retrieving: torch.Tensor
     is_static: torch.Tensor
+    concentration: torch.Tensor
 
     @classmethod
     def empty(
@@ -71,6 +73,7 @@ class HeadTables:
             num_free=ids(num_slots, fill=0),
             is_retrieving=flags(False),
             is_static=flags(True),
+            concentration=torch.zeros(shape, device=device),
         )
 
     @property
@@ -123,7 +126,7 @@ class HeadTables:
     def slot_bytes(self) -> int:
         """Bytes of all tables of one slot."""
         tensors = [self.page_table, self.lens, self.free_pages, self.num_free]
-        tensors += [self.is_retrieving, self.is_static]
+        tensors += [self.is_retrieving, self.is_static, self.concentration]
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
     def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
@@ -160,6 +163,39 @@ class HeadTables:
         self.free_pages[slot, : free.numel()] = free
         self.num_free[slot] = free.numel()
 
+    def take(self, slot: int, count: int) -> torch.Tensor:
+        """int32 [count]: head-pages from the top of a slot's free stack, which has them."""
+        top = self.num_free[slot] - 1 - torch.arange(count, device=self.num_free.device)
+        self.num_free[slot] -= count
+        return self.free_pages[slot][top.long()]
+
+    def push_front(self, slot: int, pages: torch.Tensor, num_tokens: torch.Tensor) -> None:
+        """Put whole pages in front of what heads hold.
+
+        Args:
+            slot: the request's slot.
+            pages: int32 [L, H, C], of each head.
+            num_tokens: int32 [L, H], tokens of them that count, whole pages.
+        """
+        table, column = self.page_table[slot], self._columns()
+        from_column = column - (num_tokens // self.pool.layout.page_tokens)[..., None]
+        behind = table.gather(-1, from_column.clamp(min=0))
+        front = pages[..., column.clamp(max=pages.shape[-1] - 1)]
+        table.copy_(torch.where(from_column < 0, front, behind))
+        self.lens[slot] += num_tokens
+
+    def pop_front(self, slot: int, num_tokens: torch.Tensor) -> None:
+        """Take that many tokens, int32 [L, H], whole pages, from the front of what heads hold."""
+        table, column = self.page_table[slot], self._columns()
+        from_column = column + (num_tokens // self.pool.layout.page_tokens)[..., None]
+        width_pages = table.shape[-1]
+        left = table.gather(-1, from_column.clamp(max=width_pages - 1))
+        table.copy_(left.masked_fill(from_column >= width_pages, NO_PAGE))
+        self.lens[slot] -= num_tokens
+
+    def _columns(self) -> torch.Tensor:
+        return torch.arange(self.page_table.shape[-1], device=self.page_table.device)
+
     def reserve(self, rows: ops.BatchRows) -> None:
         """Take the pages of the next token of every head of all layers of some rows."""
         ops.reserve(self.all_layers, self.stack, rows)
@@ -171,3 +207,4 @@ class HeadTables:
         self.num_free[slot] = 0
         self.is_retrieving[slot] = False
         self.is_static[slot] = True
+        self.concentration[slot] = 0.0

@@ -111,6 +111,13 @@ class Observation:
         return num_heads, num_tokens
 
     @property
+    def concentration(self) -> torch.Tensor | None:
+        """float32 [H]: top-k mass of the least concentrated query head of each KV head."""
+        if self.topk_mass is None:
+            return None
+        return self.topk_mass.unflatten(-1, (self.shape[0], -1)).amin(dim=-1)
+
+    @property
     def fits(self) -> bool:
         """True if the host can tell that nothing has to go, however the heads share."""
         return self.shape[1] <= min(self.budget_tokens, self.max_head_tokens)

@@ -21,7 +21,7 @@ def classify(observation: Observation, options: PolicyOptions) -> torch.Tensor:
     "dynamic" costs time but a wrong "static" loses tokens.
 
     Args:
-        observation: `topk_mass`, `was_static` and the number of heads are read.
+        observation: `concentration`, `was_static` and `lens` are read.
         options: `static_threshold`, `hysteresis`, `force_class`.
 
     Returns:
@@ -30,12 +30,11 @@ def classify(observation: Observation, options: PolicyOptions) -> torch.Tensor:
     lens, was_static = observation.lens, observation.was_static
     if options.force_class is not None:
         return torch.full_like(lens, options.force_class == "static", dtype=torch.bool)
-    topk_mass = observation.topk_mass
-    if topk_mass is None:
+    concentration = observation.concentration
+    if concentration is None:
         if was_static is not None:
             return was_static
         return torch.zeros_like(lens, dtype=torch.bool)
-    concentration = topk_mass.unflatten(-1, (observation.shape[0], -1)).amin(dim=-1)
     if was_static is None:
         return concentration >= options.static_threshold
     stays_static = concentration >= options.static_threshold - options.hysteresis

@@ -209,6 +209,26 @@ class PolicyOptions(PolicyFlags):
         metavar="SHARE",
         within=SHARE,
     )
+    recall_heads_share: float = knob(
+        1 / 3,
+        "Share of the heads, the most concentrated ones, that bring tokens back from "
+        "--kv-host-memory.",
+        metavar="SHARE",
+        within=POSITIVE_SHARE,
+    )
+    recall_share: float = knob(
+        0.5,
+        "Tokens that such a head brings back in a step, as a share of the budget beside the index.",
+        metavar="SHARE",
+        within=POSITIVE_SHARE,
+    )
+    recall_index_share: float = knob(
+        0.5,
+        "Most of the budget that the index of the prompt may take; a longer prompt is served "
+        "without recall.",
+        metavar="SHARE",
+        within=POSITIVE_SHARE,
+    )
     uniform_share: float = knob(
         0.1,
         "Share of the budget that all heads get alike; the rest follows their offline scores "

@@ -13,6 +13,7 @@ from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start.activation import config_of
+from vllm_budgetkv.start.host_memory import token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.recall import Recall
 
 # a child of vLLM's logger, which alone has a handler
 logger = init_logger("vllm.plugins.budgetkv")
@@ -78,6 +80,27 @@ class BudgetScheduler(AsyncScheduler):
             self.kv_cache_config.num_blocks,
             "on" if self._config.looks_ahead else "off",
         )
+        if quota.recall is not None:
+            self._log_recall(quota.recall)
+
+    def _log_recall(self, recall: Recall) -> None:
+        kept_tokens = self._config.host_bytes // token_bytes(self.vllm_config)
+        logger.info(
+            "budgetkv: %s of host memory keep %d tokens of prompts beyond their quota, %d of %d "
+            "heads bring tokens back",
+            self._config.host_memory,
+            kept_tokens,
+            recall.num_heads,
+            recall.all_heads,
+        )
+        if kept_tokens < self.max_model_len:
+            logger.warning(
+                "budgetkv: --kv-host-memory %s keeps %d tokens, a prompt may have %d: longer ones "
+                "are served without recall",
+                self._config.host_memory,
+                kept_tokens,
+                self.max_model_len,
+            )
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._waits_for_encoder = False

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
+from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.policy import make_policy
-from vllm_budgetkv.start import platforms, pool_size, refusals
+from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
     quota = _resolve_quota(vllm_config, config)
     _check_policy(vllm_config, config, quota)
+    host_memory.check(vllm_config, config)
     if quota.compresses:
         pool_size.check(vllm_config, quota, vllm_config.cache_config.kv_cache_memory_bytes)
         _check_batch(vllm_config, quota)
@@ -92,7 +94,25 @@ def _resolve_quota(vllm_config: VllmConfig, config: BudgetConfig) -> Quota:
         decode_interval_tokens=config.decode_interval_tokens,
         # no request outgrows a quota that holds the longest
         compresses=config.compresses and blocks * page_tokens < max_model_len,
-        retrieves=config.retrieves,
+        retrieves=config.retrieves or config.host_bytes > 0,
+        recall=_recall_of(vllm_config, config),
+    )
+
+
+def _recall_of(vllm_config: VllmConfig, config: BudgetConfig) -> Recall | None:
+    """What of a quota brings tokens back; None where no host memory keeps any."""
+    if not config.host_bytes:
+        return None
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    layout = PageLayout(vllm_config.cache_config.block_size, model.get_head_size(), model.dtype)
+    options = config.policy_options()
+    all_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    return Recall(
+        num_heads=max(1, round(options.recall_heads_share * all_heads)),
+        all_heads=all_heads,
+        index_tokens=layout.index_tokens,
+        slots_share=options.recall_share,
+        max_index_share=options.recall_index_share,
     )
 
 
@@ -128,4 +148,6 @@ def config_of(vllm_config: VllmConfig) -> BudgetConfig:
 
 def quota_of(vllm_config: VllmConfig) -> Quota:
     """The quota that `activate` resolved, the same in every process."""
-    return Quota(**_additional(vllm_config)[RESOLVED_SECTION]["quota"])
+    resolved = dict(_additional(vllm_config)[RESOLVED_SECTION]["quota"])
+    recall = resolved.pop("recall")
+    return Quota(**resolved, recall=None if recall is None else Recall(**recall))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
 from typing import Any
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.policy.option import COUNT, POSITIVE_SHARE, flag_of, option
+from vllm_budgetkv.policy.option import COUNT, POSITIVE_SHARE, flag_of, option, refuse_foreign
 from vllm_budgetkv.policy.options import PolicyFlags, PolicyOptions
 from vllm_budgetkv.policy.probe_source import ChatTemplate
 
@@ -86,6 +87,13 @@ class BudgetConfig(PolicyFlags):
         "'{\"text_share\": 0.3}' (for ablations; see docs/options.md).",
         metavar="JSON",
     )
+    host_memory: str | None = option(
+        None,
+        "Host memory of each worker that keeps what quotas drop, as 32GiB: heads that look for "
+        "single tokens bring them back while they decode.",
+        metavar="SIZE",
+        policies=("hybrid",),
+    )
     report_file: str | None = option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )
@@ -98,7 +106,10 @@ class BudgetConfig(PolicyFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        refuse_foreign(self, self.policy)
         self._check_quota()
+        if self.host_memory is not None and self.host_bytes < 1:
+            raise ValueError("--kv-host-memory 0 keeps nothing: leave it out")
         POLICIES[self.policy].check(self.policy_options(), self.lookahead)
 
     def _check_quota(self) -> None:
@@ -122,6 +133,11 @@ class BudgetConfig(PolicyFlags):
     def retrieves(self) -> bool:
         """Whether decode reads only some pages of a request that was compressed."""
         return POLICIES[self.policy].retrieves and self.retrieval_ratio < 1
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that keeps what quotas drop; 0 for none."""
+        return 0 if self.host_memory is None else _bytes_of(self.host_memory)
 
     @property
     def looks_ahead(self) -> bool:
@@ -214,6 +230,20 @@ def section_of(additional: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(section, Mapping):
         raise ValueError(f"{SECTION} must be a JSON object of options; got {section!r}")
     return section
+
+
+def _bytes_of(size: str) -> int:
+    """Bytes of a size in the user's words, as 512MiB or 32GiB.
+
+    Raises:
+        ValueError: it is no such size.
+    """
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", size.strip())
+    if found is None:
+        raise ValueError(f"--kv-host-memory must be a size as 512MiB or 32GiB; got {size!r}")
+    number, unit = found.groups()
+    base = 1024 if "i" in unit else 1000
+    return int(float(number) * base ** (1 + "KMGT".index(unit[0])))
 
 
 _QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")

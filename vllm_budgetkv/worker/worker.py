@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
@@ -29,7 +30,6 @@ from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-    import torch
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
@@ -125,6 +125,8 @@ class BudgetWorker(Worker):
                 quota=quota,
                 num_slots=self.vllm_config.scheduler_config.max_num_seqs,
                 check_ledger=config.check_ledger,
+                max_model_tokens=self.model_config.max_model_len,
+                host_bytes=config.host_bytes,
             ),
             parent_of,
             (lambda record: record.append_to(report)) if report else None,
@@ -162,6 +164,7 @@ class BudgetWorker(Worker):
         if step is not None:
             step.see_positions(kwargs["positions"])
 
+    @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.budget_cache.begin_step(scheduler_output)
         output = super().execute_model(scheduler_output)

@@ -1,0 +1,96 @@
+"""What recall takes of a quota, and where the prompt's last token then stands."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.arithmetic.recall import Recall
+
+
+@st.composite
+def quotas(draw: st.DrawFn) -> Quota:
+    all_heads = draw(st.integers(1, 200))
+    page_tokens = draw(st.sampled_from([8, 16, 64]))
+    numbers: dict[str, Any] = {
+        "page_tokens": page_tokens,
+        "num_layers": draw(st.integers(1, 40)),
+        "chunk_tokens": draw(st.integers(1, 2000)),
+        "decode_interval_tokens": draw(st.integers(1, 100)),
+        "recall": Recall(
+            num_heads=draw(st.integers(1, all_heads)),
+            all_heads=all_heads,
+            index_tokens=page_tokens * draw(st.integers(4, 32)),
+            slots_share=draw(st.floats(0.01, 1)),
+            max_index_share=draw(st.floats(0.01, 1)),
+        ),
+    }
+    smallest = Quota(blocks=10**6, **numbers).min_blocks
+    return Quota(blocks=smallest + draw(st.integers(0, 500)), **numbers)
+
+
+@given(quotas(), st.integers(1, 300_000))
+def test_index_recalled_and_resident_tokens_are_the_budget_at_most(
+    quota: Quota, prompt_tokens: int
+) -> None:
+    room = quota.recall_room(prompt_tokens)
+    if room is None:
+        return
+    recall = quota.recall
+    assert recall is not None
+    of_recalling = recall.num_heads * (room.index_pages + room.slot_pages) * quota.page_tokens
+    total_tokens = recall.all_heads * room.resident_tokens + of_recalling
+    assert total_tokens <= recall.all_heads * quota.budget_tokens
+    assert room.index_pages * recall.index_tokens >= prompt_tokens
+    assert room.resident_tokens >= 0
+    most_index, most_slots = quota.most_recall_pages(prompt_tokens)
+    assert room.index_pages <= most_index
+    assert room.slot_pages <= most_slots
+    longest_tokens = quota.max_head_tokens + room.slot_pages * quota.page_tokens
+    width_tokens = quota.table_width_pages * quota.page_tokens
+    assert longest_tokens + quota.decode_interval_tokens <= width_tokens
+
+
+@given(quotas(), st.integers(1, 300_000))
+def test_the_last_token_of_a_prompt_that_recalls_comes_by_itself(
+    quota: Quota, prompt_tokens: int
+) -> None:
+    recalls = quota.recall_room(prompt_tokens) is not None
+    end_tokens = quota.chunks_end(prompt_tokens)
+    assert end_tokens == prompt_tokens - recalls
+    start = max(0, end_tokens - 1)
+    if recalls:
+        assert quota.next_stop(start, prompt_tokens) == end_tokens
+        assert quota.next_stop(end_tokens, prompt_tokens) == prompt_tokens
+        assert quota.compresses_after(end_tokens, prompt_tokens)
+        assert not quota.compresses_after(prompt_tokens, prompt_tokens)
+    interval = quota.decode_interval_tokens
+    grown = [
+        n
+        for n in range(prompt_tokens, end_tokens + 3 * interval + 1)
+        if quota.compacts_before(n, prompt_tokens)
+    ]
+    if not quota.fits(prompt_tokens):
+        assert grown == [end_tokens + times * interval for times in (1, 2, 3)]
+
+
+def test_a_longer_index_leaves_less_until_it_is_too_large() -> None:
+    """The arithmetic of a model of 28 layers and 4 KV heads of 128 in bfloat16, quota 3,072."""
+    quota = Quota(
+        blocks=192,
+        page_tokens=16,
+        num_layers=28,
+        chunk_tokens=1024,
+        decode_interval_tokens=64,
+        recall=Recall(
+            num_heads=37, all_heads=112, index_tokens=256, slots_share=0.5, max_index_share=0.5
+        ),
+    )
+    assert quota.budget_tokens == 2955
+    rooms = [quota.recall_room(n) for n in (8_192, 32_768, 65_536, 131_072)]
+    assert [room and room.index_pages for room in rooms] == [32, 128, 256, None]
+    assert [room and room.slot_pages for room in rooms] == [87, 71, 50, None]
+    assert [room and room.resident_tokens for room in rooms] == [2326, 1903, 1337, None]

@@ -1,0 +1,279 @@
+"""Recall under random chunks, aborts and preemptions: quota, content and attention, no model."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.cache.lab import Client, Lab
+from tests.cache.test_scenarios import assert_empty, play
+from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.arithmetic.recall import Recall
+from vllm_budgetkv.policy import PolicyOptions
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.cache.recaller import Recaller
+    from vllm_budgetkv.cache.step import Step
+
+SCENARIOS = 300
+MAX_TOKENS = 400
+
+
+class RecallLab(Lab):
+    """Every decode step's attention is dense attention over what is kept and what came back.
+
+    Args:
+        tier_blocks: of host memory.
+    """
+
+    def __init__(self, *args: Any, tier_blocks: int, **kwargs: Any) -> None:
+        self.tier_blocks = tier_blocks
+        self.num_checked = 0
+        super().__init__(*args, **kwargs)
+
+    def host_memory(self) -> dict[str, int]:
+        shape = (self.layers, self.heads, 2, self.quota.page_tokens, self.head_size)
+        block_bytes = math.prod(shape) * 4
+        return {"max_model_tokens": MAX_TOKENS, "host_bytes": self.tier_blocks * block_bytes}
+
+    @property
+    def recaller(self) -> Recaller:
+        recaller = self.cache.layers.recaller
+        assert recaller is not None
+        return recaller
+
+    def num_recalled(self, client: Client, layer: int, head: int) -> int:
+        state = self.state(client)
+        return int(self.recaller.num_recalled[state.slot, layer, head]) if state.recalls else 0
+
+    def run_layer(self, step: Step, layer: int, *tensors: torch.Tensor) -> None:
+        super().run_layer(step, layer, *tensors)
+        query, _, _, out = tensors
+        for row, plan in enumerate(step.plans[: step.num_recalling_rows]):
+            if plan.compress:
+                continue  # what was read is gone
+            client = next(c for c in self.clients if c.request_id == plan.request.request_id)
+            if plan.request.recalls:
+                self._check_recalled(client, layer)
+            if self.reads_all_pages or not plan.request.has_digests:
+                self._check_attention(client, layer, query[row], out[row])
+
+    def forward(self, work: dict[Client, int]) -> Step:
+        self.clients = list(work)
+        return super().forward(work)
+
+    def _check_recalled(self, client: Client, layer: int) -> None:
+        """What came back is of the prompt, and nothing that the head keeps."""
+        for head in range(self.heads):
+            count = self.num_recalled(client, layer, head)
+            positions = self.held(client, layer, head).tolist()
+            assert len(set(positions)) == len(positions)
+            assert all(0 <= position < client.prompt_tokens for position in positions[:count])
+
+    def _check_attention(
+        self, client: Client, layer: int, query: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        for head in range(self.heads):
+            shadow = self.shadow[client.request_id, layer]
+            keys, values = shadow[self.held(client, layer, head), :, head].unbind(1)
+            group = slice(head * self.group, (head + 1) * self.group)
+            logits = query[group] @ keys.T * self.head_size**-0.5
+            torch.testing.assert_close(
+                out[group], logits.softmax(-1) @ values, rtol=1e-4, atol=1e-4
+            )
+        self.num_checked += 1
+
+
+def make_lab(seed: int) -> RecallLab:
+    chance = random.Random(seed)
+    page_tokens, num_layers = chance.choice([8, 16]), chance.choice([1, 2, 3])
+    heads = chance.choice([1, 2, 3])
+    numbers: dict[str, Any] = {
+        "page_tokens": page_tokens,
+        "num_layers": num_layers,
+        "chunk_tokens": chance.randint(10, 50),
+        "decode_interval_tokens": chance.randint(1, 12),
+        "retrieves": True,
+        "recall": Recall(
+            num_heads=chance.randint(1, num_layers * heads),
+            all_heads=num_layers * heads,
+            index_tokens=PageLayout(page_tokens, 32, torch.float32).index_tokens,
+            slots_share=chance.choice([0.2, 0.5, 1.0]),
+            max_index_share=chance.choice([0.3, 0.9]),
+        ),
+    }
+    smallest = Quota(blocks=10**6, **numbers).min_blocks
+    quota = Quota(blocks=smallest + chance.randint(0, 6), **numbers)
+    return RecallLab(
+        "hybrid",
+        quota,
+        pool_blocks=max(40, 2 * quota.blocks),
+        heads=heads,
+        group=chance.choice([1, 2]),
+        seed=seed,
+        tier_blocks=chance.choice([1, 30, 200]),
+    )
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_scenarios(block: int) -> None:
+    count, checked = SCENARIOS // 4, 0
+    for seed in range(block * count, (block + 1) * count):
+        lab = make_lab(seed)
+        play(lab, num_steps=30)
+        assert_empty(lab)
+        tier = lab.recaller.tier
+        assert tier.num_free == len(tier.tokens)
+        assert tier.tokens.isnan().all(), "free host memory must be poisoned"
+        for counts in (lab.recaller.num_tokens, lab.recaller.num_recalled, lab.recaller.moved):
+            assert not counts.any()
+        checked += lab.num_checked
+    assert checked > 5 * count
+
+
+NUMBERS: dict[str, Any] = {
+    "blocks": 12,
+    "page_tokens": 8,
+    "num_layers": 3,
+    "chunk_tokens": 24,
+    "decode_interval_tokens": 8,
+    "retrieves": True,
+}
+HEADS = 2
+RECALL = Recall(num_heads=2, all_heads=6, index_tokens=256, slots_share=0.5, max_index_share=0.5)
+
+
+def small_lab(recall: Recall = RECALL, tier_blocks: int = 100, **kwargs: Any) -> RecallLab:
+    quota = Quota(**NUMBERS, recall=recall)
+    return RecallLab(
+        "hybrid", quota, pool_blocks=30, heads=HEADS, tier_blocks=tier_blocks, **kwargs
+    )
+
+
+def run(lab: RecallLab, client: Client, outputs: int) -> Client:
+    while client.output_tokens < outputs:
+        lab.step({client: lab.room(client)})
+    return client
+
+
+def recalling_heads(lab: RecallLab, client: Client) -> list[list[int]]:
+    return (lab.recaller.num_recalled[lab.state(client).slot] > 0).nonzero().tolist()
+
+
+def test_the_most_concentrated_heads_recall() -> None:
+    lab = small_lab()
+    client = run(lab, Client("long", 300), outputs=1)
+    found = lab.cache.tables.concentration[lab.state(client).slot].flatten()
+    best = sorted(found.topk(RECALL.num_heads).indices.tolist())
+    assert [layer * HEADS + head for layer, head in recalling_heads(lab, client)] == best
+
+
+def test_a_head_that_recalls_all_reads_as_if_nothing_had_been_dropped() -> None:
+    """Kept and recalled tokens are the whole prompt, so the output is that of dense attention."""
+    greedy = Recall(
+        num_heads=1, all_heads=6, index_tokens=256, slots_share=1.0, max_index_share=0.9
+    )
+    found = 0
+    for prompt_tokens in range(97, 113):
+        lab = small_lab(greedy, options=PolicyOptions(probe_tokens=4, retrieval_ratio=1.0))
+        client = run(lab, Client("long", prompt_tokens), outputs=2)
+        ((layer, head),) = recalling_heads(lab, client)
+        positions = lab.held(client, layer, head)
+        lacking = client.computed_tokens - len(positions)
+        # whole pages come back, so less than one may be missing
+        assert 0 <= lacking < lab.quota.page_tokens
+        found += lacking == 0
+        # the lab has compared the output with dense attention over these positions
+        assert lab.num_checked > 0
+    assert found > 0
+
+
+def test_what_is_still_wanted_is_not_moved_again() -> None:
+    """A query that does not change moves nothing in the next step."""
+    lab = small_lab()
+    query = lab.randn(1, lab.heads * lab.group)
+    projected = lab.project
+
+    def same_query(client: Client, layer: int, first: int, count: int) -> Any:
+        _, key, value = projected(client, layer, first, count)
+        return query.expand(count, -1, -1), key, value
+
+    lab.project = same_query  # type: ignore[method-assign]
+    client = run(lab, Client("long", 300), outputs=1)
+    slot = lab.state(client).slot
+    moved = lab.recaller.moved[slot].clone()
+    assert torch.equal(moved, lab.recaller.num_recalled[slot])
+    run(lab, client, outputs=5)
+    assert torch.equal(lab.recaller.moved[slot], moved)
+
+
+def test_without_room_a_request_is_served_as_before_and_its_report_says_so() -> None:
+    lab = small_lab(tier_blocks=40)
+    first = run(lab, Client("first", 300), outputs=2)
+    second = run(lab, Client("second", 300), outputs=2)
+    third = run(lab, Client("third", 20), outputs=2)
+    assert lab.state(first).recalls
+    assert not lab.state(second).in_tier
+    assert recalling_heads(lab, second) == []
+    budget_tokens = lab.quota.budget_tokens
+    lens = lab.cache.tables.lens[lab.state(second).slot].float().mean()
+    assert lens > budget_tokens - lab.quota.page_tokens
+    lab.step({}, finished=tuple(c.request_id for c in (first, second, third)))
+    records = {record.request_id: record for record in lab.finished}
+    assert [records[name].recall for name in ("first", "second", "third")] == [
+        "on",
+        "no room",
+        "not needed",
+    ]
+    record = records["first"]
+    assert record.host_bytes == 38 * lab.recaller.tier.block_bytes
+    assert record.recall_steps == 2
+    assert 0 < record.moved_tokens <= record.recalled_tokens
+    assert record.moved_bytes == record.moved_tokens * 2 * 32 * 4
+    assert records["second"].host_bytes == records["second"].moved_tokens == 0
+
+
+def test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again() -> None:
+    lab = small_lab(tier_blocks=40)
+    client = run(lab, Client("long", 300), outputs=3)
+    lab.give_blocks(client)
+    lab.step({}, preempted=(client.request_id,))
+    assert lab.recaller.tier.num_free == 40
+    lab.step({client: lab.room(client)})
+    assert lab.recaller.tier.num_free == 2
+    run(lab, client, outputs=6)
+    assert lab.state(client).recalls
+    lab.step({}, finished=(client.request_id,))
+    (record,) = lab.finished
+    # three tokens were computed before, and the two of them that had been output once more
+    assert record.recall_steps == 3 + 6
+
+
+def test_lost_and_doubled_recall_pages_are_found() -> None:
+    for name in ("index", "slots"):
+        lab = small_lab()
+        client = run(lab, Client("long", 300), outputs=2)
+        slot = lab.state(client).slot
+        layer, head = recalling_heads(lab, client)[0]
+        if name == "index":
+            lab.recaller.index[slot, layer, head, 0] = -1
+        else:
+            lab.recaller.num_recalled[slot, layer, head] -= lab.quota.page_tokens
+        with pytest.raises(RuntimeError, match="lost, foreign or held twice"):
+            lab.step({})
+
+
+def test_no_request_reads_host_memory_of_another() -> None:
+    """Two requests of equal positions and unlike content, turn by turn: bits are compared."""
+    lab = small_lab()
+    clients = [Client(name, 300) for name in ("one", "other")]
+    while min(client.output_tokens for client in clients) < 12:
+        lab.step({client: lab.room(client) for client in clients})
+    blocks = lab.recaller.tier.blocks[[lab.state(client).slot for client in clients]]
+    taken = blocks[blocks >= 0]
+    assert taken.unique().numel() == taken.numel() == 2 * 38

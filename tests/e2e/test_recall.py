@@ -1,0 +1,91 @@
+"""Recall from host memory in a real engine: inside the quota, on both runners, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.e2e.engines import run, tokens_of
+from tests.e2e.test_bound import ENGINE, budget, check_bound, mixed_requests, same_requests
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.engine
+
+SCENARIOS = 30
+# 256 bytes a token of one head, 4 heads: room for 2 of the longest prompts at once
+HOST_MEMORY = "1.5MiB"
+
+
+def recalling(report: Path, host_memory: str) -> dict[str, Any]:
+    return budget("hybrid", host_memory=host_memory, report_file=str(report))
+
+
+def records(report: Path) -> dict[str, dict[str, Any]]:
+    lines = report.read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return {record["request_id"]: record for record in found}
+
+
+def test_both_runners_give_the_same_answers(tmp_path: Path, vision_model: Path) -> None:
+    """Others than without recall; the same for a question however much runs beside it."""
+    requests = [*mixed_requests()[4:7], *same_requests()]
+    plain = run(tmp_path, vision_model, requests, budget=budget("hybrid"), **ENGINE)
+    answers = []
+    for runner in ("v1", "v2"):
+        report = tmp_path / f"{runner}.jsonl"
+        options = recalling(report, "64MiB")
+        answer = run(tmp_path, vision_model, requests, budget=options, runner=runner, **ENGINE)
+        check_bound(answer)
+        same = {tuple(tokens_of(answer)[request["name"]]) for request in same_requests()}
+        assert len(same) == 1
+        for record in records(report).values():
+            fits = record["prompt_tokens"] <= 12 * 8
+            assert record["recall"] == ("not needed" if fits else "on")
+            assert (record["moved_tokens"] > 0) != fits
+        answers.append(tokens_of(answer))
+    assert answers[0] == answers[1]
+    assert answers[0] != tokens_of(plain)
+
+
+def test_random_arrivals_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> None:
+    """Host memory is short, so that some requests go without; every answer is complete."""
+    chance = random.Random(11)
+    requests: list[dict[str, Any]] = []
+    preempts, start = [], 0
+    for scenario in range(SCENARIOS):
+        for number in range(chance.randint(2, 4)):
+            arrives = start + chance.randint(0, 6)
+            request = {
+                "name": f"s{scenario}-{number}",
+                "content": chance.choice(mixed_requests())["content"],
+                "max_tokens": chance.randint(1, 20),
+                "arrives": arrives,
+            }
+            if chance.random() < 0.3:
+                request["aborts"] = arrives + chance.randint(0, 8)
+            requests.append(request)
+        if chance.random() < 0.6:
+            preempts.append(start + chance.randint(1, 10))
+        start += chance.randint(5, 25)
+    report = tmp_path / "report.jsonl"
+    answer = run(
+        tmp_path,
+        vision_model,
+        requests,
+        budget=recalling(report, HOST_MEMORY),
+        preempts=tuple(preempts),
+        # prompts are rendered long before they are sent, and the cache forgets what an abort held
+        mm_processor_cache_gb=0,
+        **ENGINE,
+    )
+    check_bound(answer)
+    for request in requests:
+        if "aborts" not in request:
+            assert len(answer["answers"][request["name"]]["tokens"]) == request["max_tokens"]
+    states = {record["recall"] for record in records(report).values()}
+    assert states >= {"on", "no room", "not needed"}

@@ -1,0 +1,76 @@
+"""What recall takes of a quota: pages of an index, and pages for what comes back.
+
+Behind the prompt, K of the L * H heads of a request get an index of its n prompt tokens, a page for
+E of them, and C pages for recalled tokens. What is left of the budget is shared as ever:
+
+    L * H * (B - resident) >= K * (ceil(n / E) + C) * N
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallRoom:
+    """Pages that recall takes of one request, of each head that recalls.
+
+    Args:
+        index_pages: of the index.
+        slot_pages: for recalled tokens (C / N).
+        resident_tokens: tokens per head, on average, that stay beside them.
+    """
+
+    index_pages: int
+    slot_pages: int
+    resident_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recall:
+    """Which share of the heads recalls, and how much.
+
+    Args:
+        num_heads: heads that recall, of all layers (K).
+        all_heads: KV heads of all layers (L * H).
+        index_tokens: tokens that a page speaks for as an index (E).
+        slots_share: recalled tokens as a share of what is left of the budget beside the index.
+        max_index_share: most of the budget that the index may take; a longer prompt does without.
+    """
+
+    num_heads: int
+    all_heads: int
+    index_tokens: int
+    slots_share: float
+    max_index_share: float
+
+    def room(self, prompt_tokens: int, budget_tokens: int, page_tokens: int) -> RecallRoom | None:
+        """What a prompt leaves; None if its index would take too much.
+
+        Args:
+            prompt_tokens: n.
+            budget_tokens: tokens per head, on average, that survive a compression (B).
+            page_tokens: N.
+        """
+        index_pages = -(-prompt_tokens // self.index_tokens)
+        index_tokens = self._average(index_pages * page_tokens)
+        if index_tokens > self.max_index_share * budget_tokens:
+            return None
+        slot_pages = int(self.slots_share * (budget_tokens - index_tokens)) // page_tokens
+        if slot_pages == 0:
+            return None
+        taken_tokens = self._average((index_pages + slot_pages) * page_tokens)
+        return RecallRoom(
+            index_pages=index_pages,
+            slot_pages=slot_pages,
+            resident_tokens=budget_tokens - taken_tokens,
+        )
+
+    def most_index_pages(self, longest_tokens: int, budget_tokens: int, page_tokens: int) -> int:
+        """Most index pages of a head, of prompts of at most so many tokens; see `room`."""
+        allowed_tokens = self.max_index_share * budget_tokens * self.all_heads / self.num_heads
+        return min(-(-longest_tokens // self.index_tokens), int(allowed_tokens) // page_tokens)
+
+    def _average(self, tokens: int) -> int:
+        """Tokens of each head that recalls, spread over all heads and rounded up."""
+        return -(-tokens * self.num_heads // self.all_heads)
