@@ -140,6 +140,23 @@ QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), 
 FRAMES: dict[str, Any] = {"tasks": ("sign", "signs", "sign-asked"), "count": 5}
 FRAME_METHODS = (*METHODS, BASELINES[-1])
 
+# what was dropped comes back
+RECALL = replace(HYBRID, name="hybrid with recall", options={"host_memory": "1GiB"})
+
+
+def recalling(name: str, **options: Any) -> Run:
+    """Recall with other options, at a tenth."""
+    tuning = {f"recall_{key}": value for key, value in options.items()}
+    return replace(RECALL, name=name, options=RECALL.options | {"tuning": tuning})
+
+
+RECALL_VARIATIONS = (
+    recalling("a tenth of the heads", heads_share=0.1),
+    recalling("two thirds of the heads", heads_share=2 / 3),
+    recalling("a quarter comes back", share=0.25),
+    recalling("all the budget comes back", share=1.0),
+)
+
 PLANS: dict[str, list[Run]] = {
     "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
     "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
@@ -163,6 +180,13 @@ PLANS: dict[str, list[Run]] = {
     "frames": [
         replace(FULL, **FRAMES),
         *(run for method in FRAME_METHODS for run in at(method, SHARES[:2], **FRAMES)),
+    ],
+    "recall": [FULL, HYBRID, *at(RECALL, (0.05, 0.1, 0.2))],
+    "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
+    "recall-long": [replace(FULL, **LONG), *at(RECALL, (0.05, 0.1), **LONG)],
+    "recall-frames": [
+        replace(FULL, **FRAMES),
+        *(run for one in (HYBRID, RECALL) for run in at(one, SHARES[:2], **FRAMES)),
     ],
     "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],
 }
