@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 #include "rank.h"
@@ -105,6 +106,19 @@ int32_t swap_tokens(const Task& task, const PoolFields& pool, std::vector<char> 
     ++place;
   }
   return static_cast<int32_t>(place - places.begin());
+}
+
+// The channels with the largest energy times variance, ascending; of equals the lower ones.
+std::vector<int32_t> choose_channels(const float* energy, const std::vector<float>& variance,
+                                     int64_t count) {
+  std::vector<int32_t> order(variance.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+    return energy[a] * variance[a] > energy[b] * variance[b];
+  });
+  order.resize(count);
+  std::sort(order.begin(), order.end());
+  return order;
 }
 
 }  // namespace
@@ -211,7 +225,8 @@ void encode(const at::Tensor& tokens,         // [B, H, 2, N, D]
             const at::Tensor& index_in,       // int32 [H, I]
             const at::Tensor& num_tokens_in,  // int32 [H]
             const at::Tensor& codes,          // int32 [P, E, words], mutated
-            const at::Tensor& digests         // [P, 2, D], mutated
+            const at::Tensor& digests,        // [P, 2, D], mutated
+            const at::Tensor& energy_in       // float32 [H, D]
 ) {
   check_last_stride("index", index_in);
   check_last_stride("tier.tokens", tokens);
@@ -219,7 +234,8 @@ void encode(const at::Tensor& tokens,         // [B, H, 2, N, D]
   const auto index = index_in.accessor<int32_t, 2>();
   const auto num_tokens = num_tokens_in.accessor<int32_t, 1>();
   const TierTokens tier(tokens, blocks.const_data_ptr<int32_t>(), blocks.size(0));
-  const int64_t index_tokens = codes.size(1);
+  const at::Tensor energy = energy_in.contiguous();
+  const int64_t index_tokens = codes.size(1), head_size = tokens.size(4);
   std::vector<std::pair<int64_t, int64_t>> pages;
   for (int64_t h = 0; h < num_tokens.size(0); ++h) {
     check_index(index[h].data(), index.size(1), num_tokens[h], index_tokens, codes.size(0));
@@ -237,9 +253,15 @@ void encode(const at::Tensor& tokens,         // [B, H, 2, N, D]
       const int64_t page = index[h][first / index_tokens];
       std::vector<const void*> keys(count);
       for (int64_t t = 0; t < count; ++t) keys[t] = tier.at(h, 0, first + t);
+      const FloatType type = float_type(digests.scalar_type());
+      std::vector<float> mean(head_size), variance(head_size);
+      BUDGETKV_PICK(measure_keys)
+      (type, keys.data(), count, head_size, mean.data(), variance.data());
+      const std::vector<int32_t> channels = choose_channels(
+          energy.const_data_ptr<float>() + h * head_size, variance, kCodesPerWord * codes.size(2));
       BUDGETKV_PICK(encode_page)
-      (float_type(digests.scalar_type()), keys.data(), count, tokens.size(4), codes.size(2),
-       code_field.at(page), digest_field.at(page));
+      (type, keys.data(), count, head_size, codes.size(2), mean.data(), variance.data(),
+       channels.data(), code_field.at(page), digest_field.at(page));
     }
   });
 }
@@ -283,7 +305,7 @@ TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
       "float scale, Tensor(d!) moved) -> ()");
   m.def(
       "encode(Tensor tokens, Tensor blocks, Tensor index, Tensor num_tokens, Tensor(a!) codes, "
-      "Tensor(b!) digests) -> ()");
+      "Tensor(b!) digests, Tensor energy) -> ()");
   m.def(
       "mark(Tensor(a!) positions, Tensor table, Tensor lens, Tensor index, Tensor num_tokens, "
       "Tensor num_recalled, int index_tokens) -> ()");

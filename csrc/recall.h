@@ -10,10 +10,12 @@
 
 namespace budgetkv {
 
-constexpr int64_t kCodesPerWord = 16;
+constexpr int64_t kCodesPerWord = 8;
+constexpr int kCodeBits = 4;
+constexpr float kMaxCode = 15.0f;
 
-// The step of the best uniform quantiser of 4 levels for a Gaussian, in deviations (Max, 1960).
-constexpr float kCodeStep = 0.9957f;
+// The step of the best uniform quantiser of 16 levels for a Gaussian, in deviations (Max, 1960).
+constexpr float kCodeStep = 0.3352f;
 
 // The query heads of one KV head, against pages of its index.
 struct IndexQuery {
@@ -26,12 +28,12 @@ struct IndexQuery {
 
 // Floats of scratch that `index_logits` needs.
 inline int64_t index_scratch_floats(int64_t num_queries, int64_t num_words) {
-  return num_queries * (num_words * kCodesPerWord + 1);
+  return num_queries * ((num_words + 1) / 2 * 2 * kCodesPerWord + 1);
 }
 
 BUDGETKV_DECLARE(void index_logits(const IndexQuery& query,
                                    const int32_t* codes,  // [num_tokens, num_words]
-                                   const void* digest,    // mean [D], step [D]
+                                   const void* digest,    // mean [D], step [R], channel [R]
                                    int64_t num_tokens, float* scratch,
                                    float* logits,  // [num_queries, stride], mutated
                                    int64_t stride))
@@ -39,9 +41,15 @@ BUDGETKV_DECLARE(void index_logits(const IndexQuery& query,
 BUDGETKV_DECLARE(void index_mass(float* logits,  // [num_queries, stride], destroyed
                                  int64_t num_queries, int64_t num_tokens, int64_t stride,
                                  float* mass))  // [num_tokens], mutated
-// Writes codes and digest of the keys at `keys`, one pointer a token.
+// Mean and variance of each channel of the keys at `keys`, one pointer a token.
+BUDGETKV_DECLARE(void measure_keys(FloatType type, const void* const* keys, int64_t num_tokens,
+                                   int64_t head_size,
+                                   float* mean,       // [D], mutated
+                                   float* variance))  // [D], mutated
+// Writes codes and digest of these keys by the R = 8 num_words channels `channels`, ascending.
 BUDGETKV_DECLARE(void encode_page(FloatType type, const void* const* keys, int64_t num_tokens,
-                                  int64_t head_size, int64_t num_words, int32_t* codes,
+                                  int64_t head_size, int64_t num_words, const float* mean,
+                                  const float* variance, const int32_t* channels, int32_t* codes,
                                   void* digest))
 
 }  // namespace budgetkv

@@ -12,7 +12,7 @@ from tests.ops.recall_factory import Remembered, make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import TierLayer, encode, mark, recall, store
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
-from vllm_budgetkv.ops.reference.encode import unpack
+from vllm_budgetkv.ops.reference.encode import read_digest, unpack
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
@@ -27,10 +27,16 @@ NUM_TOKENS = (700, 333)
 LAYOUT = PageLayout(16, 32, torch.float32)
 
 
+def energy_of(made: Remembered) -> torch.Tensor:
+    """float32 [H, D], other for each head and channel."""
+    shape = (made.cache.lens.shape[1], made.cache.pool.layout.head_size)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(9)) ** 4
+
+
 def prepare(made: Remembered) -> None:
     """Write the index of all slots with the references."""
     for slot in range(len(made.num_tokens)):
-        encode_reference(slot, made.tier, made.recalls, made.cache.pool)
+        encode_reference(slot, made.tier, made.recalls, made.cache.pool, energy_of(made))
         mark_reference(slot, made.cache.heads, made.recalls)
 
 
@@ -39,9 +45,11 @@ def known_keys(made: Remembered, slot: int, head: int) -> torch.Tensor:
     pool, count = made.cache.pool, int(made.recalls.num_tokens[slot, head])
     entries = pool.layout.index_tokens
     pages = made.recalls.table[slot, head, : -(-count // entries)].long()
-    mean, step = pool.digests[pages].double().unbind(1)
-    codes = unpack(pool.codes[pages], pool.layout.head_size).double()
-    return (mean[:, None] + step[:, None] * (codes - 1.5)).flatten(0, 1)[:count]
+    mean, step, channels = read_digest(pool.digests[pages], pool.layout.coded_channels)
+    known = mean.double()[:, None].repeat(1, entries, 1)
+    deviation = step.double()[:, None] * (unpack(pool.codes[pages]).double() - 7.5)
+    known.scatter_add_(2, channels[:, None].expand_as(deviation), deviation)
+    return known.flatten(0, 1)[:count]
 
 
 # --- store --------------------------------------------------------------------------------------
@@ -97,52 +105,69 @@ def test_store_leaves_out_what_has_no_block(op: Callable[..., None]) -> None:
 def test_a_code_is_the_nearest_level(
     op: Callable[..., None], head_size: int, dtype: torch.dtype
 ) -> None:
-    """No level of its channel is nearer to a key than the one that the index says, but for ties."""
-    made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, dtype))
-    for slot in range(2):
-        op(slot, made.tier, made.recalls, made.cache.pool)
-    layout = made.cache.pool.layout
-    for slot, count in enumerate(NUM_TOKENS):
+    """Of the channels that move logits most; the others are at their mean."""
+    made = make_remembered((1500, 333), PageLayout(16, head_size, dtype))
+    energy = energy_of(made)
+    for slot, count in enumerate(made.num_tokens):
+        op(slot, made.tier, made.recalls, made.cache.pool, energy)
+        entries = made.cache.pool.layout.index_tokens
         keys, known = made.keys(slot, 0).double(), known_keys(made, slot, 0)
-        pages = made.recalls.table[slot, 0, : -(-count // layout.index_tokens)].long()
-        mean, step = (
-            part.double().repeat_interleave(layout.index_tokens, 0)[:count]
-            for part in made.cache.pool.digests[pages].unbind(1)
-        )
-        levels = mean[..., None] + step[..., None] * torch.tensor([-1.5, -0.5, 0.5, 1.5])
-        nearest = (levels - keys[..., None]).abs().amin(-1)
-        slack = 8 * torch.finfo(torch.float32).eps * (keys.abs() + mean.abs() + step)
-        assert ((known - keys).abs() <= nearest + slack).all()
-        for first in range(0, count, layout.index_tokens):
-            part = keys[first : first + layout.index_tokens]
-            page = made.cache.pool.digests[pages[first // layout.index_tokens]].double()
-            rounding = 2 * torch.finfo(dtype).eps
-            torch.testing.assert_close(page[0], part.mean(0), rtol=rounding, atol=1e-5)
-            deviation = 0.9957 * part.std(0, correction=0)
-            torch.testing.assert_close(page[1], deviation, rtol=rounding, atol=1e-5)
+        for number, first in enumerate(range(0, count, entries)):
+            part = slice(first, first + entries)
+            page = int(made.recalls.table[slot, 0, number])
+            check_page(made, page, keys[part], known[part], energy[0].double())
+
+
+def check_page(
+    made: Remembered, page: int, keys: torch.Tensor, known: torch.Tensor, energy: torch.Tensor
+) -> None:
+    digests, num_channels = made.cache.pool.digests, made.cache.pool.layout.coded_channels
+    mean, step, channels = (x.double() for x in read_digest(digests[page], num_channels))
+    channels = channels.long()
+    assert (channels.diff() > 0).all()
+    weight = energy * keys.var(0, correction=0)
+    others = weight.clone()
+    others[channels] = 0
+    assert weight[channels].min() >= others.max() * (1 - 1e-4)
+    rounding = 2 * torch.finfo(digests.dtype).eps
+    torch.testing.assert_close(mean, keys.mean(0), rtol=rounding, atol=1e-5)
+    deviation = 0.3352 * keys[:, channels].std(0, correction=0)
+    torch.testing.assert_close(step, deviation, rtol=rounding, atol=1e-5)
+    is_coded = torch.zeros_like(energy, dtype=torch.bool)
+    is_coded[channels] = True
+    assert torch.equal(known[:, ~is_coded], mean[~is_coded].expand(len(keys), -1))
+    levels = mean[channels, None] + step[:, None] * (torch.arange(16) - 7.5)
+    keys, known = keys[:, channels], known[:, channels]
+    nearest = (levels - keys[..., None]).abs().amin(-1)
+    slack = 8 * torch.finfo(torch.float32).eps * (keys.abs() + mean[channels].abs() + 8 * step)
+    assert ((known - keys).abs() <= nearest + slack).all()
 
 
 @pytest.mark.parametrize("op", [encode_reference, encode], ids=["reference", "op"])
 def test_a_channel_without_deviation_is_its_mean(op: Callable[..., None]) -> None:
+    """One token alone has none anywhere; of equals the lower channels are coded."""
     made = make_remembered([5, 1], LAYOUT)
     made.tier.tokens[:, :, 0, :, :3] = torch.where(
         made.tier.tokens[:, :, 0, :, :3].isnan(), torch.nan, 2.5
     )
     for slot in range(2):
-        op(slot, made.tier, made.recalls, made.cache.pool)
+        op(slot, made.tier, made.recalls, made.cache.pool, energy_of(made))
         known = known_keys(made, slot, 0)
         assert (known[:, :3] == 2.5).all()
         assert not known.isnan().any()
+    pool, num_channels = made.cache.pool, LAYOUT.coded_channels
+    _, _, channels = read_digest(pool.digests[int(made.recalls.table[1, 0, 0])], num_channels)
+    assert channels.tolist() == list(range(num_channels))
 
 
 def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
     """Digests to the rounding of their type; codes differ where a key is between two levels."""
     for head_size in (40, 64):
         made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, torch.bfloat16))
-        twin = made.clone()
+        twin, energy = made.clone(), energy_of(made)
         for slot in range(2):
-            encode_reference(slot, made.tier, made.recalls, made.cache.pool)
-            encode(slot, twin.tier, twin.recalls, twin.cache.pool)
+            encode_reference(slot, made.tier, made.recalls, made.cache.pool, energy)
+            encode(slot, twin.tier, twin.recalls, twin.cache.pool, energy)
         known, other = known_keys(made, 0, 0), known_keys(twin, 0, 0)
         assert (known != other).float().mean() < 0.02
     assert instruction_set

@@ -11,12 +11,14 @@ K, V, centre and radius have the cache dtype. `centre` and `radius` are the page
 `position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
 every field starts on a 16-byte boundary.
 
-A head-page may hold an index instead, what the device knows of E consecutive tokens in host memory:
+A head-page may hold an index instead, what the device knows of E consecutive tokens in host memory,
+by R of the D channels of their keys:
 
-    codes int32 [E, ceil(D / 16)] over K and V | mean [D] | step [D] | held: a bit per token | pad
+    codes int32 [E, R / 8] over K and V | mean [D] | step [R] channel [R] | held: a bit a token
 
-Channel d of a token has the 2 bits 2 (d % 16) of word d / 16 of its codes; a code c says
-`mean + step (c - 1.5)`. `held` says which of the tokens the head holds on the device.
+A code is 4 bits, that of channel r at bit 4 (r % 8) of word r / 8 of its token; a code c says that
+channel `channel[r]` of the key is `mean + step (c - 7.5)`. The other channels are at their mean.
+`held` says which of the tokens the head holds on the device.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ PAGE_ALIGNMENT_BYTES = 256
 SUPPORTED_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
-# channels of a key whose 2-bit codes share a word
-CODES_PER_WORD = 16
+# channels of a key whose 4-bit codes share a word
+CODES_PER_WORD = 8
+# of its channels, one is coded
+CODED_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -81,13 +85,18 @@ class PageLayout:
 
     @property
     def code_words(self) -> int:
-        """Words of a token's codes: 2 bits a channel."""
-        return -(-self.head_size // CODES_PER_WORD)
+        """Words of a token's codes, 4 bits for each channel that is coded."""
+        return -(-self.head_size // (CODED_SHARE * CODES_PER_WORD))
+
+    @property
+    def coded_channels(self) -> int:
+        """Channels of a key that an index tells apart (R): a quarter, in whole words."""
+        return CODES_PER_WORD * self.code_words
 
     @property
     def index_tokens(self) -> int:
-        """Tokens that a page speaks for as an index (E)."""
-        return self.digest_offset_bytes // (4 * self.code_words)
+        """Tokens that a page speaks for as an index (E): its codes fit, and their marks."""
+        return min(self.digest_offset_bytes // (4 * self.code_words), 32 * self.page_tokens)
 
     @property
     def page_bytes(self) -> int:
@@ -149,7 +158,7 @@ class PagePool:
 
     @cached_property
     def codes(self) -> torch.Tensor:
-        """int32 [P, E, ceil(D / 16)]: what a page of an index says of its tokens."""
+        """int32 [P, E, R / 8]: what a page of an index says of its tokens."""
         layout = self.layout
         return self._field(0, (layout.index_tokens, layout.code_words), torch.int32)
 

@@ -8,44 +8,53 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
-from vllm_budgetkv.ops.require import require_recalls, require_tier
+from vllm_budgetkv.ops.require import require, require_recalls, require_tier
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import RecallHeads, TierLayer
 
 
-def encode(slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool) -> None:
-    """Write two bits per channel of the keys of every head that recalls, in one layer.
+def encode(
+    slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool, energy: torch.Tensor
+) -> None:
+    """Write four bits for a quarter of the channels of the keys that heads recall, in one layer.
 
-    A page holds the codes of E consecutive tokens around their own mean: with the mean m and step s
-    of a channel over those tokens, s being 0.9957 of their deviation (the best step of a uniform
-    quantiser of 4 levels for a Gaussian: Max, 1960, https://doi.org/10.1109/TIT.1960.1057548), both
-    rounded to the cache's dtype, the code of k is floor((k - m) / s + 2), from 0 to 3, and says
-    m + s (code - 1.5). Arithmetic is float32. Marks are not written, see `mark`.
+    A page speaks for E consecutive tokens, by the R channels that move their logits most: those
+    with the largest energy times variance over these tokens, of equals the lower ones. With the
+    mean m of a channel, and its step s of 0.3352 deviations (the best of a uniform quantiser of 16
+    levels for a Gaussian: Max, 1960, https://doi.org/10.1109/TIT.1960.1057548), both rounded to the
+    cache's dtype, the code of k is floor((k - m) / s + 8), from 0 to 15. Arithmetic is float32.
+
+    Keys that were rotated to their positions differ most where queries hardly look, in fast pairs
+    of channels, so a few channels of many bits say more than all with few.
 
     Args:
         slot: of the request.
         tier: one layer of all slots; read where the heads' tokens are.
         recalls: of the same layer.
-        pool: its index pages are mutated, codes and digest; codes behind the last token are not.
+        pool: its index pages are mutated, codes and digest; codes behind the last token are not,
+            nor are marks, see `mark`.
+        energy: float32 [H, D], mean square of the queries' channels.
 
     Raises:
         ValueError: a shape or dtype does not fit.
         IndexError: a page or block id is out of range.
     """
     require_tier(tier, tier.blocks.shape[0])
-    require_recalls(recalls, (tier.blocks.shape[0], tier.tokens.shape[1]))
+    num_heads, head_size = tier.tokens.shape[1], tier.tokens.shape[-1]
+    require_recalls(recalls, (tier.blocks.shape[0], num_heads))
+    require("energy", energy, torch.float32, (num_heads, head_size))
     match backend.of(pool.raw):
         case "reference":
-            encode_reference(slot, tier, recalls, pool)
+            encode_reference(slot, tier, recalls, pool, energy)
         case "triton":
             from vllm_budgetkv.ops.triton.encode import encode as encode_triton
 
-            encode_triton(slot, tier, recalls, pool)
+            encode_triton(slot, tier, recalls, pool, energy)
         case "cpp":
             extension.load()
             known = (recalls.table[slot], recalls.num_tokens[slot])
             torch.ops.budgetkv.encode(
-                tier.tokens, tier.blocks[slot], *known, pool.codes, pool.digests
+                tier.tokens, tier.blocks[slot], *known, pool.codes, pool.digests, energy
             )

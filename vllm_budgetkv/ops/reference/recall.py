@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops.reference.encode import unpack
+from vllm_budgetkv.ops.reference.encode import LEVELS, read_digest, unpack
 from vllm_budgetkv.ops.reference.mark import unpack_bits
 
 if TYPE_CHECKING:
@@ -58,10 +58,12 @@ def look_up(
     """
     layout = pool.layout
     pages = index[: -(-num_tokens // layout.index_tokens)].long()
-    mean, step = pool.digests[pages].float().unbind(1)
-    codes = unpack(pool.codes[pages], layout.head_size).float()
-    keys = mean[:, None] + step[:, None] * (codes - 1.5)
-    logits = torch.einsum("gd,ped->gpe", queries, keys).flatten(1)[:, :num_tokens] * scale
+    mean, step, channels = read_digest(pool.digests[pages], layout.coded_channels)
+    deviation = step[:, None] * (unpack(pool.codes[pages]).float() - (LEVELS - 1) / 2)
+    asked = queries[:, channels]
+    logits = torch.einsum("gpr,per->gpe", asked, deviation)
+    logits += torch.einsum("gd,pd->gp", queries, mean)[..., None]
+    logits = logits.flatten(1)[:, :num_tokens] * scale
     is_held = unpack_bits(pool.positions[pages], layout.index_tokens).flatten()[:num_tokens]
     return logits.softmax(dim=-1).sum(dim=0), is_held
 
