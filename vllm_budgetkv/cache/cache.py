@@ -197,7 +197,9 @@ class BudgetCache:
 
     def _open_recall(self, request: RequestState) -> None:
         """Let the heads of a request bring back what its prompt's compressions dropped."""
-        assert self.layers.recaller is not None
-        self.layers.recaller.join()
-        self.layers.recaller.open(request)
+        recaller, probes = self.layers.recaller, self.layers.probes
+        assert recaller is not None
+        recaller.join()
+        layers = range(self.tables.num_layers)
+        recaller.open(request, probes.of(request, layers, request.computed_tokens))
         request.recall()

@@ -14,7 +14,7 @@ from vllm_budgetkv.cache.side_stream import SideStream
 from vllm_budgetkv.cache.tables import NO_PAGE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from typing import Self
 
     from vllm_budgetkv.arithmetic.recall import Recall
@@ -137,11 +137,15 @@ class Recaller:
             self._moved[layer],
         )
 
-    def open(self, request: RequestState) -> None:
+    def open(self, request: RequestState, probes: Sequence[torch.Tensor | None]) -> None:
         """Choose the heads that recall, build their index and give them pages to fill.
 
         Call it once all layers have been compressed for the last time in the prompt. The heads are
         those whose attention from the question is the most concentrated.
+
+        Args:
+            request: in the tier.
+            probes: of each layer, [M, Hq, D], say which channels of a key matter; None if unknown.
         """
         slot, num_tokens = request.slot, request.computed_tokens
         room = request.quota.recall_room(request.prompt_tokens)
@@ -151,14 +155,23 @@ class Recaller:
         empty = self._take(self.slots, slot, chosen, room.slot_pages)
         self.tables.pool.positions[empty.long()] = EMPTY
         self.num_tokens[slot].flatten()[chosen] = num_tokens
-        for layer in range(self.tables.num_layers):
-            ops.encode(slot, self.tier.layer(layer), self.heads(layer), self.tables.pool)
+        for layer, probe in enumerate(probes):
+            energy = self._energy(probe)
+            ops.encode(slot, self.tier.layer(layer), self.heads(layer), self.tables.pool, energy)
         page_tokens = self.tables.pool.layout.page_tokens
         # a page is recalled as a whole or not at all, since tokens follow it
         lacking_pages = (num_tokens - self.tables.lens[slot]) // page_tokens
         recalled_pages = lacking_pages.clamp(max=room.slot_pages) * (self.num_tokens[slot] > 0)
         self.num_recalled[slot] = recalled_pages * page_tokens
         self.attach(request)
+
+    def _energy(self, probe: torch.Tensor | None) -> torch.Tensor:
+        """float32 [H, D]: mean square of each channel over the queries of a KV head."""
+        num_heads, head_size = self.tables.num_heads, self.tables.pool.layout.head_size
+        if probe is None:
+            return torch.ones(num_heads, head_size, device=self.tables.lens.device)
+        squares = probe.float().square().mean(dim=0)
+        return squares.unflatten(0, (num_heads, -1)).mean(dim=1)
 
     def _take(
         self, pages: torch.Tensor, slot: int, chosen: torch.Tensor, num_pages: int
