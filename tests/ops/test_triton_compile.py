@@ -135,7 +135,8 @@ def launch_encode(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.encode import encode
 
     made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
-    encode(1, made.tier, made.recalls, made.cache.pool)
+    energy = torch.ones(NUM_HEADS, layout.head_size)
+    encode(1, made.tier, made.recalls, made.cache.pool, energy)
 
 
 def launch_mark(layout: PageLayout, group: int) -> None:
@@ -153,8 +154,8 @@ def launch_recall(layout: PageLayout, group: int) -> None:
     query = torch.zeros(2, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     moved, rows = torch.zeros(2, NUM_HEADS, dtype=torch.int32), batch_rows([0, 1], [1, 1])
     for width_pages in (400, 1):
-        index = torch.zeros(2, NUM_HEADS, width_pages, dtype=torch.int32)
-        recalls = made.recalls._replace(index=index)
+        table = torch.zeros(2, NUM_HEADS, width_pages, dtype=torch.int32)
+        recalls = made.recalls._replace(table=table)
         recall(query, made.cache.heads, rows, recalls, made.tier, 0.1, moved)
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 
 from tests.ops import test_recall as naive
 from tests.ops.factories import batch_rows, strided_randn
@@ -16,7 +14,6 @@ from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.triton import recall as launcher
 from vllm_budgetkv.ops.triton.arrival import counters
 from vllm_budgetkv.ops.triton.mark import RUN_PAGES
-from vllm_budgetkv.ops.triton.recall_weigh import find_logits
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
@@ -38,7 +35,7 @@ def test_store_leaves_out_what_has_no_place() -> None:
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 128])
+@pytest.mark.parametrize("head_size", [32, 40, 80])
 def test_codes(head_size: int, dtype: torch.dtype) -> None:
     naive.test_a_code_is_the_nearest_level(encode, head_size, dtype)
 
@@ -54,8 +51,8 @@ def test_marks(dtype: torch.dtype) -> None:
 
 def test_marks_of_several_runs() -> None:
     """Of more index pages than one program has, with older marks in them and recalled tokens."""
-    made = make_remembered([4000], PageLayout(8, 40, torch.bfloat16), held_share=0.1)
-    num_pages = -(-4000 // made.cache.pool.layout.index_tokens)
+    made = make_remembered([5300], PageLayout(8, 40, torch.bfloat16), held_share=0.1)
+    num_pages = -(-5300 // made.cache.pool.layout.index_tokens)
     assert num_pages > RUN_PAGES
     made.cache.pool.positions[made.recalls.table[0, 0, :num_pages].long()] = -1
     recalled = made.cache.table[0, 0, :2].long()
@@ -67,7 +64,7 @@ def test_marks_of_several_runs() -> None:
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 128])
+@pytest.mark.parametrize("head_size", [32, 40, 80])
 def test_recall_head_sizes(head_size: int, dtype: torch.dtype) -> None:
     made = make_remembered((300, 133), PageLayout(16, head_size, dtype))
     naive.check_steps(recall, made, [1, 0], group=2)
@@ -93,29 +90,6 @@ def test_recall_of_several_runs_and_blocks(monkeypatch: pytest.MonkeyPatch, max_
     layout = PageLayout(32, 32, torch.bfloat16)
     made = make_remembered([4300], layout, held_share=0.1, recall_pages=9)
     naive.check_steps(recall, made, [0], group=1)
-
-
-@triton.jit
-def logits_kernel(
-    factors: tl.tensor, codes: tl.tensor, logits: tl.tensor, DOT: tl.constexpr
-) -> None:
-    row, column = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    some = tl.load(factors + row * 16 + column)
-    base = tl.sum(some, 1)
-    found = find_logits(some, base, tl.load(codes + row * 16 + column).to(DOT), DOT)
-    tl.store(logits + row * 16 + column, found)
-
-
-@pytest.mark.parametrize("dot", [tl.float16, tl.float32], ids=str)
-def test_factors_keep_their_bits(dot: tl.dtype) -> None:
-    """In operands of 16 bits too, as a GPU multiplies them."""
-    factors = strided_randn((16, 1, 16), torch.float32, seed=1)[:, 0].contiguous()
-    codes = torch.arange(256).view(16, 16) % 4
-    logits = torch.empty(16, 16)
-    logits_kernel[(1,)](factors, codes, logits, dot)
-    exact = factors.double() @ codes.T.double() + factors.double().sum(1, keepdim=True)
-    size = 4 * factors.double().abs().sum(1, keepdim=True)
-    assert ((logits - exact).abs() <= 4 * torch.finfo(torch.float32).eps * size).all()
 
 
 def test_recall_takes_equal_tokens_from_the_end() -> None:

@@ -7,23 +7,36 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.index import CODES_PER_WORD, Index, count_tokens, find_page
+from vllm_budgetkv.ops.triton.arguments import require_dense
+from vllm_budgetkv.ops.triton.index import (
+    CODE_BITS,
+    CODES_PER_WORD,
+    MAX_CODE,
+    Index,
+    count_tokens,
+    find_page,
+    load_coded,
+)
 from vllm_budgetkv.ops.triton.tier import Tier, find_keys
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import RecallHeads, TierLayer
 
 # elements of a tile of keys
 TILE_SIZE = 8192
 MAX_BLOCK_TOKENS = 64
-# of the best uniform quantiser of 4 levels, in deviations: see the op
-STEP: tl.constexpr = tl.constexpr(0.9957)
+# of the best uniform quantiser of 16 levels, in deviations: see the op
+STEP: tl.constexpr = tl.constexpr(0.3352)
 # below it a number of float32 is not normal
 SMALLEST_STEP: tl.constexpr = tl.constexpr(2.0**-126)
 
 
-def encode(slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool) -> None:
+def encode(
+    slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool, energy: torch.Tensor
+) -> None:
     """See `vllm_budgetkv.ops.encode.encode`.
 
     A GPU cannot refuse: pages out of range are left out, and tokens without a block.
@@ -31,18 +44,22 @@ def encode(slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool) -> 
     _, num_heads, width_pages = recalls.table.shape
     if num_heads == 0 or width_pages == 0:
         return
+    require_dense(energy=energy)
     layout = pool.layout
-    block_words = triton.next_power_of_2(layout.code_words)
+    block_size = triton.next_power_of_2(layout.head_size)
     encode_kernel[(width_pages, num_heads)](
         Tier.of(tier),
         Index.of(pool, recalls),
+        energy,
+        energy.stride(0),
         slot,
         TIER_TOKENS=tier.page_tokens,
         INDEX_TOKENS=layout.index_tokens,
         HEAD_SIZE=layout.head_size,
         NUM_WORDS=layout.code_words,
-        BLOCK_WORDS=block_words,
-        BLOCK_TOKENS=min(MAX_BLOCK_TOKENS, TILE_SIZE // (block_words * CODES_PER_WORD.value)),
+        BLOCK_SIZE=block_size,
+        BLOCK_WORDS=triton.next_power_of_2(layout.code_words),
+        BLOCK_TOKENS=min(MAX_BLOCK_TOKENS, TILE_SIZE // block_size),
         num_warps=4,
     )
 
@@ -51,18 +68,18 @@ def encode(slot: int, tier: TierLayer, recalls: RecallHeads, pool: PagePool) -> 
 def encode_kernel(
     tier: tl.tuple,
     index: tl.tuple,
+    energy: tl.tensor,
+    energy_stride: tl.tensor,
     slot: tl.tensor,
     TIER_TOKENS: tl.constexpr,
     INDEX_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     NUM_WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
-    """Grid [I, H]: reads the keys of a page twice, for mean and step and for the codes.
-
-    Tiles of keys are [tokens, words, codes of a word].
-    """
+    """Grid [I, H]: reads the keys of a page for the digest, then what is coded of them."""
     entry, head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cast(slot, tl.int64)
     first = entry * INDEX_TOKENS
     count = tl.minimum(count_tokens(index, slot, head, INDEX_TOKENS) - first, INDEX_TOKENS)
@@ -70,32 +87,25 @@ def encode_kernel(
     count = tl.where(is_page, count, 0)
     if count <= 0:
         return
-    lane, word = tl.arange(0, CODES_PER_WORD), tl.arange(0, BLOCK_WORDS)
-    channel = word[:, None] * CODES_PER_WORD + lane[None, :]
-    is_channel = channel < HEAD_SIZE
     # fmt: off
-    mean, deviation = _measure(
-        tier, slot, head, first, count, channel, is_channel, TIER_TOKENS, BLOCK_TOKENS
+    mean, variance = _measure(
+        tier, slot, head, first, count, TIER_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_TOKENS
     )
     # fmt: on
-    digest = index.digest + page * index.stride + channel
-    # the codes are of what the page will say: numbers of the cache's type
-    mean = mean.to(index.digest.dtype.element_ty)
-    step = (deviation * STEP).to(index.digest.dtype.element_ty)
-    tl.store(digest, mean, mask=is_channel)
-    tl.store(digest + HEAD_SIZE, step, mask=is_channel)
-    mean = mean.to(tl.float32)[None, :, :]
-    step = tl.maximum(step.to(tl.float32), SMALLEST_STEP)[None, :, :]
+    channel = tl.arange(0, BLOCK_SIZE)
+    is_channel = channel < HEAD_SIZE
+    weight = tl.load(energy + head * energy_stride + channel, mask=is_channel, other=0.0) * variance
+    digest = index.digest + page * index.stride
+    _write_digest(digest, mean, variance, weight, HEAD_SIZE, NUM_WORDS, BLOCK_SIZE)
+    # every thread reads what others wrote
+    tl.debug_barrier()
     codes = index.codes + page * index.word_stride
-    for begin in range(0, count, BLOCK_TOKENS):
-        token = begin + tl.arange(0, BLOCK_TOKENS)
-        place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
-        keys, mask = _load_tile(tier, place, held, channel, is_channel)
-        level = tl.floor(tl.div_rn(keys - mean, tl.broadcast_to(step, keys.shape)) + 2.0)
-        code = tl.minimum(tl.maximum(level, 0.0), 3.0).to(tl.int32)
-        words = tl.sum(tl.where(mask, code, 0) << (2 * lane)[None, None, :], 2)
-        where = codes + token[:, None] * NUM_WORDS + word[None, :]
-        tl.store(where, words, mask=held[:, None] & (word < NUM_WORDS)[None, :])
+    # fmt: off
+    _write_codes(
+        tier, digest, codes, slot, head, first, count, TIER_TOKENS, HEAD_SIZE, NUM_WORDS,
+        BLOCK_WORDS, BLOCK_TOKENS,
+    )
+    # fmt: on
 
 
 @triton.jit
@@ -105,43 +115,97 @@ def _measure(
     head: tl.tensor,
     first: tl.tensor,
     count: tl.tensor,
-    channel: tl.tensor,
-    is_channel: tl.tensor,
     TIER_TOKENS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Mean and deviation of each channel over some tokens.
+    """Mean and variance of each channel over some tokens.
 
     Host memory is far, so the keys are read once: each block's mean and squares are joined to those
     of the blocks before it (Chan et al., 1979).
     """
+    channel = tl.arange(0, BLOCK_SIZE)
     so_far = tl.full([], 0.0, tl.float32)
-    mean = tl.zeros(channel.shape, tl.float32)
-    squares = tl.zeros(channel.shape, tl.float32)
+    mean = tl.zeros([BLOCK_SIZE], tl.float32)
+    squares = tl.zeros([BLOCK_SIZE], tl.float32)
     for begin in range(0, count, BLOCK_TOKENS):
         token = begin + tl.arange(0, BLOCK_TOKENS)
         place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
-        keys, mask = _load_tile(tier, place, held, channel, is_channel)
+        mask = held[:, None] & (channel < HEAD_SIZE)[None, :]
+        where = tier.data + place[:, None] + channel[None, :]
+        keys = tl.load(where, mask=mask, other=0.0).to(tl.float32)
         new = tl.sum(held.to(tl.float32))
         total = tl.maximum(so_far + new, 1.0)
         block_mean = tl.sum(keys, 0) / tl.maximum(new, 1.0)
-        centred = tl.where(mask, keys - block_mean[None, :, :], 0.0)
+        centred = tl.where(mask, keys - block_mean[None, :], 0.0)
         apart = block_mean - mean
         squares += tl.sum(centred * centred, 0) + apart * apart * (so_far * new / total)
         mean += apart * (new / total)
         so_far += new
-    return mean, tl.sqrt_rn(squares / tl.maximum(so_far, 1.0))
+    return mean, squares / tl.maximum(so_far, 1.0)
 
 
 @triton.jit
-def _load_tile(
+def _write_digest(
+    digest: tl.tensor,
+    mean: tl.tensor,
+    variance: tl.tensor,
+    weight: tl.tensor,
+    HEAD_SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """Writes the means, and the steps and numbers of the channels with the largest weight."""
+    NUM_CODED: tl.constexpr = NUM_WORDS * CODES_PER_WORD
+    channel = tl.arange(0, BLOCK_SIZE)
+    is_channel = channel < HEAD_SIZE
+    weight = tl.where(is_channel, weight, float("-inf"))
+    mine, other = weight[:, None], weight[None, :]
+    is_lower = channel[None, :] < channel[:, None]
+    rank = tl.sum(((other > mine) | ((other == mine) & is_lower)).to(tl.int32), 1)
+    # with a weight that is no number more than these may have such a rank
+    is_coded = is_channel & (rank < NUM_CODED)
+    number = tl.cumsum(is_coded.to(tl.int32), 0) - 1
+    is_coded = is_coded & (number < NUM_CODED)
+    tl.store(digest + channel, mean, mask=is_channel)
+    steps = digest + HEAD_SIZE + number
+    tl.store(steps, tl.sqrt_rn(variance) * STEP, mask=is_coded)
+    tl.store(steps + NUM_CODED, channel.to(tl.float32), mask=is_coded)
+
+
+@triton.jit
+def _write_codes(
     tier: tl.tuple,
-    place: tl.tensor,
-    held: tl.tensor,
-    channel: tl.tensor,
-    is_channel: tl.tensor,
-) -> tuple[tl.tensor, tl.tensor]:
-    """float32 keys of a block of tokens, 0 where there is none, and where there is one."""
-    mask = held[:, None, None] & is_channel[None, :, :]
-    where = tier.data + place[:, None, None] + channel[None, :, :]
-    return tl.load(where, mask=mask, other=0.0).to(tl.float32), mask
+    digest: tl.tensor,
+    codes: tl.tensor,
+    slot: tl.tensor,
+    head: tl.tensor,
+    first: tl.tensor,
+    count: tl.tensor,
+    TIER_TOKENS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+) -> None:
+    """The codes are of what the digest says: numbers of the cache's type.
+
+    Tiles of keys are [tokens, words, codes of a word].
+    """
+    lane, word = tl.arange(0, CODES_PER_WORD), tl.arange(0, BLOCK_WORDS)
+    number, is_coded = word[:, None] * CODES_PER_WORD + lane[None, :], word[:, None] < NUM_WORDS
+    step, channel = load_coded(digest, number, is_coded, HEAD_SIZE, NUM_WORDS)
+    mean = tl.load(digest + channel, mask=is_coded, other=0.0).to(tl.float32)[None, :, :]
+    step = tl.maximum(step, SMALLEST_STEP)[None, :, :]
+    for begin in range(0, count, BLOCK_TOKENS):
+        token = begin + tl.arange(0, BLOCK_TOKENS)
+        place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
+        mask = held[:, None, None] & is_coded[None, :, :]
+        where = tier.data + place[:, None, None] + channel[None, :, :]
+        keys = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        level = tl.floor(tl.div_rn(keys - mean, tl.broadcast_to(step, keys.shape)) + 8.0)
+        code = tl.minimum(tl.maximum(level, 0.0), 1.0 * MAX_CODE).to(tl.int32)
+        words = tl.sum(code << (lane * CODE_BITS)[None, None, :], 2)
+        to = codes + token[:, None] * NUM_WORDS + word[None, :]
+        tl.store(to, words, mask=held[:, None] & (word < NUM_WORDS)[None, :])

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import RecallHeads
 
-CODES_PER_WORD: tl.constexpr = tl.constexpr(16)
+CODES_PER_WORD: tl.constexpr = tl.constexpr(8)
+CODE_BITS: tl.constexpr = tl.constexpr(4)
+MAX_CODE: tl.constexpr = tl.constexpr(15)
 WORD_BITS: tl.constexpr = tl.constexpr(32)
 
 
@@ -67,3 +69,20 @@ def find_page(
     entries = index.table + slot * index.slot_stride + head * index.head_stride + entry
     page = tl.load(entries, mask=mask, other=-1)
     return page.to(tl.int64), (page >= 0) & (page < index.num_pages)
+
+
+@triton.jit
+def load_coded(
+    digest: tl.tensor,
+    number: tl.tensor,
+    mask: tl.tensor,
+    HEAD_SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """float32 step and int32 channel of some of the channels that a digest tells apart."""
+    steps = digest + HEAD_SIZE + number
+    step = tl.load(steps, mask=mask, other=0.0).to(tl.float32)
+    channel = tl.load(steps + NUM_WORDS * CODES_PER_WORD, mask=mask, other=0.0).to(tl.float32)
+    # a page that was never written may name anything
+    is_channel = (channel >= 0.0) & (channel < HEAD_SIZE)
+    return step, tl.where(is_channel, channel, 0.0).to(tl.int32)

@@ -11,8 +11,7 @@ import triton.language as tl
 
 from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
 from vllm_budgetkv.ops.triton.arrival import counters
-from vllm_budgetkv.ops.triton.index import Index
-from vllm_budgetkv.ops.triton.precision import dot_type
+from vllm_budgetkv.ops.triton.index import CODES_PER_WORD, Index
 from vllm_budgetkv.ops.triton.recall_assign import FIRST_NEW
 from vllm_budgetkv.ops.triton.recall_choose import choose_kernel
 from vllm_budgetkv.ops.triton.recall_weigh import Recalling, Weights, find_task, weigh_kernel
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 # of the index pages of a head, each of one program
 MAX_RUNS = 64
 # elements of a tile of codes
-TILE_SIZE = 16384
+TILE_SIZE = 4096
 MAX_BLOCK_TOKENS = 128
-# at least as many rows of a matrix product
-MIN_BLOCK_GROUP = 16
+# at least as many rows of a matrix product, and as many words of codes
+MIN_BLOCK_GROUP, MIN_BLOCK_WORDS = 16, 2
 # programs that fetch the tokens of a head, so that their reads of host memory overlap
 MAX_FETCHERS = 16
 BLOCK_PLACES = 32
@@ -102,16 +101,17 @@ def _weights(
 
 def _options(layout: PageLayout, group: int) -> dict[str, Any]:
     """What the kernels that read codes are compiled for."""
-    block_size = triton.next_power_of_2(layout.head_size)
+    block_words = max(MIN_BLOCK_WORDS, triton.next_power_of_2(layout.code_words))
+    block_codes = block_words * CODES_PER_WORD.value
     return {
         "GROUP": group,
         "INDEX_TOKENS": layout.index_tokens,
         "HEAD_SIZE": layout.head_size,
         "NUM_WORDS": layout.code_words,
-        "BLOCK_SIZE": block_size,
+        "BLOCK_SIZE": triton.next_power_of_2(layout.head_size),
         "BLOCK_GROUP": max(MIN_BLOCK_GROUP, triton.next_power_of_2(group)),
-        "BLOCK_TOKENS": min(MAX_BLOCK_TOKENS, TILE_SIZE // block_size),
-        "DOT": dot_type(torch.bfloat16),
+        "BLOCK_WORDS": block_words,
+        "BLOCK_TOKENS": min(MAX_BLOCK_TOKENS, TILE_SIZE // block_codes),
         "num_warps": 8,
     }
 

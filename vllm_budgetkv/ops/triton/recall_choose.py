@@ -13,7 +13,6 @@ from vllm_budgetkv.ops.triton.recall_weigh import (
     find_logits,
     find_task,
     load_codes,
-    load_queries,
     prepare_page,
 )
 
@@ -40,8 +39,8 @@ def choose_kernel(
     NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    DOT: tl.constexpr,
 ) -> None:
     """Grid [runs, H, R]: the mass of the tokens of a run of index pages.
 
@@ -59,16 +58,20 @@ def choose_kernel(
     )
     # fmt: on
     keys = weights.keys + task * weights.num_tokens
-    asked = load_queries(query, head, row, GROUP, HEAD_SIZE, BLOCK_SIZE, BLOCK_GROUP) * scale
     for entry in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
         page, is_page = find_page(index, slot, head, entry, entry < num_pages)
         stop = tl.minimum(num_tokens - entry * INDEX_TOKENS, INDEX_TOKENS)
-        factors, base = prepare_page(index, asked, page, is_page, HEAD_SIZE, BLOCK_SIZE)
+        # fmt: off
+        factors, base = prepare_page(
+            query, index, head, row, page, is_page, scale,
+            GROUP, HEAD_SIZE, NUM_WORDS, BLOCK_SIZE, BLOCK_GROUP, BLOCK_WORDS,
+        )
+        # fmt: on
         for first in range(0, stop, BLOCK_TOKENS):
             token = first + tl.arange(0, BLOCK_TOKENS)
             mask = token < tl.where(is_page, stop, 0)
-            codes = load_codes(index, page, token, mask, NUM_WORDS, BLOCK_SIZE, DOT)
-            logits = find_logits(factors, base, codes, DOT)
+            codes = load_codes(index, page, token, mask, NUM_WORDS, BLOCK_WORDS)
+            logits = find_logits(factors, base, codes)
             mass = tl.sum(tl.exp2(logits - peak[:, None]) * share[:, None], 0)
             words = index.marks + page * index.word_stride + token // WORD_BITS
             held = (tl.load(words, mask=mask, other=-1) >> (token % WORD_BITS)) & 1

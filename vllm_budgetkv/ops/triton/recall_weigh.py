@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.index import CODES_PER_WORD, count_tokens, find_page
+from vllm_budgetkv.ops.triton.index import (
+    CODE_BITS,
+    CODES_PER_WORD,
+    MAX_CODE,
+    count_tokens,
+    find_page,
+    load_coded,
+)
 
 
 class Recalling(NamedTuple):
@@ -70,8 +77,8 @@ def weigh_kernel(
     NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
-    DOT: tl.constexpr,
 ) -> None:
     """Grid [runs, H, R]: peak and sum of the logits of a run of index pages, for each query head.
 
@@ -83,18 +90,22 @@ def weigh_kernel(
     num_pages = tl.cdiv(num_tokens, INDEX_TOKENS)
     if (count <= 0) | (run * run_pages >= num_pages):
         return
-    asked = load_queries(query, head, row, GROUP, HEAD_SIZE, BLOCK_SIZE, BLOCK_GROUP) * scale
     peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
     for entry in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
         page, is_page = find_page(index, slot, head, entry, entry < num_pages)
         stop = tl.minimum(num_tokens - entry * INDEX_TOKENS, INDEX_TOKENS)
         stop = tl.where(is_page, stop, 0)
-        factors, base = prepare_page(index, asked, page, is_page, HEAD_SIZE, BLOCK_SIZE)
+        # fmt: off
+        factors, base = prepare_page(
+            query, index, head, row, page, is_page, scale,
+            GROUP, HEAD_SIZE, NUM_WORDS, BLOCK_SIZE, BLOCK_GROUP, BLOCK_WORDS,
+        )
+        # fmt: on
         for first in range(0, stop, BLOCK_TOKENS):
             token = first + tl.arange(0, BLOCK_TOKENS)
-            codes = load_codes(index, page, token, token < stop, NUM_WORDS, BLOCK_SIZE, DOT)
-            logits = find_logits(factors, base, codes, DOT)
+            codes = load_codes(index, page, token, token < stop, NUM_WORDS, BLOCK_WORDS)
+            logits = find_logits(factors, base, codes)
             logits = tl.where((token < stop)[None, :], logits, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(logits, 1))
             weight = tl.sum(tl.exp2(logits - new_peak[:, None]), 1)
@@ -108,45 +119,55 @@ def weigh_kernel(
 
 
 @triton.jit
-def load_queries(
+def prepare_page(
     query: tl.tuple,
+    index: tl.tuple,
     head: tl.tensor,
     row: tl.tensor,
+    page: tl.tensor,
+    is_page: tl.tensor,
+    scale: tl.tensor,
     GROUP: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
-) -> tl.tensor:
-    """float32 [BLOCK_GROUP, BLOCK_SIZE]: the queries of one KV head, then zeros."""
-    member, channel = tl.arange(0, BLOCK_GROUP), tl.arange(0, BLOCK_SIZE)
-    vectors = row.to(tl.int64) * query.stride + (head * GROUP + member) * query.head_stride
-    mask = (member < GROUP)[:, None] & (channel < HEAD_SIZE)[None, :]
-    queries = tl.load(query.data + vectors[:, None] + channel[None, :], mask=mask, other=0.0)
-    return queries.to(tl.float32)
+    BLOCK_WORDS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """The a and the b of scale q.k = b + sum of a code, for a page and the queries of a KV head.
+
+    As a code says m + s (code - 7.5), a = scale q s of the channels that have codes, and b is
+    scale q.m - 7.5 sum of a.
+    """
+    channel, number = tl.arange(0, BLOCK_SIZE), tl.arange(0, BLOCK_WORDS * CODES_PER_WORD)
+    digest = index.digest + page * index.stride
+    is_channel = channel < tl.where(is_page, HEAD_SIZE, 0)
+    is_coded = number < tl.where(is_page, NUM_WORDS * CODES_PER_WORD, 0)
+    mean = tl.load(digest + channel, mask=is_channel, other=0.0).to(tl.float32)
+    step, coded = load_coded(digest, number, is_coded, HEAD_SIZE, NUM_WORDS)
+    asked = _load_queries(query, head, row, channel, is_channel, GROUP, BLOCK_GROUP)
+    factors = _load_queries(query, head, row, coded, is_coded, GROUP, BLOCK_GROUP)
+    factors *= step[None, :] * scale
+    base = scale * tl.sum(asked * mean[None, :], 1) - tl.sum(factors, 1) * (0.5 * MAX_CODE)
+    return factors, base
 
 
 @triton.jit
-def prepare_page(
-    index: tl.tuple,
-    asked: tl.tensor,
-    page: tl.tensor,
-    is_page: tl.tensor,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
-    """The a and the b of q.k = b + sum of a code, for a page and the queries `asked`, scaled.
-
-    As a code says m + s (code - 1.5), a = q s and b is the sum of q m - 1.5 a.
-    """
-    channel = tl.arange(0, BLOCK_SIZE)
-    digest, mask = (
-        index.digest + page * index.stride + channel,
-        channel < tl.where(is_page, HEAD_SIZE, 0),
-    )
-    mean = tl.load(digest, mask=mask, other=0.0).to(tl.float32)
-    step = tl.load(digest + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
-    factors = asked * step[None, :]
-    return factors, tl.sum(asked * mean[None, :] - 1.5 * factors, 1)
+def _load_queries(
+    query: tl.tuple,
+    head: tl.tensor,
+    row: tl.tensor,
+    channel: tl.tensor,
+    mask: tl.tensor,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+) -> tl.tensor:
+    """float32 [BLOCK_GROUP, channels]: of the queries of one KV head, then zeros."""
+    member = tl.arange(0, BLOCK_GROUP)
+    vectors = row.to(tl.int64) * query.stride + (head * GROUP + member) * query.head_stride
+    where = query.data + vectors[:, None] + channel[None, :]
+    mask = (member < GROUP)[:, None] & mask[None, :]
+    return tl.load(where, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -156,30 +177,20 @@ def load_codes(
     token: tl.tensor,
     mask: tl.tensor,
     NUM_WORDS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    DOT: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
 ) -> tl.tensor:
-    """DOT [tokens, BLOCK_SIZE]: the codes of some tokens of a page, 0 to 3."""
-    word, lane = tl.arange(0, BLOCK_SIZE // CODES_PER_WORD), tl.arange(0, CODES_PER_WORD)
+    """float32 [tokens, codes]: the codes of some tokens of a page, 0 to 15."""
+    word, lane = tl.arange(0, BLOCK_WORDS), tl.arange(0, CODES_PER_WORD)
     where = index.codes + page * index.word_stride + token[:, None] * NUM_WORDS + word[None, :]
     words = tl.load(where, mask=mask[:, None] & (word < NUM_WORDS)[None, :], other=0)
-    codes = (words[:, :, None] >> (2 * lane)[None, None, :]) & 3
-    return tl.reshape(codes.to(DOT), (token.shape[0], BLOCK_SIZE))
+    codes = (words[:, :, None] >> (lane * CODE_BITS)[None, None, :]) & MAX_CODE
+    return tl.reshape(codes.to(tl.float32), (token.shape[0], BLOCK_WORDS * CODES_PER_WORD))
 
 
 @triton.jit
-def find_logits(
-    factors: tl.tensor, base: tl.tensor, codes: tl.tensor, DOT: tl.constexpr
-) -> tl.tensor:
+def find_logits(factors: tl.tensor, base: tl.tensor, codes: tl.tensor) -> tl.tensor:
     """float32 [queries, tokens]: b + sum of a code, see `prepare_page`.
 
-    Codes are exact in any type; the three parts of a factor have its 24 bits if 8 fit in one.
+    Codes are exact in tf32, and the parts of a factor have 22 of its 24 bits.
     """
-    columns = tl.trans(codes)
-    high = factors.to(DOT)
-    rest = factors - high.to(tl.float32)
-    middle = rest.to(DOT)
-    low = (rest - middle.to(tl.float32)).to(DOT)
-    logits = tl.dot(low, columns, input_precision="ieee")
-    logits = tl.dot(middle, columns, logits, input_precision="ieee")
-    return tl.dot(high, columns, logits, input_precision="ieee") + base[:, None]
+    return tl.dot(factors, tl.trans(codes), input_precision="tf32x3") + base[:, None]
