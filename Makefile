@@ -1,7 +1,7 @@
 # make env   the environment, with the real engine       make check  what CI runs: lint, types, tests
 # make demo  one long video under a page quota           make bench  speed and memory against stock vLLM
 # make quality  accuracy against quota, an hour          make train  the model that it asks, two hours
-# make quality-real  the same on a pretrained language model, beside its peers, some three hours
+# make quality-real  the same on a pretrained language model, beside its peers, within 90 minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin

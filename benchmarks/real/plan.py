@@ -188,5 +188,12 @@ PLANS: dict[str, list[Run]] = {
         replace(FULL, **FRAMES),
         *(run for one in (HYBRID, RECALL) for run in at(one, SHARES[:2], **FRAMES)),
     ],
-    "quick": [replace(FULL, **QUICK), *at(HYBRID, (0.2,), **QUICK)],
+    "quick": [
+        replace(FULL, **QUICK),
+        *at(HYBRID, (0.2,), **QUICK),
+        *at(RECALL, (0.1,), **QUICK),
+    ],
 }
+
+# every policy on text and on frames, what `make quality-real` measures beside the peers
+CORE = ("main", "baselines", "frames", "recall")

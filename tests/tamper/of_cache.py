@@ -278,4 +278,46 @@ OF_CACHE = (
         "near_tokens = max(stop_tokens, request.prompt_tokens)",
         "near_tokens = stop_tokens",
     ),
+    Mutation(
+        "recall: pages are taken and stay free",
+        "cache/tables.py",
+        "        self.num_free[slot] -= count\n",
+        "",
+    ),
+    Mutation(
+        "recall: what is held may come back a second time",
+        "cache/recaller.py",
+        "            ops.mark(slot, self.tables.layer(layer), self.heads(layer))\n",
+        "            ops.mark(slot, self.tables.layer(layer), self.heads(0))\n",
+    ),
+    Mutation(
+        "recall: the broad heads",
+        "cache/recaller.py",
+        ".flatten().topk(self.plan.num_heads)",
+        ".flatten().neg().topk(self.plan.num_heads)",
+    ),
+    Mutation(
+        "recall: pages stay in front when they are taken away",
+        "cache/tables.py",
+        "        self.lens[slot] -= num_tokens\n",
+        "",
+    ),
+    Mutation(
+        "tier: a request keeps its blocks when it goes",
+        "cache/tier.py",
+        "        self._free += reversed(given)\n",
+        "",
+    ),
+    Mutation(
+        "tier: two requests share their blocks",
+        "cache/tier.py",
+        "taken = [self._free.pop() for _ in range(count)]",
+        "taken = self._free[-count:]",
+    ),
+    Mutation(
+        "recall: heads keep all of the budget beside what comes back",
+        "arithmetic/recall.py",
+        "resident_tokens=budget_tokens - taken_tokens",
+        "resident_tokens=budget_tokens",
+    ),
 )

@@ -38,8 +38,8 @@ OF_COUNTS = (
     Mutation(
         "quota: compresses one token late in prefill",
         "arithmetic/quota.py",
-        "and seen_tokens > self.budget_tokens",
-        "and seen_tokens > self.budget_tokens + 1",
+        "or seen_tokens <= self.budget_tokens:",
+        "or seen_tokens <= self.budget_tokens + 1:",
     ),
     Mutation(
         "quota: first compaction of decode one token late",
