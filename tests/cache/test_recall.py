@@ -173,6 +173,15 @@ def test_the_most_concentrated_heads_recall() -> None:
     assert [layer * HEADS + head for layer, head in recalling_heads(lab, client)] == best
 
 
+def test_a_head_that_recalls_reads_all_of_its_pages() -> None:
+    """Also a dynamic one, whose digests know nothing of what came back."""
+    lab = small_lab(options=PolicyOptions(probe_tokens=4, force_class="dynamic"))
+    client = run(lab, Client("long", 300), outputs=20)
+    slot = lab.state(client).slot
+    recalls = lab.recaller.num_tokens[slot] > 0
+    assert torch.equal(lab.cache.tables.is_retrieving[slot], ~recalls)
+
+
 def test_a_head_that_recalls_all_reads_as_if_nothing_had_been_dropped() -> None:
     """Kept and recalled tokens are the whole prompt, so the output is that of dense attention."""
     greedy = Recall(

@@ -182,9 +182,13 @@ class Recaller:
         return taken
 
     def attach(self, request: RequestState) -> None:
-        """Put the recall pages in front of what their heads hold, and mark what is held."""
+        """Put the recall pages in front of what their heads hold, and mark what is held.
+
+        A head that recalls reads all of its pages: digests know nothing of what was fetched.
+        """
         slot = request.slot
         self.tables.push_front(slot, self.slots[slot], self.num_recalled[slot])
+        self.tables.is_retrieving[slot] &= self.num_tokens[slot] == 0
         for layer in range(self.tables.num_layers):
             ops.mark(slot, self.tables.layer(layer), self.heads(layer))
 
