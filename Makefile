@@ -47,7 +47,7 @@ quality: env
 
 quality-real: env
 	$(BIN)/python -m benchmarks.real.run
-	$(BIN)/python -m benchmarks.real.peers
+	$(BIN)/python -m benchmarks.real.peers --sizes 2048
 
 train: env
 	$(BIN)/python -m benchmarks.quality.train
