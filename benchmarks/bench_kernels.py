@@ -8,6 +8,8 @@ kernels, if they can be imported. Rates count the bytes and operations of docs/p
 file `kernels_<card>.json` gets all of it; the last line of the output is a summary in JSON. The
 exit status is 1 if a kernel is wrong.
 
+The section `recall` pins up to 8 GB of host memory.
+
 `--check` compares and does not time; without a GPU it does so in Triton's interpreter, on small
 caches: `TRITON_INTERPRET=1 python -m benchmarks.bench_kernels --check`.
 """
@@ -24,12 +26,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.kernels import attention, compression, launches, policy
-from benchmarks.kernels.checks import SMALL, representative, run_checks, wrong_ops
+from benchmarks.kernels import attention, compression, launches, policy, recall
+from benchmarks.kernels.checks import SMALL, representative, run_checks
 from benchmarks.kernels.report import Report, about, file_name
 from benchmarks.kernels.rows import Bench
 from benchmarks.kernels.shapes import QWEN25_VL_7B
 from benchmarks.kernels.timing import Clock
+from benchmarks.kernels.verdicts import wrong_ops
 from vllm_budgetkv.ops import backend
 
 if TYPE_CHECKING:
@@ -44,6 +47,7 @@ SECTIONS: dict[str, tuple[Callable[[Bench], Iterator[Row]], set[str]]] = {
     "budget": (attention.budget, {"attend"}),
     "retrieval": (attention.retrieved_decode, {"retrieve", "attend"}),
     "decode": (attention.decode, {"attend"}),
+    "recall": (recall.recall, {"store", "encode", "mark", "recall"}),
     "ops": (
         compression.single_ops,
         {"append", "reserve", "score", "contrast", "select", "compact", "digest", "merge"},

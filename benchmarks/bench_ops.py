@@ -1,7 +1,8 @@
-"""Times the ops of a compression and `retrieve` against their references, on the CPU.
+"""Times the ops of a compression, `retrieve` and those of recall against references, on the CPU.
 
 Each kernel is first checked against its reference; then they run in turns, and times are medians.
-One request and layer, half of whose tokens survive. The last line is JSON.
+One request and layer, half of whose tokens survive. For recall, heads hold a fifth of the prompt
+and bring back half as much, none of which stands in their pages already. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -9,11 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from benchmarks.kernels.caches import equal_lens
+from benchmarks.kernels.checks import Sizes
+from benchmarks.kernels.recall_checks import check_recall
+from benchmarks.kernels.remembered import EMPTY, Remembered, build_tier, remember
+from benchmarks.kernels.verdicts import wrong_ops
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.ops import (
     BatchRows,
@@ -24,17 +32,25 @@ from vllm_budgetkv.ops import (
     compact,
     contrast,
     digest,
+    encode,
+    mark,
+    recall,
     retrieve,
     score,
     select,
+    store,
 )
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
+from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.mark import mark as mark_reference
+from vllm_budgetkv.ops.reference.recall import recall as recall_reference
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.reference.select import select as select_reference
+from vllm_budgetkv.ops.reference.store import store as store_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -52,6 +68,16 @@ OPS = {
     "digest": (digest, digest_reference),
     "retrieve": (retrieve, retrieve_reference),
 }
+RECALL_OPS = {
+    "store": (store, store_reference),
+    "encode": (encode, encode_reference),
+    "mark": (mark, mark_reference),
+    "recall": (recall, recall_reference),
+}
+HELD_TOKENS, RECALLED_PAGES = TOKENS // 5, TOKENS // (10 * PAGE_TOKENS)
+CHECKED = Sizes(
+    "small", HEADS, GROUP, HEAD_SIZE, PAGE_TOKENS, mean_tokens=90, chunk_tokens=70, probe_rows=1
+)
 
 
 def make_pool(dtype: torch.dtype) -> PagePool:
@@ -129,11 +155,55 @@ def flat(values: Iterable[object]) -> Iterator[object]:
         yield from flat(value) if isinstance(value, tuple) else (value,)
 
 
-def call_ms(run: Callable[..., object], op: str, pool: PagePool) -> float:
-    inputs = arguments(op, pool)
+def make_remembered(dtype: torch.dtype) -> Remembered:
+    """A prompt of which every head holds a fifth, with its index."""
+    torch.manual_seed(0)
+    layout, device = PageLayout(PAGE_TOKENS, HEAD_SIZE, dtype), torch.device("cpu")
+    tier = build_tier((TOKENS,), 2, HEADS, layout, device)[-1]
+    held, recalling = equal_lens(1, HEADS, HELD_TOKENS), torch.ones(1, HEADS, dtype=torch.bool)
+    made = remember(tier, (TOKENS,), held, recalling, RECALLED_PAGES, layout)
+    encode_reference(*recall_arguments("encode", made))
+    mark_reference(*recall_arguments("mark", made))
+    return made
+
+
+def recall_arguments(op: str, made: Remembered) -> tuple[object, ...]:
+    """Arguments of one op; for `recall`, recall pages are emptied."""
+    generator, dtype = torch.Generator().manual_seed(1), made.cache.pool.layout.dtype
+    match op:
+        case "store":
+            shape = (2, CHUNK_TOKENS, HEADS, HEAD_SIZE)
+            key, value = torch.randn(shape, generator=generator).to(dtype)
+            return key, value, one_row(CHUNK_TOKENS), made.tier
+        case "encode":
+            return 0, made.tier, made.recalls, made.cache.pool, made.energy
+        case "mark":
+            return 0, made.cache.heads, made.recalls
+    made.cache.pool.positions[made.all_recall_pages()] = EMPTY
+    query = torch.randn(1, HEADS * GROUP, HEAD_SIZE, generator=generator).to(dtype)
+    moved = torch.zeros_like(made.cache.lens)
+    heads = (made.cache.heads, one_row(1), made.recalls, made.tier)
+    return query, *heads, HEAD_SIZE**-0.5, moved
+
+
+def call_ms(run: Callable[..., object], inputs: tuple[object, ...]) -> float:
     start = time.perf_counter()
     run(*inputs)
     return 1e3 * (time.perf_counter() - start)
+
+
+def cases(dtype: torch.dtype) -> Iterator[tuple[str, tuple[Any, Any], Callable[[], Any]]]:
+    """Name, kernel and reference of every op, which has been checked, and its inputs for a call."""
+    for op, runs in OPS.items():
+        pool = make_pool(dtype)
+        torch.testing.assert_close(*(outcome(run, op, pool) for run in runs))
+        yield op, runs, partial(arguments, op, pool)
+    torch.manual_seed(0)
+    if wrong := wrong_ops(list(check_recall(CHECKED, dtype, torch.device("cpu")))):
+        sys.exit(f"not as their references: {', '.join(sorted(wrong))}")
+    made = make_remembered(dtype)
+    for op, runs in RECALL_OPS.items():
+        yield op, runs, partial(recall_arguments, op, made)
 
 
 def main() -> None:
@@ -143,10 +213,8 @@ def main() -> None:
     report: dict[str, dict[str, float]] = {}
     print(f"{'op':16}{'dtype':16}{'kernel ms':>10}{'reference ms':>14}{'ratio':>8}")
     for dtype in (torch.float32, torch.bfloat16):
-        for op, runs in OPS.items():
-            pool = make_pool(dtype)
-            torch.testing.assert_close(*(outcome(run, op, pool) for run in runs))
-            samples = [[call_ms(run, op, pool) for run in runs] for _ in range(repeats)]
+        for op, runs, make in cases(dtype):
+            samples = [[call_ms(run, make()) for run in runs] for _ in range(repeats)]
             kernel, reference = (statistics.median(side) for side in zip(*samples, strict=True))
             name = str(dtype).removeprefix("torch.")
             print(f"{op:16}{name:16}{kernel:10.3f}{reference:14.3f}{reference / kernel:8.1f}")

@@ -7,11 +7,13 @@ both measured against float64, plus a rounding step. What moves bits must move t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from benchmarks.kernels.caches import Cache, build_cache, ragged_lens
+from benchmarks.kernels.recall_checks import check_recall
+from benchmarks.kernels.verdicts import Verdict, same_bits, within_budget
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
@@ -29,20 +31,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from benchmarks.kernels.shapes import ModelShape
-
-
-class Verdict(NamedTuple):
-    """One comparison: the largest error and the largest that is allowed."""
-
-    op: str
-    what: str
-    error: float
-    allowed: float
-
-    @property
-    def holds(self) -> bool:
-        """False for NaN too."""
-        return self.error <= self.allowed
 
 
 @dataclass(frozen=True)
@@ -88,24 +76,7 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
     yield from _check_digest(fresh())
     yield from _check_retrieve(fresh(), sizes)
     yield from _check_merge(fresh())
-
-
-def within_budget(
-    op: str, what: str, actual: torch.Tensor, low_precision: torch.Tensor, exact: torch.Tensor
-) -> Verdict:
-    """A verdict on numbers that are rounded; an infinite error if they are not all finite."""
-    rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
-    allowed = 2 * ((low_precision.double() - exact.double()).abs().max().item() + rounding)
-    error = (actual.double() - exact.double()).abs().max().item()
-    return Verdict(op, what, error, allowed)
-
-
-def same_bits(op: str, what: str, actual: torch.Tensor, expected: torch.Tensor) -> Verdict:
-    """A verdict on what must not differ in one bit; the error counts the elements that do."""
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    bits = sizes[actual.element_size()]
-    differing = actual.contiguous().view(bits) != expected.contiguous().view(bits)
-    return Verdict(op, what, float(differing.sum()), 0.0)
+    yield from check_recall(sizes, dtype, device)
 
 
 def _same_caches(op: str, actual: Cache, expected: Cache) -> Iterator[Verdict]:
@@ -266,11 +237,6 @@ def _check_merge(cache: Cache) -> Iterator[Verdict]:
     step = 2 * torch.finfo(cache.pool.layout.dtype).eps * wanted.abs().max().item()
     # two kept keys that are equally like a dropped one may take it in differently
     yield Verdict("merge", "values", float((~(error <= step)).sum()), 0.001 * len(error))
-
-
-def wrong_ops(verdicts: list[Verdict]) -> set[str]:
-    """Ops of which a comparison failed."""
-    return {verdict.op for verdict in verdicts if not verdict.holds}
 
 
 def run_checks(

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.kernels import work
+from benchmarks.kernels import recall, work
 from benchmarks.kernels.attention import CHOICE
 from benchmarks.kernels.caches import Cache, build_cache, equal_lens
-from benchmarks.kernels.checks import Verdict, same_bits
 from benchmarks.kernels.compression import append_call, make_layers
 from benchmarks.kernels.rows import Bench, Row, measure_row
 from benchmarks.kernels.shapes import QWEN25_VL_7B, RETRIEVAL_RATIO, ModelShape
 from benchmarks.kernels.timing import capture, host_seconds
+from benchmarks.kernels.verdicts import Verdict, same_bits
 from vllm_budgetkv import ops
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def host(bench: Bench) -> Iterator[Row]:
         "digest": lambda: ops.digest(one),
         "merge": lambda: ops.merge(keep, one, keep, "value", HOST_TOKENS, 0.8),
     }
+    calls |= recall.host_calls(bench, model, HOST_ROWS, HOST_TOKENS)
     for name, call in calls.items():
         seconds = host_seconds(call, OP_LAUNCHES, lambda: cache.restore(saved))
         yield Row("host", f"{name}, one call", seconds, captured=False)

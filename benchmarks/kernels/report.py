@@ -20,9 +20,9 @@ from vllm_budgetkv import __version__
 from vllm_budgetkv.ops import triton as kernels
 
 if TYPE_CHECKING:
-    from benchmarks.kernels.checks import Verdict
     from benchmarks.kernels.rows import Row
     from benchmarks.kernels.timing import Ceilings
+    from benchmarks.kernels.verdicts import Verdict
 
 # cases whose keys and values are at least so many fill an H200
 FULL_CARD_BYTES = 1 << 29

@@ -7,32 +7,55 @@ those of "GPU kernels: bytes and operations" in docs/performance.md, which has t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_budgetkv.arithmetic.layout import PageLayout
 
 if TYPE_CHECKING:
     from benchmarks.kernels.shapes import ModelShape
 
-ELEMENT_BYTES = 2  # bfloat16
+DTYPE = torch.bfloat16
+ELEMENT_BYTES = DTYPE.itemsize
 WORD_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Work:
-    """Of one call: `bytes` through device memory, `flops` of matrix products and their like."""
+    """Of one call.
+
+    Attributes:
+        bytes: through device memory.
+        flops: of matrix products and their like.
+        host_bytes: over the link to host memory.
+    """
 
     bytes: float
     flops: float = 0.0
+    host_bytes: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(self.bytes + other.bytes, self.flops + other.flops)
+        host_bytes = self.host_bytes + other.host_bytes
+        return Work(self.bytes + other.bytes, self.flops + other.flops, host_bytes)
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.bytes * times, self.flops * times)
+        return Work(self.bytes * times, self.flops * times, self.host_bytes * times)
 
-    def floor_seconds(self, bytes_per_second: float, flops_per_second: float) -> float:
+    def floor_seconds(
+        self,
+        bytes_per_second: float,
+        flops_per_second: float,
+        host_bytes_per_second: float = math.inf,
+    ) -> float:
         """The least time at these rates."""
-        return max(self.bytes / bytes_per_second, self.flops / flops_per_second)
+        return max(
+            self.bytes / bytes_per_second,
+            self.flops / flops_per_second,
+            self.host_bytes / host_bytes_per_second,
+        )
 
 
 def vector_bytes(model: ModelShape) -> int:
@@ -111,3 +134,55 @@ def merge(model: ModelShape, kept_tokens: float, dropped_tokens: float, heads: i
     head_tokens = kept_tokens + dropped_tokens
     moved = (2 * head_tokens + kept_tokens) * vector_bytes(model)
     return Work(moved, 2 * model.head_size * kept_tokens * dropped_tokens / heads)
+
+
+def token_index_bytes(layout: PageLayout) -> float:
+    """What an index says of a token: its codes, and its share of its page's digest."""
+    digest = layout.head_size + 2 * layout.coded_channels
+    return WORD_BYTES * layout.code_words + ELEMENT_BYTES * digest / layout.index_tokens
+
+
+def store(model: ModelShape, new_tokens: int) -> Work:
+    """K and V from the device to host memory."""
+    moved = 2 * new_tokens * model.kv_heads * vector_bytes(model)
+    return Work(moved, host_bytes=moved)
+
+
+def encode(model: ModelShape, heads: int, indexed_tokens: float, page_tokens: int) -> Work:
+    """Keys from host memory and energy in, an index out; heads and tokens as in `recall`."""
+    layout = PageLayout(page_tokens, model.head_size, DTYPE)
+    energy = WORD_BYTES * heads * model.head_size
+    written = indexed_tokens * token_index_bytes(layout)
+    return Work(energy + written, host_bytes=indexed_tokens * vector_bytes(model))
+
+
+def mark(indexed_tokens: float, held_tokens: float) -> Work:
+    """A position of every token that is held in, a bit of every token out."""
+    return Work(WORD_BYTES * held_tokens + indexed_tokens / 8)
+
+
+def recall(
+    model: ModelShape,
+    heads: int,
+    indexed_tokens: float,
+    recalled_tokens: float,
+    moved_tokens: float,
+    page_tokens: int,
+) -> Work:
+    """Index, queries and positions of recall pages in, what moved from host memory out.
+
+    Args:
+        heads: KV heads that recall, over rows and layers; tokens are sums over them.
+        indexed_tokens: that host memory keeps.
+        recalled_tokens: that recall pages hold.
+        moved_tokens: of these, those that were fetched.
+    """
+    layout = PageLayout(page_tokens, model.head_size, DTYPE)
+    index = indexed_tokens * (token_index_bytes(layout) + 1 / 8)
+    queries = heads * model.group * vector_bytes(model)
+    moved = 2 * moved_tokens * vector_bytes(model)
+    positions = WORD_BYTES * (recalled_tokens + moved_tokens)
+    # of each token its coded channels, of each page its mean
+    products = layout.coded_channels + model.head_size / layout.index_tokens
+    flops = 2 * model.group * products * indexed_tokens
+    return Work(index + queries + positions + moved, flops, moved)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -12,18 +13,24 @@ import pytest
 import torch
 
 from benchmarks import bench_kernels
-from benchmarks.kernels import attention, compression, launches, peers, policy, work
+from benchmarks.kernels import attention, compression, launches, peers, policy, recall, work
 from benchmarks.kernels.caches import build_cache, equal_lens, ragged_lens
-from benchmarks.kernels.checks import Verdict
+from benchmarks.kernels.checks import SMALL
 from benchmarks.kernels.peers import Batch
+from benchmarks.kernels.recall_checks import check_recall
 from benchmarks.kernels.report import Report
 from benchmarks.kernels.rows import Bench
 from benchmarks.kernels.shapes import QWEN25_VL_7B, ModelShape
 from benchmarks.kernels.timing import Ceilings, Timing
+from benchmarks.kernels.verdicts import Verdict
 from tests.ops.factories import batch_rows
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
+from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.mark import mark as mark_reference
+from vllm_budgetkv.ops.reference.recall import recall as recall_reference
+from vllm_budgetkv.ops.reference.store import store as store_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +64,13 @@ SIZES = {
         "HELD_TOKENS": 36,
         "TEXT_TOKENS": 4,
         "FRAME_TOKENS": 5,
+    },
+    recall: {
+        "QWEN25_VL_7B": TINY,
+        "PROMPT_TOKENS": (150, 300),
+        "BUDGET_SHARE": 0.4,
+        "CHUNK_TOKENS": 6,
+        "HOST_COPY_BYTES": 64,
     },
     launches: {
         "QWEN25_VL_7B": TINY,
@@ -116,7 +130,7 @@ def test_check_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     status, _, summary = run_check(monkeypatch, capsys)
     assert status == 0
     assert summary["wrong"] == []
-    assert summary["checks"] > 40
+    assert summary["checks"] > 80
 
 
 def test_a_wrong_kernel_is_found(
@@ -142,6 +156,97 @@ def test_a_wrong_kernel_is_found(
     assert any(line.startswith("WRONG: attend, decode, small") for line in lines)
 
 
+def store_late(key: Any, value: Any, rows: Any, tier: Any) -> None:
+    rows = rows._replace(first_position=rows.first_position + 1)
+    store_reference(key, value, rows, tier)
+
+
+def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
+    """One code is two levels off."""
+    encode_reference(slot, tier, recalls, pool, energy)
+    pool.codes[int(recalls.table[slot, 0, 0]), 3, 0] ^= 2
+
+
+def encode_others(*arguments: Any) -> None:
+    """The channels of another head's queries."""
+    *others, energy = arguments
+    encode_reference(*others, energy.roll(1, 0))
+
+
+def encode_disorder(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
+    """A channel of the second page is no channel."""
+    encode_reference(slot, tier, recalls, pool, energy)
+    pool.digests[int(recalls.table[slot, 0, 1]), 1, 15] = 32.0
+
+
+def encode_off(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
+    """Of a channel without codes, all is known by its mean."""
+    encode_reference(slot, tier, recalls, pool, energy)
+    digest = pool.digests[int(recalls.table[slot, 1, 1])]
+    coded = digest[1, 8:16].tolist()
+    digest[0, next(channel for channel in range(32) if channel not in coded)] += 1.0
+
+
+def mark_more(slot: int, heads: Any, recalls: Any) -> None:
+    mark_reference(slot, heads, recalls)
+    heads.pool.positions[int(recalls.table[slot, 0, 0]), 0] ^= 1
+
+
+def recall_others(query: Any, *others: Any) -> None:
+    recall_reference(-query, *others)
+
+
+def recall_half(query: Any, heads: Any, *others: Any) -> None:
+    """The value of one token does not come."""
+    recall_reference(query, heads, *others)
+    heads.pool.values[int(heads.table[0, 0, 0]), 0] = 0.0
+
+
+def recall_held(query: Any, heads: Any, *others: Any) -> None:
+    recall_reference(query, heads, *others)
+    pages = heads.table[0, 0].long()
+    held = heads.lens[0, 0] - 1
+    page = pages[held // heads.page_tokens]
+    heads.pool.positions[pages[0], 0] = heads.pool.positions[page, held % heads.page_tokens]
+
+
+def recall_uncounted(*arguments: Any) -> None:
+    recall_reference(*arguments)
+    arguments[-1].zero_()
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "found"),
+    [
+        ("store", store_late, "host blocks"),
+        ("encode", encode_far, "codes"),
+        ("encode", encode_others, "channels"),
+        ("encode", encode_disorder, "channels"),
+        ("encode", encode_off, "means and steps"),
+        ("mark", mark_more, "pages"),
+        ("recall", recall_others, "lacking mass"),
+        ("recall", recall_half, "keys and values"),
+        ("recall", recall_held, "held or twice"),
+        ("recall", recall_uncounted, "moved"),
+    ],
+)
+def test_a_wrong_op_of_recall_is_found(
+    monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., None], found: str
+) -> None:
+    references = {
+        "store": store_reference,
+        "encode": encode_reference,
+        "mark": mark_reference,
+        "recall": recall_reference,
+    }
+    for op, reference in (references | {name: wrong}).items():
+        monkeypatch.setattr(ops, op, reference)
+    torch.manual_seed(0)
+    failed = [each for each in check_recall(SMALL, torch.bfloat16, CPU) if not each.holds]
+    assert {each.op for each in failed} == {name}
+    assert any(found in each.what for each in failed)
+
+
 @pytest.mark.parametrize("name", bench_kernels.SECTIONS)
 def test_sections_run(tiny: Bench, name: str) -> None:
     section, _ = bench_kernels.SECTIONS[name]
@@ -150,6 +255,18 @@ def test_sections_run(tiny: Bench, name: str) -> None:
     for row in rows:
         assert row.work is None or row.work.bytes > 0
         assert row.as_json(tiny.ceilings)["seconds"] == 1e-3
+
+
+def test_recall_rows_count_what_moves(tiny: Bench) -> None:
+    """Nothing stands in the recall pages at first, then about seven of ten."""
+    tiny = replace(tiny, quick=False)
+    rows = [row for row in recall.recall(tiny) if row.section == "recall"]
+    assert [row.figures["tokens"] for row in rows] == [150, 150, 300, 300]
+    for new, some in (rows[:2], rows[2:]):
+        assert new.figures["moved"] == new.figures["recalled"] == some.figures["recalled"] > 0
+        assert 0 < some.figures["moved"] < new.figures["moved"]
+        for row in (new, some):
+            assert row.work.host_bytes == row.figures["moved"] * 2 * TINY.head_size * 2
 
 
 def test_no_time_for_a_wrong_kernel(
@@ -257,6 +374,20 @@ def test_work_of_a_7b() -> None:
         "retrieve": (work.retrieve(model, heads * 94), 0.20, 1.3),
         "merge": (work.merge(model, kept, held - kept, heads), 11.3, 3146),
     }
+    # a prompt of 30,000 tokens, of which heads hold 2,249 and recall 1,312
+    asked, recalled = 30_000 * heads, 1312 * heads
+    some = work.recall(model, heads, asked, recalled, 0.3 * recalled, page)
+    counted |= {
+        "store": (work.store(model, 1024), 2.10, 0),
+        "encode": (work.encode(model, heads, asked, page), 1.97, 0),
+        "mark": (work.mark(asked, 2249 * heads), 0.051, 0),
+        "recall, 30 % new": (some, 2.82, 54),
+        "recall": (work.recall(model, heads, asked, recalled, recalled, page), 4.72, 54),
+    }
+    host = {"store": 2.10, "encode": 30.7, "mark": 0, "recall, 30 % new": 0.81, "recall": 2.69}
+    for op, megabytes in host.items():
+        assert counted[op][0].host_bytes / 1e6 == pytest.approx(megabytes, rel=0.01), op
+    assert some.floor_seconds(4.8e12, 989e12, 50e9) == pytest.approx(16.1e-6, rel=0.01)
     for op, (found, megabytes, megaflops) in counted.items():
         assert found.bytes / 1e6 == pytest.approx(megabytes, rel=0.04), op
         assert found.flops / 1e6 == pytest.approx(megaflops, rel=0.04), op
