@@ -20,7 +20,8 @@ def tables() -> HeadTables:
     pool = PagePool(torch.zeros(1, layout.page_bytes, dtype=torch.uint8), layout)
     shape = (SLOTS, LAYERS, HEADS)
     numbered = (numbers(*sizes) for sizes in ((*shape, WIDTH), shape, (SLOTS, 9), (SLOTS,)))
-    return HeadTables(pool, *numbered, *torch.zeros(2, *shape, dtype=torch.bool))
+    flags = torch.zeros(2, *shape, dtype=torch.bool)
+    return HeadTables(pool, *numbered, *flags, torch.zeros(shape))
 
 
 def numbers(*sizes: int) -> torch.Tensor:

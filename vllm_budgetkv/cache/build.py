@@ -106,6 +106,7 @@ def build_cache(
         scales=model.scales,
         makes_digests=choice is not None,
         poison=rules.check_ledger,
+        notes_concentration=quota.recall is not None,
     )
     if policy.compresses:
         compressor.new_layer_budgets(quota)  # refuses a model that does not fit before any request

@@ -37,6 +37,7 @@ class Compressor:
         scales: softmax scale of each layer.
         makes_digests: whether decode reads some pages only, by their digests.
         poison: fill freed pages with NaN.
+        notes_concentration: whether the tables are told it, for heads that recall are chosen by it.
     """
 
     tables: HeadTables
@@ -46,6 +47,7 @@ class Compressor:
     scales: Mapping[int, float]
     makes_digests: bool
     poison: bool
+    notes_concentration: bool
 
     def compress(
         self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
@@ -77,13 +79,21 @@ class Compressor:
         rows = slice(layers[0], layers[-1] + 1)
         is_static = is_static.view(len(layers), -1)
         tables.is_static[slot, rows] = is_static
-        found = [one.concentration for one in seen if one.concentration is not None]
-        if found:
-            tables.concentration[slot, rows] = join(found, 1).view(len(layers), -1)
+        if self.notes_concentration:
+            self._note_concentration(request, layers, seen)
         if last and self.makes_digests:
             ops.digest(heads)
             tables.is_retrieving[slot, rows] = ~is_static
         request.spend(time.perf_counter() - started_seconds)
+
+    def _note_concentration(
+        self, request: RequestState, layers: Sequence[int], seen: list[Observation]
+    ) -> None:
+        found = [one.concentration for one in seen if one.concentration is not None]
+        if found:
+            rows = slice(layers[0], layers[-1] + 1)
+            noted = join(found, 1).view(len(layers), -1)
+            self.tables.concentration[request.slot, rows] = noted
 
     def compress_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""

@@ -14,18 +14,18 @@ if TYPE_CHECKING:
 WORD_BITS = 32
 
 
-def mark(slot: int, heads: PagedHeads, recall: RecallHeads) -> None:
+def mark(slot: int, heads: PagedHeads, recalls: RecallHeads) -> None:
     """See `vllm_budgetkv.ops.mark.mark`."""
     pool, entries = heads.pool, heads.pool.layout.index_tokens
     of_slot = heads._replace(table=heads.table[slot], lens=heads.lens[slot])
     pages, offsets, held = locate_tokens(of_slot, of_slot.capacity_tokens)
-    for head, num_tokens in enumerate(recall.num_tokens[slot].tolist()):
+    for head, num_tokens in enumerate(recalls.num_tokens[slot].tolist()):
         num_pages = -(-num_tokens // entries)
         is_held = torch.zeros(num_pages * entries, dtype=torch.bool, device=pages.device)
-        first = int(recall.num_recalled[slot, head])
+        first = int(recalls.num_recalled[slot, head])
         positions = pool.positions[pages[head], offsets[head]][first:][held[head][first:]].long()
         is_held[positions[(positions >= 0) & (positions < num_tokens)]] = True
-        index = recall.table[slot, head, :num_pages].long()
+        index = recalls.table[slot, head, :num_pages].long()
         pool.positions[index] = pack_bits(is_held.view(num_pages, entries), pool.positions.shape[1])
 
 
