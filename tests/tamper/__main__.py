@@ -46,6 +46,11 @@ TESTS = (
     "tests/worker/test_graphs.py",
     "tests/cache/test_rehearsal.py",
     "tests/cache/test_rotaries.py",
+    "tests/arithmetic/test_recall.py",
+    "tests/cache/test_recall.py::test_the_most_concentrated_heads_recall",
+    "tests/cache/test_recall.py::test_a_head_that_recalls_reads_all_of_its_pages",
+    "tests/cache/test_recall.py::test_without_room_a_request_is_served_as_before_and_its_report_says_so",
+    "tests/cache/test_recall.py::test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again",
 )
 
 
