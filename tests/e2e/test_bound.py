@@ -102,11 +102,12 @@ def test_runner_v2_gives_the_same_compressed_answers(tmp_path: Path, vision_mode
     assert tokens_of(answers[0]) == tokens_of(answers[1])
 
 
-def test_random_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> None:
-    """Twenty scenarios in one engine: random arrivals, aborts and preemptions."""
-    chance = random.Random(5)
-    requests, preempts, start = [], [], 0
-    for scenario in range(20):
+def random_requests(seed: int, num_scenarios: int) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    """Requests that arrive and are aborted at random, and the steps that preempt all of them."""
+    chance = random.Random(seed)
+    requests: list[dict[str, Any]] = []
+    preempts, start = [], 0
+    for scenario in range(num_scenarios):
         for number in range(chance.randint(2, 4)):
             content = chance.choice(mixed_requests())["content"]
             arrives = start + chance.randint(0, 6)
@@ -122,18 +123,23 @@ def test_random_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> No
         if chance.random() < 0.6:
             preempts.append(start + chance.randint(1, 10))
         start += chance.randint(5, 25)
-    answer = run(
-        tmp_path,
-        vision_model,
-        requests,
-        budget=budget("hybrid"),
-        preempts=tuple(preempts),
-        **ENGINE,
-    )
+    return requests, tuple(preempts)
+
+
+def check_complete(answer: dict[str, Any], requests: list[dict[str, Any]]) -> None:
+    """All are inside their quota, and all that were not aborted have all of their tokens."""
     check_bound(answer)
     for request in requests:
         if "aborts" not in request:
             assert len(answer["answers"][request["name"]]["tokens"]) == request["max_tokens"]
+
+
+def test_random_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> None:
+    """Twenty scenarios in one engine: random arrivals, aborts and preemptions."""
+    requests, preempts = random_requests(seed=5, num_scenarios=20)
+    options = budget("hybrid")
+    answer = run(tmp_path, vision_model, requests, budget=options, preempts=preempts, **ENGINE)
+    check_complete(answer, requests)
 
 
 def test_text_only_model_under_a_small_quota(tmp_path: Path, text_model: Path) -> None:
