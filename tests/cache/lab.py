@@ -16,6 +16,7 @@ from vllm_budgetkv.cache.probe.bank import Rotary
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.cache import BudgetCache
     from vllm_budgetkv.cache.report import RequestRecord
@@ -63,6 +64,7 @@ class Client:
     features: list[Feature] = field(default_factory=list)
     output_tokens: int = 0
     computed_tokens: int = 0
+    lead_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     was_admitted: bool = False
 
@@ -168,11 +170,20 @@ class Lab:
 
     def room(self, client: Client) -> int:
         """Most tokens of its next chunk, which may be any part of the prompt."""
+        if not client.blocks:
+            self.arrive(client)
         start, prompt_tokens = client.computed_tokens, client.prompt_tokens
         for end_tokens in (self.quota.chunks_end(prompt_tokens), prompt_tokens):
             if start < end_tokens:
-                return min(self.quota.chunk_tokens, end_tokens - start)
+                return min(self.quota.chunk_tokens - client.lead_tokens, end_tokens - start)
         return min(self.quota.next_stop(start, prompt_tokens), client.total_tokens) - start
+
+    def arrive(self, client: Client) -> None:
+        """A client may be admitted with the next step: it begins behind what is there of it."""
+
+    def host_place(self, client: Client) -> HostPlace | None:
+        """Where host memory keeps the prompt of a client that is admitted."""
+        return None
 
     def take_blocks(self, client: Client, seen_tokens: int) -> list[int] | None:
         """Give the client what it needs to have seen so many tokens; None if the pool is out."""
@@ -209,6 +220,7 @@ class Lab:
                 num_output_tokens=[],
             ),
             num_scheduled_tokens={},
+            kv_connector_metadata=SimpleNamespace(places={}),
         )
         for client, num_tokens in work.items():
             self._schedule(scheduled, client, num_tokens)
@@ -217,12 +229,15 @@ class Lab:
         self.cache.end_step()
         for client, num_tokens in work.items():
             client.computed_tokens += num_tokens
+            client.lead_tokens = 0
             if client.computed_tokens == client.total_tokens:
                 client.output_tokens += 1
         return step
 
     def _schedule(self, scheduled: SimpleNamespace, client: Client, num_tokens: int) -> None:
-        fresh = client.computed_tokens == 0 and not client.blocks
+        fresh = not client.blocks
+        if fresh and (place := self.host_place(client)) is not None:
+            scheduled.kv_connector_metadata.places[client.request_id] = place
         taken = self.take_blocks(client, client.computed_tokens + num_tokens)
         assert taken is not None, "the test must not schedule what the pool cannot hold"
         assert len(client.blocks) <= self.quota.blocks
@@ -235,7 +250,7 @@ class Lab:
                     prefill_token_ids=None,
                     mm_features=client.features,
                     block_ids=(list(client.blocks),),
-                    num_computed_tokens=0,
+                    num_computed_tokens=client.computed_tokens,
                 )
             )
         else:
@@ -301,12 +316,18 @@ class Lab:
 
     def held(self, client: Client, layer: int, head: int) -> torch.Tensor:
         """Logical positions of the tokens that a head holds, in order."""
-        request = self.cache.slots.requests[client.request_id]
-        tables = self.cache.tables
+        request, tables = self.state(client), self.cache.tables
         count = int(tables.lens[request.slot, layer, head])
         page_tokens = self.quota.page_tokens
         pages = tables.page_table[request.slot, layer, head, : -(-count // page_tokens)].long()
         return self.pool.positions[pages].flatten()[:count].long()
+
+    def attended(self, client: Client, layer: int, head: int) -> torch.Tensor:
+        """Logical positions that the next tokens of a head attend to, themselves left out."""
+        held = self.held(client, layer, head)
+        state = self.state(client)
+        lead = torch.arange(state.held_tokens, state.computed_tokens)
+        return torch.cat((held, lead))
 
     def _expected(
         self,
@@ -322,7 +343,8 @@ class Lab:
         for row, client in enumerate(rows):
             part = slice(int(starts[row]), int(starts[row + 1]))
             for head in range(self.heads):
-                old = self.shadow[client.request_id, layer][self.held(client, layer, head), :, head]
+                seen = self.attended(client, layer, head)
+                old = self.shadow[client.request_id, layer][seen, :, head]
                 keys = torch.cat((old[:, 0], key[part, head]))
                 values = torch.cat((old[:, 1], value[part, head]))
                 heads = slice(head * self.group, (head + 1) * self.group)
@@ -336,8 +358,7 @@ class Lab:
 
     def check_content(self, client: Client, layer: int) -> None:
         """Every held token is the one that was written at its position, in order, bit by bit."""
-        request = self.cache.slots.requests[client.request_id]
-        tables = self.cache.tables
+        request, tables = self.state(client), self.cache.tables
         for head in range(self.heads):
             positions = self.held(client, layer, head)
             recalled = self.num_recalled(client, layer, head)

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import random
-from typing import TYPE_CHECKING, Any
+import zlib
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import torch
 
 from tests.cache.lab import Client, Lab
 from tests.cache.test_scenarios import assert_empty, play
+from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import PolicyOptions
+from vllm_budgetkv.scheduler.prompts import (
+    Found,
+    HostPrompts,
+    ItemEnd,
+    PromptKeys,
+    most_reused_tokens,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.step import Step
 
@@ -27,6 +38,8 @@ MAX_TOKENS = 400
 class RecallLab(Lab):
     """Every decode step's attention is dense attention over what is kept and what came back.
 
+    Tokens are made of their content: clients of one family begin with the same ones.
+
     Args:
         tier_blocks: of host memory.
     """
@@ -34,12 +47,95 @@ class RecallLab(Lab):
     def __init__(self, *args: Any, tier_blocks: int, **kwargs: Any) -> None:
         self.tier_blocks = tier_blocks
         self.num_checked = 0
+        self.families: dict[str, tuple[str, int]] = {}
+        self.found: dict[str, Found] = {}
+        self.stops_of: dict[str, list[int]] = {}
+        self.contents: dict[tuple[str, int], torch.Tensor] = {}
         super().__init__(*args, **kwargs)
+        self.prompts = HostPrompts(HostBlocks(tier_blocks), self.quota.page_tokens, lambda _: False)
 
     def host_memory(self) -> dict[str, int]:
-        shape = (self.layers, self.heads, 2, self.quota.page_tokens, self.head_size)
-        block_bytes = math.prod(shape) * 4
-        return {"max_model_tokens": MAX_TOKENS, "host_bytes": self.tier_blocks * block_bytes}
+        return {"max_model_tokens": MAX_TOKENS, "host_blocks": self.tier_blocks}
+
+    # --- contents -------------------------------------------------------------------------------
+
+    def content(self, name: str, layer: int) -> torch.Tensor:
+        """[MAX_TOKENS, G * H + 2 * H, D]: query, key and value of the tokens of a content."""
+        if (name, layer) not in self.contents:
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{layer}".encode()))
+            shape = (MAX_TOKENS, (self.group + 2) * self.heads, self.head_size)
+            self.contents[name, layer] = torch.randn(shape, generator=generator)
+        return self.contents[name, layer]
+
+    def tokens_of(self, client: Client, layer: int) -> torch.Tensor:
+        """The same of a client: those of its family, then its own."""
+        family, shared_tokens = self.families.get(client.request_id, ("", 0))
+        own = self.content(client.request_id, layer)
+        return torch.cat((self.content(family, layer)[:shared_tokens], own[shared_tokens:]))
+
+    def project(self, client: Client, layer: int, first: int, count: int) -> Any:
+        made = self.tokens_of(client, layer)[first : first + count]
+        return made.split((self.group * self.heads, self.heads, self.heads), dim=1)
+
+    def keys_of(self, client: Client) -> PromptKeys:
+        family, shared_tokens = self.families.get(client.request_id, ("", 0))
+        page_tokens = self.quota.page_tokens
+
+        def key(stop: int) -> tuple[str, int]:
+            return (family if stop <= shared_tokens else client.request_id), stop
+
+        stops = range(page_tokens, client.prompt_tokens + 1, page_tokens)
+        items = (feature.offset + feature.length for feature in client.features)
+        ends = [ItemEnd(stop, ("end", *key(stop))) for stop in items if stop % page_tokens]
+        return PromptKeys([key(stop) for stop in stops], ends)
+
+    def arrive(self, client: Client) -> None:
+        self.prompts.leave(client.request_id)
+        ends = (feature.offset + feature.length for feature in client.features)
+        most_tokens = most_reused_tokens(
+            self.quota,
+            client.prompt_tokens,
+            probe_tokens=self.options.probe_tokens,
+            end_of_items=max(ends, default=0),
+        )
+        found = self.prompts.find(self.keys_of(client), most_tokens)
+        if found is None or not self.prompts.has_room(client.prompt_tokens, found):
+            found = Found()
+        if self.quota.fits(client.prompt_tokens):
+            found = Found()
+        self.found[client.request_id] = found
+        stops = list(self.random_stops(found.num_tokens))
+        self.stops_of[client.request_id] = stops
+        client.computed_tokens = found.num_tokens
+        client.lead_tokens = found.num_tokens - (stops[-1] if stops else 0)
+
+    def random_stops(self, num_tokens: int) -> Iterator[int]:
+        """Chunks as a prefill could have made them; what is left begins a chunk."""
+        stop = 0
+        while (stop := stop + self.random.randint(1, self.quota.chunk_tokens)) <= num_tokens:
+            yield stop
+
+    def host_place(self, client: Client) -> HostPlace | None:
+        if self.quota.fits(client.prompt_tokens):
+            return None
+        found = self.found[client.request_id]
+        sizes = (client.request_id, client.prompt_tokens, self.keys_of(client), found)
+        place = self.prompts.admit(*sizes, list(self.stops_of[client.request_id]))
+        assert place is not None or not found.num_tokens
+        for layer in range(self.layers):
+            made = self.tokens_of(client, layer)[: found.num_tokens]
+            kept = made[:, self.group * self.heads :].unflatten(1, (2, self.heads))
+            self.shadow[client.request_id, layer] = kept
+        return place
+
+    def step(self, work: dict[Client, int], **gone: Any) -> Step | None:
+        for request_id in (*gone.get("finished", ()), *gone.get("preempted", ())):
+            self.prompts.leave(request_id)
+        seen = {client: client.computed_tokens + count for client, count in work.items()}
+        step = super().step(work, **gone)
+        for client, seen_tokens in seen.items():
+            self.prompts.wrote(client.request_id, seen_tokens)
+        return step
 
     @property
     def recaller(self) -> Recaller:
@@ -67,6 +163,8 @@ class RecallLab(Lab):
         self.clients = list(work)
         return super().forward(work)
 
+    # --- recall ---------------------------------------------------------------------------------
+
     def _check_recalled(self, client: Client, layer: int) -> None:
         """What came back is of the prompt, and nothing that the head keeps."""
         for head in range(self.heads):
@@ -89,7 +187,10 @@ class RecallLab(Lab):
         self.num_checked += 1
 
 
-def make_lab(seed: int) -> RecallLab:
+AnyLab = TypeVar("AnyLab", bound=RecallLab)
+
+
+def make_lab(seed: int, kind: type[AnyLab] = RecallLab) -> AnyLab:
     chance = random.Random(seed)
     page_tokens, num_layers = chance.choice([8, 16]), chance.choice([1, 2, 3])
     heads = chance.choice([1, 2, 3])
@@ -109,7 +210,7 @@ def make_lab(seed: int) -> RecallLab:
     }
     smallest = Quota(blocks=10**6, **numbers).min_blocks
     quota = Quota(blocks=smallest + chance.randint(0, 6), **numbers)
-    return RecallLab(
+    return kind(
         "hybrid",
         quota,
         pool_blocks=max(40, 5 * quota.blocks),
@@ -127,9 +228,8 @@ def test_random_scenarios(block: int) -> None:
         lab = make_lab(seed)
         play(lab, num_steps=45)
         assert_empty(lab)
-        tier = lab.recaller.tier
-        assert tier.num_free == len(tier.tokens)
-        assert tier.tokens.isnan().all(), "free host memory must be poisoned"
+        assert lab.prompts.blocks.num_unheld == lab.tier_blocks
+        assert (lab.recaller.tier.blocks == -1).all()
         for counts in (lab.recaller.num_tokens, lab.recaller.num_recalled, lab.recaller.moved):
             assert not counts.any()
         checked += lab.num_checked
@@ -252,9 +352,9 @@ def test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again() -> No
     client = run(lab, Client("long", 300), outputs=3)
     lab.give_blocks(client)
     lab.step({}, preempted=(client.request_id,))
-    assert lab.recaller.tier.num_free == 40
+    assert lab.prompts.blocks.num_unheld == 40
     lab.step({client: lab.room(client)})
-    assert lab.recaller.tier.num_free == 2
+    assert lab.prompts.blocks.num_unheld == 2
     run(lab, client, outputs=6)
     assert lab.state(client).recalls
     lab.step({}, finished=(client.request_id,))

@@ -48,6 +48,15 @@ class Observer:
         self.held: dict[str, int] = {}
         self.running_at_once = 0
         self.num_lookaheads = 0
+        self.num_encoded: dict[str, int] = {}
+        self.schedule, self.scheduler.schedule = self.scheduler.schedule, self.count_encoded
+
+    def count_encoded(self, *args: Any, **kwargs: Any) -> Any:
+        """Schedule a step, and note how many items of each request it encodes."""
+        scheduled = self.schedule(*args, **kwargs)
+        for request_id, items in scheduled.scheduled_encoder_inputs.items():
+            self.num_encoded[request_id] = self.num_encoded.get(request_id, 0) + len(items)
+        return scheduled
 
     def count_lookaheads(self) -> None:
         """Note how many internal requests there are; stock vLLM has none."""
@@ -111,6 +120,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "steps": step,
         "running_at_once": observer.running_at_once,
         "num_lookaheads": observer.num_lookaheads,
+        "num_encoded": observer.num_encoded,
     }
 
 

@@ -18,7 +18,8 @@ FLAGS = {
     "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
-    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-host-memory", "--kv-report-file",
+    "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-host-memory", "--kv-reuse",
+    "--no-kv-reuse", "--kv-report-file",
     "--kv-unproven-device", "--no-kv-unproven-device", "--kv-check-ledger",
     "--no-kv-check-ledger",
 }  # fmt: skip

@@ -14,11 +14,13 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_budgetkv import plugin
+from vllm_budgetkv.scheduler.connector import HostConnector
 from vllm_budgetkv.scheduler.manager import QuotaManager
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import upstream
-from vllm_budgetkv.start.upstream import TOUCHPOINTS, Touchpoint
+from vllm_budgetkv.start.touchpoint import Touchpoint
+from vllm_budgetkv.start.upstream import TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import READS, Reads
 from vllm_budgetkv.worker.attention import BudgetAttention
 from vllm_budgetkv.worker.backend import BudgetBackend
@@ -32,6 +34,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "upstream.md"
 SUBCLASSES = (
     QuotaSpec,
     QuotaManager,
+    HostConnector,
     BudgetScheduler,
     BudgetBackend,
     BudgetMetadataBuilder,

@@ -15,13 +15,8 @@ import pytest
 import vllm
 
 from tools.vllm_extract import Sources
-from vllm_budgetkv.start.upstream import (
-    SUPPORTED_MINORS,
-    TOUCHPOINTS,
-    Touchpoint,
-    minor_of,
-    resolve,
-)
+from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
+from vllm_budgetkv.start.upstream import SUPPORTED_MINORS, TOUCHPOINTS, minor_of
 from vllm_budgetkv.start.upstream_reads import READS, Reads, call_problem, has_member
 
 if TYPE_CHECKING:
@@ -60,7 +55,7 @@ def problem_of(point: Touchpoint, symbols: dict[str, Any]) -> str | None:
         if member is None:
             return f"{point.place}: missing"
         found = [p.strip("=*") for p in parameters_of(member) or ()]
-        if point.parameters is not None and found != list(point.parameters):
+        if point.parameters is not None and not point.fits(found):
             return f"{point.place}: takes {found}"
     return None
 

@@ -11,6 +11,7 @@ from vllm_budgetkv.cache.probe.bank import BankShape
 from vllm_budgetkv.cache.probe.probes import Probes
 from vllm_budgetkv.cache.reading import Reader, page_choice
 from vllm_budgetkv.cache.recaller import Recaller
+from vllm_budgetkv.cache.replay import Replay
 from vllm_budgetkv.cache.report import Reports
 from vllm_budgetkv.cache.rows import Rows
 from vllm_budgetkv.cache.slots import Slots
@@ -66,7 +67,7 @@ class Rules:
         num_slots: requests that may hold a slot at once.
         check_ledger: check every table after every step and fill what is free with NaN.
         max_model_tokens: tokens of the longest request.
-        host_bytes: of host memory that keeps what quotas drop; 0 for none.
+        host_blocks: of host memory that keeps what quotas drop; 0 for none.
     """
 
     policy: Policy
@@ -75,7 +76,7 @@ class Rules:
     num_slots: int
     check_ledger: bool
     max_model_tokens: int = 0
-    host_bytes: int = 0
+    host_blocks: int = 0
 
 
 def build_cache(
@@ -127,6 +128,7 @@ def build_cache(
         probes=probes,
         compressor=compressor,
         recaller=recaller,
+        replay=_replay_of(rules, compressor, recaller),
     )
     return BudgetCache(
         slots=Slots(tables, quota, probes, reports, parent_of, rules.check_ledger, recaller),
@@ -149,18 +151,25 @@ def _tables_of(model: Model, rules: Rules) -> HeadTables:
 
 def _recaller_of(model: Model, rules: Rules, tables: HeadTables) -> Recaller | None:
     quota = rules.quota
-    if quota.recall is None:
+    if quota.recall is None or not rules.host_blocks:
         return None
     tier = HostTier.empty(
         model.pool.layout,
         tables.lens,
-        host_bytes=rules.host_bytes,
+        num_blocks=rules.host_blocks,
         longest_tokens=rules.max_model_tokens,
         poison=rules.check_ledger,
     )
     index_pages, slot_pages = quota.most_recall_pages(rules.max_model_tokens)
     sizes = {"index_pages": index_pages, "slot_pages": slot_pages}
     return Recaller.empty(tables, tier, quota.recall, model.scales, **sizes)
+
+
+def _replay_of(rules: Rules, compressor: Compressor, recaller: Recaller | None) -> Replay | None:
+    if recaller is None:
+        return None
+    rows = Rows.empty(rules.num_slots, compressor.tables.lens.device)
+    return Replay(compressor.tables, recaller.tier, compressor, rows)
 
 
 def _probes_of(model: Model, rules: Rules) -> Probes:

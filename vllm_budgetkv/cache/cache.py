@@ -60,10 +60,15 @@ class BudgetCache:
         return any(not plan.is_decode for plan in self.plans.values())
 
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Follow the scheduler and plan the step; compact requests whose decode would overflow."""
+        """Follow the scheduler and plan the step; compact requests whose decode would overflow.
+
+        A request that begins with what host memory keeps holds that behind it.
+        """
         if self.layers.recaller is not None:
             self.layers.recaller.join()
-        self.slots.follow(scheduled)
+        for request in self.slots.follow(scheduled):
+            assert self.layers.replay is not None
+            self.layers.replay.run(request)
         self.plan_step(scheduled.num_scheduled_tokens)
 
     def plan_step(self, num_tokens_of: Mapping[str, int]) -> None:
@@ -100,6 +105,9 @@ class BudgetCache:
             writes=self.layers.probes.open_writes(plans, first_tokens),
             num_retrieving_rows=retrieving,
             num_recalling_rows=recalling,
+            lead=self.layers.replay.lead([plan.request for plan in plans])
+            if self.layers.replay is not None
+            else None,
         )
         return self.step
 
@@ -126,6 +134,7 @@ class BudgetCache:
             writes=[],
             num_retrieving_rows=num_rows if self.layers.reader.choice else 0,
             num_recalling_rows=num_rows if self.layers.recaller else 0,
+            lead=None,
         )
 
     def end_step(self) -> None:
@@ -161,7 +170,7 @@ class BudgetCache:
             assert stop_tokens <= last_stop, "output runs past a compaction"
         compacts = quota.compacts_before(start_tokens, prompt_tokens)
         if plan.compress or compacts:
-            self._share(request)
+            self.layers.compressor.share(request)
         if compacts:
             self._compact(request)
         plan.bank_positions = self.layers.probes.plan(request, start_tokens, stop_tokens)
@@ -176,12 +185,6 @@ class BudgetCache:
         if recaller is not None and request.recalls:
             recaller.attach(request)
 
-    def _share(self, request: RequestState) -> None:
-        """Let a request's heads share its pages from its first compression on."""
-        if not request.shared:
-            self.tables.share(request.slot, request.blocks, request.computed_tokens)
-            request.share(self.layers.compressor.new_layer_budgets(request.quota))
-
     def _advance(self, plan: RowPlan) -> None:
         request, ends_prefill, ends_chunks = plan.request, plan.ends_prefill, plan.ends_chunks
         request.advance(plan.num_tokens)
@@ -189,7 +192,7 @@ class BudgetCache:
             self.layers.compressor.finished(request, last=ends_chunks)
         if ends_chunks and request.parent_id is None:
             self.reports.prefilled(request)
-        if ends_chunks and request.in_tier:
+        if ends_chunks and request.recall_room is not None:
             self._open_recall(request)
         if ends_prefill and request.parent_id is not None:
             assert request.bank is not None

@@ -95,6 +95,12 @@ class Compressor:
             noted = join(found, 1).view(len(layers), -1)
             self.tables.concentration[request.slot, rows] = noted
 
+    def share(self, request: RequestState) -> None:
+        """Let a request's heads share its pages from its first compression on."""
+        if not request.shared:
+            self.tables.share(request.slot, request.blocks, request.held_tokens)
+            request.share(self.new_layer_budgets(request.quota))
+
     def compress_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""
         self.compress(request, range(self.tables.num_layers), 0, last=True)

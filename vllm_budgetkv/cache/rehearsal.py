@@ -7,14 +7,18 @@ that a card cannot run would show in the middle of a client's request.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv.arithmetic.host_blocks import HostPlace
+from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from vllm_budgetkv.cache.cache import BudgetCache
 
@@ -26,37 +30,75 @@ FRAME_TOKENS = 64
 def rehearse(cache: BudgetCache) -> None:
     """Prefill a video until its heads are as long as they get, then decode past a compaction.
 
-    Twice: with a probe from the start, as a look-ahead leaves one, and without. Tokens are random,
-    and nothing is reported. Must run before the first request: it uses the last blocks of the pool.
+    Twice: with a probe from the start, as a look-ahead leaves one, and without. Where host memory
+    keeps the prompt, once more behind what it kept. Tokens are random, and nothing is reported.
+    Must run before the first request: it uses the last blocks of the pool, the first of the host.
     A pool of less than a quota is left alone: vLLM starts with one only if every request fits it,
     and then nothing is ever compressed.
 
     Args:
         cache: of a policy that compresses; as empty behind it as before, but for the content of
-            those blocks, which is NaN if the cache poisons what is free.
+            those blocks, which is NaN in the pool if the cache poisons what is free.
     """
-    quota, tables, probes = cache.slots.quota, cache.tables, cache.layers.probes
-    device, slots = tables.lens.device, cache.slots
+    quota, tables = cache.slots.quota, cache.tables
     num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
     if num_blocks < quota.blocks:
         return
     blocks = range(num_blocks - quota.blocks, num_blocks)
     chunks = list(_chunks(cache))
-    prompt_tokens = sum(chunks)
+    generator = torch.Generator(tables.lens.device).manual_seed(0)
+    place = _host_place(cache, sum(chunks))
+    _rehearse_once(cache, blocks, chunks, generator, place, has_probe=True)
+    _rehearse_once(cache, blocks, chunks, generator, place, has_probe=False)
+    if place is not None:
+        place, chunks = _taking_over(place, chunks)
+        _rehearse_once(cache, blocks, chunks, generator, place, has_probe=True)
+
+
+def _rehearse_once(
+    cache: BudgetCache,
+    blocks: Sequence[int],
+    chunks: Sequence[int],
+    generator: torch.Generator,
+    place: HostPlace | None,
+    *,
+    has_probe: bool,
+) -> None:
+    slots, device = cache.slots, cache.tables.lens.device
+    taken_tokens = 0 if place is None else place.num_tokens
+    prompt_tokens = taken_tokens + sum(chunks)
     video = VisionItem(0, prompt_tokens - TEXT_TOKENS, "video", FRAME_TOKENS)
-    generator = torch.Generator(device).manual_seed(0)
-    for has_probe in (True, False):
-        slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device))
-        if has_probe:
-            seed = probes.new_bank()
-            seed.queries.normal_(generator=generator)
-            seed.plan_write(list(range(seed.capacity)))
-            probes.seed(REQUEST_ID, seed)
-        slots.admit(REQUEST_ID, list(blocks), 0)
-        # one token more than decode appends between two compactions
-        for num_tokens in (*chunks, *[1] * (quota.decode_interval_tokens + 1)):
-            _run_step(cache, num_tokens, generator)
-        slots.end(REQUEST_ID)
+    slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device))
+    if has_probe:
+        seed = cache.layers.probes.new_bank()
+        seed.queries.normal_(generator=generator)
+        seed.plan_write(list(range(seed.capacity)))
+        cache.layers.probes.seed(REQUEST_ID, seed)
+    slots.admit(REQUEST_ID, list(blocks), taken_tokens, place)
+    if taken_tokens:
+        assert cache.layers.replay is not None
+        cache.layers.replay.run(slots.requests[REQUEST_ID])
+    # one token more than decode appends between two compactions
+    for num_tokens in (*chunks, *[1] * (slots.quota.decode_interval_tokens + 1)):
+        _run_step(cache, num_tokens, generator)
+    slots.end(REQUEST_ID)
+
+
+def _host_place(cache: BudgetCache, prompt_tokens: int) -> HostPlace | None:
+    """The first host blocks for a prompt; None without host memory, or if it is too small."""
+    recaller = cache.layers.recaller
+    if recaller is None:
+        return None
+    num_blocks = ceil_div(prompt_tokens, recaller.tier.page_tokens)
+    return HostPlace(blocks=tuple(range(num_blocks))) if num_blocks <= recaller.tier.size else None
+
+
+def _taking_over(place: HostPlace, chunks: Sequence[int]) -> tuple[HostPlace, list[int]]:
+    """All whole chunks and a token of the next are there already; and the chunks behind that."""
+    *whole, odd, last = chunks
+    stops = tuple(accumulate(whole))
+    taken = replace(place, num_shared=len(place.blocks), num_tokens=stops[-1] + 1, stops=stops)
+    return taken, [odd - 1, last]
 
 
 def _chunks(cache: BudgetCache) -> Iterator[int]:

@@ -41,6 +41,7 @@ class RequestRecord:
         recall: "off" without host memory; "not needed" for a prompt inside the quota; "index too
             large" or "no room" where it was served without; "not reached" if it ended before; "on".
         host_bytes: of host memory that keep its prompt.
+        reused_tokens: of the prompt, that host memory had, so that the model did not compute them.
         recall_steps: decode steps in which heads brought tokens back.
         recalled_tokens: that they read in these steps, summed over (layer, head).
         moved_tokens: of these, those that were not on the device yet.
@@ -62,6 +63,7 @@ class RequestRecord:
     preemptions: int = 0
     recall: str = "off"
     host_bytes: int = 0
+    reused_tokens: int = 0
     recall_steps: int = 0
     recalled_tokens: int = 0
     moved_tokens: int = 0
@@ -215,6 +217,6 @@ def _count_recalled(
         record.recalled_tokens += steps * int(recaller.num_recalled[request.slot].sum())
         record.moved_tokens += moved_tokens
         record.moved_bytes += moved_tokens * recaller.token_bytes
-    if request.in_tier:
-        held_blocks = ceil_div(prompt_tokens, record.page_tokens)
-        record.host_bytes = held_blocks * recaller.tier.block_bytes
+    if request.host is not None:
+        record.host_bytes = len(request.host.blocks) * recaller.tier.block_bytes
+        record.reused_tokens += request.host.num_tokens

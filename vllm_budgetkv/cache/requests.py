@@ -11,8 +11,10 @@ if TYPE_CHECKING:
 
     import torch
 
+    from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.recall import RecallRoom
     from vllm_budgetkv.cache.probe.bank import ProbeBank
     from vllm_budgetkv.cache.spans import PromptSpans
 
@@ -29,8 +31,10 @@ class RequestState:
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
         parent_id: the request that it runs ahead of; None for a client's request.
-        in_tier: whether host memory keeps its prompt.
+        host: where host memory keeps its prompt; None if it does not.
         shared: whether its head-pages are shared between its heads (else identity).
+        lead_tokens: of the tokens seen, the last that no layer holds yet: each takes them from host
+            memory in front of the chunk that they begin.
         grown_tokens: tokens appended since its last compression.
         compressions: how often all its layers were compressed.
         compression_seconds: of the host; on a GPU the time that launching takes.
@@ -50,8 +54,9 @@ class RequestState:
     computed_tokens: int
     parent_id: str | None = None
     bank: ProbeBank | None = None
-    in_tier: bool = False
+    host: HostPlace | None = None
     shared: bool = field(default=False, init=False)
+    lead_tokens: int = field(default=0, init=False)
     grown_tokens: int = field(default=0, init=False)
     compressions: int = field(default=0, init=False)
     compression_seconds: float = field(default=0.0, init=False)
@@ -64,6 +69,21 @@ class RequestState:
     def has_classes(self) -> bool:
         """Whether its heads have been classified."""
         return self.compressions > 0
+
+    @property
+    def in_tier(self) -> bool:
+        """Whether host memory keeps its prompt."""
+        return self.host is not None
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that every layer has been given, whether they stayed or not."""
+        return self.computed_tokens - self.lead_tokens
+
+    @property
+    def recall_room(self) -> RecallRoom | None:
+        """What recall takes of its quota behind the prompt; None if nothing comes back."""
+        return self.quota.recall_room(self.prompt_tokens) if self.in_tier else None
 
     @property
     def prompt_tokens(self) -> int:
@@ -114,7 +134,7 @@ class RequestState:
             last: whether decode follows, so that recall takes its room.
         """
         if self.layer_budgets is None:
-            room = self.quota.recall_room(self.prompt_tokens) if self.in_tier and last else None
+            room = self.recall_room if last else None
             return self.quota.budget_tokens if room is None else room.resident_tokens
         return self.layer_budgets.claim(layer)
 
@@ -126,6 +146,12 @@ class RequestState:
         """Tokens were appended to every head."""
         self.computed_tokens += num_tokens
         self.grown_tokens += num_tokens
+        self.lead_tokens = 0
+
+    def lead(self, num_tokens: int) -> None:
+        """Tokens were seen that each layer takes from host memory in front of the next chunk."""
+        self.advance(num_tokens)
+        self.lead_tokens = num_tokens
 
     def recall(self) -> None:
         """Some of its heads bring tokens back from now on."""

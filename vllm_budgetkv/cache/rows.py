@@ -12,7 +12,7 @@ from vllm_budgetkv.ops import BatchRows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_budgetkv.cache.requests import RowPlan
+    from vllm_budgetkv.cache.requests import RequestState, RowPlan
 
 
 class Rows(BatchRows):
@@ -30,12 +30,18 @@ class Rows(BatchRows):
 
     def fill(self, plans: Sequence[RowPlan], starts: Sequence[int]) -> None:
         """Take over a batch. `starts` are the first tokens of the rows, and all tokens."""
-        padding = len(self.slots) - len(plans)
         requests = [plan.request for plan in plans]
+        self.fill_from(requests, starts, [request.computed_tokens for request in requests])
+
+    def fill_from(
+        self, requests: Sequence[RequestState], starts: Sequence[int], positions: Sequence[int]
+    ) -> None:
+        """The same for tokens of requests that begin at any of their positions."""
+        padding = len(self.slots) - len(requests)
         numbers = [
             *[*(request.slot for request in requests), *[0] * padding],
             *[*starts, *[starts[-1]] * padding],
-            *[*(request.computed_tokens for request in requests), *[0] * padding],
+            *[*positions, *[0] * padding],
             *[*(request.shared for request in requests), *[False] * padding],
         ]
         uploaded = upload(numbers, torch.int32, self.slots.device)

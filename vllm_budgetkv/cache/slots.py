@@ -9,10 +9,11 @@ from vllm_budgetkv.cache.requests import RequestState
 from vllm_budgetkv.cache.vision import frame_records, spans_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
+    from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.probe.probes import Probes
     from vllm_budgetkv.cache.recaller import Recaller
@@ -52,22 +53,33 @@ class Slots:
     def __post_init__(self) -> None:
         self._free = list(reversed(range(self.tables.lens.shape[0])))
 
-    def follow(self, scheduled: SchedulerOutput) -> None:
-        """Do what the scheduler did: end, preempt, admit, resume and grow requests."""
+    def follow(self, scheduled: SchedulerOutput) -> list[RequestState]:
+        """Do what the scheduler did: end, preempt, admit, resume and grow requests.
+
+        Returns:
+            Those of which host memory keeps the beginning, so that they take it over.
+        """
+        told = scheduled.kv_connector_metadata
+        places: Mapping[str, HostPlace] = {} if told is None else told.places
         for request_id in scheduled.finished_req_ids:
             self.end(request_id)
         for request_id in scheduled.preempted_req_ids or ():
             self._release(request_id, is_preempted=True)
+        if places:
+            assert self.recaller is not None
+            self.recaller.tier.prepare(places.values())
         for new in scheduled.scheduled_new_reqs:
-            self._admit_new(new)
+            self._admit_new(new, places.get(new.req_id))
         cached = scheduled.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             new_blocks = cached.new_block_ids[index]
             blocks = list(new_blocks[0]) if new_blocks else []
             if request_id in cached.resumed_req_ids:
-                self.admit(request_id, blocks, cached.num_computed_tokens[index])
+                computed_tokens = cached.num_computed_tokens[index]
+                self.admit(request_id, blocks, computed_tokens, places.get(request_id))
             elif blocks:
                 self._grow(self.requests[request_id], blocks)
+        return [self.requests[name] for name, place in places.items() if place.num_tokens]
 
     def end(self, request_id: str) -> None:
         """Forget a request."""
@@ -89,7 +101,7 @@ class Slots:
             self.recaller.release(request.slot)
         self._free.append(request.slot)
 
-    def _admit_new(self, new: NewRequestData) -> None:
+    def _admit_new(self, new: NewRequestData, place: HostPlace | None) -> None:
         request_id = new.req_id
         if request_id not in self.spans:
             device = self.tables.lens.device
@@ -101,36 +113,48 @@ class Slots:
                 frames = frame_records(new.mm_features)
                 self.reports.open(request_id, self.quota, new.prompt_len, frames)
         # runner V2 resumes a preempted request as a new one
-        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens)
+        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens, place)
 
     def introduce(self, request_id: str, spans: PromptSpans) -> None:
         """Note where the text of a request is, before it is admitted for the first time."""
         self.spans[request_id] = spans
 
-    def admit(self, request_id: str, blocks: list[int], computed_tokens: int) -> None:
-        """Give a request that was introduced a slot; a seed of it is its first bank."""
+    def admit(
+        self,
+        request_id: str,
+        blocks: list[int],
+        computed_tokens: int,
+        place: HostPlace | None = None,
+    ) -> None:
+        """Give a request that was introduced a slot; a seed of it is its first bank.
+
+        Args:
+            request_id: its id.
+            blocks: block ids that it holds.
+            computed_tokens: tokens in front of its first chunk.
+            place: where host memory keeps its prompt; what is there of it must be replayed.
+        """
         # runner V2 may resume a request that it never said was preempted
         self._release(request_id, is_preempted=True)
         slot = self._free.pop()
+        if place is not None:
+            assert self.recaller is not None
+            assert computed_tokens == place.num_tokens
+            self.recaller.tier.enter(slot, place)
+        held_tokens = computed_tokens if place is None else 0
         self.requests[request_id] = RequestState(
             request_id=request_id,
             slot=slot,
             quota=self.quota,
             spans=self.spans[request_id],
             blocks=blocks,
-            computed_tokens=computed_tokens,
+            computed_tokens=held_tokens,
             parent_id=self.parents.get(request_id),
             bank=self.probes.seed_of(request_id),
-            in_tier=self._enter_tier(slot, self.spans[request_id].prompt_tokens),
+            host=place,
         )
         self.tables.extend_identity(slot, 0, blocks)
-        self.tables.set_identity_length(slot, computed_tokens)
-
-    def _enter_tier(self, slot: int, prompt_tokens: int) -> bool:
-        """Whether host memory keeps the prompt of a request; one that fits its quota needs none."""
-        if self.recaller is None or self.quota.recall_room(prompt_tokens) is None:
-            return False
-        return self.recaller.tier.admit(slot, prompt_tokens)
+        self.tables.set_identity_length(slot, held_tokens)
 
     def _grow(self, request: RequestState, blocks: list[int]) -> None:
         first_block = len(request.blocks)

@@ -5,18 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_budgetkv import ops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    import torch
-
     from vllm_budgetkv.cache.compressor import Compressor
     from vllm_budgetkv.cache.probe.probes import Entry, Probes
     from vllm_budgetkv.cache.reading import Reader
     from vllm_budgetkv.cache.recaller import Recaller
-    from vllm_budgetkv.cache.requests import RowPlan
+    from vllm_budgetkv.cache.replay import Lead, Replay
+    from vllm_budgetkv.cache.requests import RequestState, RowPlan
     from vllm_budgetkv.cache.rows import Rows
     from vllm_budgetkv.cache.tables import HeadTables
 
@@ -32,6 +33,7 @@ class Layers:
         probes: queries that score the cache.
         compressor: compresses one layer of one request.
         recaller: brings tokens back from host memory; None where nothing does.
+        replay: takes over what host memory keeps of a prompt; None without host memory.
     """
 
     index: Mapping[str, int]
@@ -40,6 +42,7 @@ class Layers:
     probes: Probes
     compressor: Compressor
     recaller: Recaller | None
+    replay: Replay | None
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Step:
         writes: text tokens that enter a bank, with the request and its bank.
         num_retrieving_rows: leading rows of one token that may read some of their pages only.
         num_recalling_rows: leading rows of one token that may bring tokens back.
+        lead: tokens that each layer takes from host memory first; None if there are none.
     """
 
     layers: Layers
@@ -70,6 +74,7 @@ class Step:
     writes: Sequence[Entry]
     num_retrieving_rows: int
     num_recalling_rows: int
+    lead: Lead | None
 
     def see_positions(self, positions: torch.Tensor) -> None:
         """Take the rotary positions of the batch, before the first layer runs.
@@ -84,8 +89,25 @@ class Step:
             # text has equal ids on all axes
             bank.write_positions(write, axes[0])
         for row, plan in enumerate(self.plans):
-            row_positions = axes[:, self.starts[row] : self.starts[row + 1]]
-            plan.request.stand_at(row_positions.max() + 1 - plan.stop_tokens)
+            largest = axes[:, self.starts[row] : self.starts[row + 1]].amax(dim=0)
+            plan.request.stand_at(self._last_position(plan.request, largest) + 1 - plan.stop_tokens)
+
+    def _last_position(self, request: RequestState, largest: torch.Tensor) -> torch.Tensor:
+        """Rotary position of the last token of a request's chunk; host memory keeps all of them.
+
+        Args:
+            request: before it advances.
+            largest: int64 [n], the largest of each of its tokens in this step.
+        """
+        last = largest.max()
+        if request.in_tier:
+            assert self.layers.recaller is not None
+            tier, slot, start = self.layers.recaller.tier, request.slot, request.computed_tokens
+            tier.note_positions(slot, start, largest)
+            if request.lead_tokens:
+                led = tier.largest_position(slot, request.held_tokens, start)
+                last = torch.maximum(last, led)
+        return last
 
     def run_layer(
         self,
@@ -104,6 +126,8 @@ class Step:
         tables, rows = self.layers.tables, self.rows
         layer = self.layers.index[layer_name]
         query, key, value, out = (x[: self.starts[-1]] for x in (query, key, value, out))
+        if self.lead is not None:
+            self.lead.append(layer)
         ops.append(key, value, tables.layer(layer), tables.stack, rows)
         if (recaller := self.layers.recaller) is not None:
             if not self.is_decode:

@@ -1,10 +1,12 @@
-"""The second tier: host memory that keeps every token of the prompts that no quota holds."""
+"""The second tier: host memory that keeps every token of the prompts that no quota holds.
+
+The scheduler says which blocks keep what (`arithmetic/host_blocks.py`); here are their bytes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +17,10 @@ from vllm_budgetkv.cache.upload import upload
 from vllm_budgetkv.ops import TierLayer
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Self
 
+    from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.arithmetic.layout import PageLayout
 
 
@@ -27,17 +31,16 @@ class HostTier:
     Args:
         tokens: cache dtype [B, L, H, 2, N, D], keys and values; in pinned memory for a GPU.
         blocks: int32 [S, M] on the device, the blocks of each slot in the order of its tokens.
-        poison: fill blocks that are free with NaN.
+        places: int32 [B, N] on the device, the largest rotary position of each token.
+        poison: fill blocks with NaN before a request writes them.
     """
 
     tokens: torch.Tensor
     blocks: torch.Tensor
+    places: torch.Tensor
     poison: bool
-    _free: list[int] = field(init=False)
-    _held: dict[int, list[int]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        self._free = list(reversed(range(len(self.tokens))))
         if self.poison:
             self.tokens.fill_(torch.nan)
 
@@ -47,7 +50,7 @@ class HostTier:
         layout: PageLayout,
         lens: torch.Tensor,
         *,
-        host_bytes: int,
+        num_blocks: int,
         longest_tokens: int,
         poison: bool,
     ) -> Self:
@@ -56,17 +59,22 @@ class HostTier:
         Args:
             layout: of the pool's pages.
             lens: [S, L, H] on the device, for the sizes.
-            host_bytes: of all blocks.
+            num_blocks: B.
             longest_tokens: most tokens of a request.
             poison: see the class.
         """
         num_slots, num_layers, num_heads = lens.shape
         shape = (num_layers, num_heads, 2, layout.page_tokens, layout.head_size)
-        num_blocks = host_bytes // (prod(shape) * layout.dtype.itemsize)
         on_gpu = lens.device.type == "cuda"
         tokens = torch.empty(num_blocks, *shape, dtype=layout.dtype, pin_memory=on_gpu)
         width_blocks = ceil_div(longest_tokens, layout.page_tokens)
-        return cls(tokens, lens.new_full((num_slots, width_blocks), NO_PAGE), poison)
+        blocks = lens.new_full((num_slots, width_blocks), NO_PAGE)
+        return cls(tokens, blocks, lens.new_zeros(num_blocks, layout.page_tokens), poison)
+
+    @property
+    def size(self) -> int:
+        """All blocks (B)."""
+        return len(self.tokens)
 
     @property
     def page_tokens(self) -> int:
@@ -78,11 +86,6 @@ class HostTier:
         """Bytes of a block."""
         return self.tokens[0].numel() * self.tokens.element_size()
 
-    @property
-    def num_free(self) -> int:
-        """Blocks that no slot holds."""
-        return len(self._free)
-
     @cached_property
     def _layers(self) -> list[TierLayer]:
         """Made once: a decode step asks for them in every layer."""
@@ -92,20 +95,43 @@ class HostTier:
         """One layer of all slots."""
         return self._layers[layer]
 
-    def admit(self, slot: int, num_tokens: int) -> bool:
-        """Take blocks for the tokens of a request; False, and none taken, if there are too few."""
-        count = ceil_div(num_tokens, self.page_tokens)
-        if count > min(len(self._free), self.blocks.shape[1]):
-            return False
-        taken = [self._free.pop() for _ in range(count)]
-        self._held[slot] = taken
-        self.blocks[slot, :count] = upload(taken, torch.int32, self.blocks.device)
-        return True
+    def prepare(self, places: Iterable[HostPlace]) -> None:
+        """Make the blocks of requests ready for them, in the order of their admission.
+
+        A block may be given to one request after another took a copy of its beginning.
+        """
+        for place in places:
+            fresh = list(place.blocks[place.num_shared :])
+            if self.poison and fresh:
+                self.tokens[fresh] = torch.nan
+            if place.tail_block is not None:
+                self._copy(place.tail_block, fresh[0], place.num_tokens % self.page_tokens)
+
+    def _copy(self, source: int, target: int, num_tokens: int) -> None:
+        """Copy the first tokens of a block, through the device, which keeps the order of writes."""
+        kept = self.tokens[source, ..., :num_tokens, :]
+        staged = kept.to(self.blocks.device, copy=True, non_blocking=True)
+        self.tokens[target, ..., :num_tokens, :].copy_(staged, non_blocking=True)
+        self.places[target, :num_tokens] = self.places[source, :num_tokens]
+
+    def enter(self, slot: int, place: HostPlace) -> None:
+        """Say which blocks keep the prompt of a slot."""
+        taken = upload(place.blocks, torch.int32, self.blocks.device)
+        self.blocks[slot, : len(place.blocks)] = taken
+
+    def note_positions(self, slot: int, first: int, positions: torch.Tensor) -> None:
+        """Note the rotary positions, int64 [n], of a slot's tokens from `first` on."""
+        block, offset = self._find(slot, first, len(positions))
+        self.places[block, offset] = positions.to(torch.int32)
+
+    def largest_position(self, slot: int, first: int, stop: int) -> torch.Tensor:
+        """int64 scalar: the largest rotary position of a slot's tokens [first, stop)."""
+        return self.places[self._find(slot, first, stop - first)].max().long()
+
+    def _find(self, slot: int, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        token = torch.arange(first, first + count, device=self.blocks.device)
+        return self.blocks[slot, token // self.page_tokens].long(), token % self.page_tokens
 
     def release(self, slot: int) -> None:
-        """Give up the blocks of a slot, if it has any."""
-        given = self._held.pop(slot, [])
-        self._free += reversed(given)
+        """Forget which blocks keep the prompt of a slot."""
         self.blocks[slot] = NO_PAGE
-        if self.poison and given:
-            self.tokens[given] = torch.nan

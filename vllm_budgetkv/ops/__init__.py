@@ -13,6 +13,7 @@ from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
 from vllm_budgetkv.ops.encode import encode
+from vllm_budgetkv.ops.load import load
 from vllm_budgetkv.ops.mark import mark
 from vllm_budgetkv.ops.merge import merge
 from vllm_budgetkv.ops.recall import recall
@@ -44,6 +45,7 @@ __all__ = [
     "contrast",
     "digest",
     "encode",
+    "load",
     "mark",
     "merge",
     "recall",

@@ -24,11 +24,13 @@ class Expectation:
         quota: what it may hold.
         prompt_tokens: of its prompt, without any output.
         is_private: whether it neither reads nor publishes cached blocks.
+        looks_ahead: whether its text runs ahead of it.
     """
 
     quota: Quota
     prompt_tokens: int
     is_private: bool
+    looks_ahead: bool = False
 
 
 class QuotaManager(FullAttentionManager):
@@ -81,6 +83,15 @@ class QuotaManager(FullAttentionManager):
             apply_admission_cap,
             prefill_end,
         )
+
+    def allocate_external_computed_blocks(
+        self,
+        request_id: str,
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        record_for_zeroing: bool = True,
+    ) -> None:
+        """What host memory keeps of a prompt takes no blocks: the quota is taken behind it."""
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int

@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
+from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
+from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.start import host_memory
 from vllm_budgetkv.start.activation import config_of
-from vllm_budgetkv.start.host_memory import token_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -47,9 +51,35 @@ class BudgetScheduler(AsyncScheduler):
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
         )
         self._waits_for_encoder = False
+        self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
         # vLLM's own reason to cut chunks, recurrent state, is refused at start
         self.need_mamba_block_aligned_split = self.quota.compresses
+        if self._config.host_bytes and self.quota.compresses:
+            self.connector = self._make_connector()
+            if self.log_stats:
+                self.connector_prefix_cache_stats = PrefixCacheStats()
         self._log_banner()
+
+    def _make_connector(self) -> HostConnector:
+        rules = ReuseRules(
+            quota_of=self._quota_of,
+            looks_ahead=lambda request: self._manager.expected(request.request_id).looks_ahead,
+            stop_behind=self._stop_behind,
+            probe_tokens=self._config.policy_options().probe_tokens,
+        )
+        blocks = HostBlocks(self._host_blocks)
+        prompts = HostPrompts(blocks, self.quota.page_tokens, self._is_running)
+        return HostConnector.of(
+            self.vllm_config,
+            self.kv_cache_config,
+            prompts=prompts,
+            rules=rules,
+            reuses=self._config.reuse,
+        )
+
+    def _is_running(self, request_id: str) -> bool:
+        request = self.requests.get(request_id)
+        return request is not None and request.status == RequestStatus.RUNNING
 
     def _log_banner(self) -> None:
         quota = self.quota
@@ -84,14 +114,15 @@ class BudgetScheduler(AsyncScheduler):
             self._log_recall(quota.recall)
 
     def _log_recall(self, recall: Recall) -> None:
-        kept_tokens = self._config.host_bytes // token_bytes(self.vllm_config)
+        kept_tokens = self._host_blocks * self.quota.page_tokens
         logger.info(
             "budgetkv: %s of host memory keep %d tokens of prompts beyond their quota, %d of %d "
-            "heads bring tokens back",
+            "heads bring tokens back, %sprompt begins with what another left there",
             self._config.host_memory,
             kept_tokens,
             recall.num_heads,
             recall.all_heads,
+            "" if self._config.reuse else "no ",
         )
         if kept_tokens < self.max_model_len:
             logger.warning(
@@ -123,11 +154,21 @@ class BudgetScheduler(AsyncScheduler):
         """Tokens of the next chunk; none if it must be whole and the step has no room for that."""
         start = request.num_computed_tokens
         start += num_new_local_computed_tokens + num_external_computed_tokens
-        quota = self._quota_of(request)
-        chunk_tokens = chunk_stop(request, quota, start, self.encoder_limits) - start
+        chunk_tokens = self._stop_behind(request, start) - start
         if num_new_tokens >= chunk_tokens:
             return chunk_tokens
-        return 0 if must_be_whole(request, quota, start) else num_new_tokens
+        return 0 if must_be_whole(request, self._quota_of(request), start) else num_new_tokens
+
+    def _stop_behind(self, request: Request, start_tokens: int) -> int:
+        return chunk_stop(request, self._quota_of(request), start_tokens, self.encoder_limits)
+
+    def _get_local_prefix_cache_hit(
+        self, request: Request, *args: Any, **kwargs: Any
+    ) -> tuple[Any, int, int, bool]:
+        """A private request finds nothing in the cache's own blocks, only in host memory."""
+        if self._manager.expected(request.request_id).is_private:
+            return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
+        return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
     def _try_schedule_encoder_inputs(
         self,
@@ -163,8 +204,8 @@ class BudgetScheduler(AsyncScheduler):
             # vLLM ends the requests of this set with an error that reaches the client
             logger.warning("budgetkv: streaming-input session %s refused", request.request_id)
             self.encoder_cache_mismatch_reqs.add(request.request_id)
-        self._expect(request, self.quota)
-        ahead = self._lookahead_of(request)
+        ahead = self._lookahead_of(request, self.quota)
+        self._expect(request, self.quota, looks_ahead=ahead is not None)
         if ahead is None:
             super().add_request(request)
             return
@@ -172,20 +213,18 @@ class BudgetScheduler(AsyncScheduler):
         self._expect(ahead, self.quota)
         super().add_request(ahead)
 
-    def _lookahead_of(self, request: Request) -> Request | None:
-        quota = self._quota_of(request)
+    def _lookahead_of(self, request: Request, quota: Quota) -> Request | None:
         if not self._config.looks_ahead or quota.fits(request.num_prompt_tokens):
             return None
         limit_tokens = min(self._config.lookahead_limit_tokens, quota.budget_tokens)
         return make_lookahead(request, limit_tokens, self._config.lookahead_enough_tokens)
 
-    def _expect(self, request: Request, quota: Quota) -> None:
+    def _expect(self, request: Request, quota: Quota, *, looks_ahead: bool = False) -> None:
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         # nothing of a look-ahead may be published, though it fits
         is_private = isinstance(request.sampling_params, LookaheadParams)
         is_private |= not quota.fits(most_tokens)
-        request.skip_reading_prefix_cache |= is_private
-        expectation = Expectation(quota, request.num_prompt_tokens, is_private)
+        expectation = Expectation(quota, request.num_prompt_tokens, is_private, looks_ahead)
         self._manager.expect(request.request_id, expectation)
 
     def _quota_of(self, request: Request) -> Quota:

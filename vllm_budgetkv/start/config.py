@@ -94,6 +94,12 @@ class BudgetConfig(PolicyFlags):
         metavar="SIZE",
         policies=("hybrid",),
     )
+    reuse: bool = option(
+        True,
+        "Let a prompt begin with what an equal beginning left in --kv-host-memory, instead of "
+        "computing it again. Its keys and values were computed behind another question.",
+        policies=("hybrid",),
+    )
     report_file: str | None = option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )

@@ -19,6 +19,12 @@ def token_bytes(vllm_config: VllmConfig) -> int:
     return 2 * num_heads * model.get_head_size() * model.dtype.itemsize
 
 
+def num_blocks(vllm_config: VllmConfig, config: BudgetConfig) -> int:
+    """Host blocks of one worker; 0 for none. The scheduler and every worker count the same."""
+    block_bytes = vllm_config.cache_config.block_size * token_bytes(vllm_config)
+    return config.host_bytes // block_bytes
+
+
 def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     """Refuse host memory that keeps no block of tokens, or that the machine has not free.
 
@@ -31,7 +37,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         return
     parallel, page_tokens = vllm_config.parallel_config, vllm_config.cache_config.block_size
     block_bytes = page_tokens * token_bytes(vllm_config)
-    if config.host_bytes < block_bytes:
+    if not num_blocks(vllm_config, config):
         raise ValueError(
             f"--kv-host-memory {config.host_memory} keeps no block of {page_tokens} tokens, which "
             f"takes {block_bytes:,} bytes: raise it"

@@ -12,9 +12,10 @@ import functools
 import importlib
 import inspect
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
+from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import READS
 
 if TYPE_CHECKING:
@@ -23,47 +24,6 @@ if TYPE_CHECKING:
 # the one place that names them; each has its extract in `tests/start/vllm_versions`
 SUPPORTED_MINORS = ("0.32", "0.33")
 SUPPORTED = " or ".join(SUPPORTED_MINORS)
-
-
-@dataclass(frozen=True)
-class Touchpoint:
-    """One vLLM symbol.
-
-    Args:
-        module: module that defines it.
-        name: dotted name inside the module.
-        how: wrap, subclass, register, override, replace (in one object) or read.
-        why: what we need it for.
-        parameters: the parameters it must have, in order; None when only its presence counts.
-    """
-
-    module: str
-    name: str
-    how: str
-    why: str
-    parameters: tuple[str, ...] | None = None
-
-    @property
-    def place(self) -> str:
-        return f"{self.module}.{self.name}"
-
-    def resolve(self) -> Any:
-        return resolve(self.module, self.name)
-
-    def problem(self) -> str | None:
-        """What differs from the vLLM that this table was written for; None if nothing does."""
-        try:
-            target = self.resolve()
-        except (ImportError, AttributeError) as error:
-            return f"{self.place}: missing ({error})"
-        if self.parameters is None:
-            return None
-        function = target.__func__ if isinstance(target, classmethod | staticmethod) else target
-        found = tuple(inspect.signature(inspect.unwrap(function)).parameters)
-        if found == self.parameters:
-            return None
-        return f"{self.place}: takes {found}, expected {self.parameters}"
-
 
 _ARGS = "vllm.engine.arg_utils"
 _SPEC = "vllm.v1.kv_cache_interface"
@@ -133,6 +93,8 @@ TOUCHPOINTS = (
     Touchpoint(_MANAGER, "FullAttentionManager.cache_blocks", "override",
                "compressed blocks are never published",
                ("self", "request", "num_tokens", "retention_interval", "replay_boundaries")),
+
+    *HOST_TOUCHPOINTS,
 
     Touchpoint(_ASYNC, "AsyncScheduler.__init__", "override", "the quota, the notes, the banner",
                ("self", "args", "kwargs")),
@@ -278,14 +240,6 @@ TOUCHPOINTS = (
                "a look-ahead's tell the worker for whom it runs"),
 )
 # fmt: on
-
-
-def resolve(module: str, name: str) -> Any:
-    """The symbol itself; of a class or static method what its class holds."""
-    target: Any = importlib.import_module(module)
-    for part in name.split("."):
-        target = inspect.getattr_static(target, part)
-    return target
 
 
 def check() -> None:

@@ -129,7 +129,8 @@ READS = (
         "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
         "block_size", "cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size",
-        "kv_sharing_fast_prefill", "num_gpu_blocks_override", "prefix_match_unit")),
+        "kv_sharing_fast_prefill", "num_gpu_blocks_override", "prefix_caching_hash_algo",
+        "prefix_match_unit")),
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
@@ -153,7 +154,8 @@ READS = (
     Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
 
     Reads("vllm.v1.request", "Request", "what is noted of it; look-ahead", (
-        "arrival_time", "client_index", "lora_request", "max_tokens", "mm_features",
+        "all_token_ids", "arrival_time", "block_hashes", "client_index", "lora_request",
+        "max_tokens", "mm_features",
         "num_computed_tokens", "num_prompt_tokens", "priority", "prompt_token_ids",
         "request_id", "resumable", "sampling_params", "skip_reading_prefix_cache", "status",
         "(request_id, client_index, prompt_token_ids, sampling_params, pooling_params, "
@@ -171,17 +173,21 @@ READS = (
     Reads("vllm.v1.kv_cache_layout", "KVCacheLayout", "one buffer, block outermost", ("BLHNC",)),
     Reads("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager",
           "blocks that a request holds", ("req_to_blocks",)),
-    Reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "find our manager", ("coordinator",)),
+    Reads("vllm.v1.core.kv_cache_manager", "KVCacheManager", "find our manager; no hit", (
+        "coordinator", "empty_kv_cache_blocks")),
     Reads("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator", "the same", (
         "single_type_managers",)),
 
     Reads("vllm.v1.core.sched.async_scheduler", "AsyncScheduler", "requests, and those to end", (
-        "encoder_cache_manager", "encoder_cache_mismatch_reqs", "finished_req_ids",
-        "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "max_model_len",
+        "connector", "connector_prefix_cache_stats", "encoder_cache_manager",
+        "encoder_cache_mismatch_reqs", "finished_req_ids",
+        "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "log_stats",
+        "max_model_len",
         "max_num_encoder_input_tokens", "need_mamba_block_aligned_split", "requests",
         "scheduler_config", "vllm_config")),
     Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
-        "finished_req_ids", "num_scheduled_tokens", "preempted_req_ids", "scheduled_cached_reqs",
+        "finished_req_ids", "kv_connector_metadata", "num_scheduled_tokens", "preempted_req_ids",
+        "scheduled_cached_reqs",
         "scheduled_new_reqs")),
     Reads("vllm.v1.core.sched.output", "NewRequestData", "a request that is admitted", (
         "block_ids", "mm_features", "num_computed_tokens", "prompt_len", "req_id",

@@ -20,6 +20,7 @@ from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import parent_of
 from vllm_budgetkv.start import platforms, pool_size
 from vllm_budgetkv.start.activation import config_of, quota_of
+from vllm_budgetkv.start.host_memory import num_blocks
 from vllm_budgetkv.worker.backend import BudgetBackend, require_plain_layers
 from vllm_budgetkv.worker.engine_view import heads_of, model_of
 from vllm_budgetkv.worker.generators import rest_in_chunks
@@ -126,7 +127,7 @@ class BudgetWorker(Worker):
                 num_slots=self.vllm_config.scheduler_config.max_num_seqs,
                 check_ledger=config.check_ledger,
                 max_model_tokens=self.model_config.max_model_len,
-                host_bytes=config.host_bytes,
+                host_blocks=num_blocks(self.vllm_config, config),
             ),
             parent_of,
             (lambda record: record.append_to(report)) if report else None,

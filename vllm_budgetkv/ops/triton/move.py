@@ -1,4 +1,4 @@
-"""`store` in Triton: one launch that writes the new tokens to host memory."""
+"""`store` and `load` in Triton: one launch that moves tokens to host memory or from there."""
 
 from __future__ import annotations
 
@@ -24,12 +24,23 @@ def store(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLay
 
     A GPU cannot refuse a slot or a block that is out of range: its tokens are left out.
     """
+    _move(key, value, rows, tier, loads=False)
+
+
+def load(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer) -> None:
+    """See `vllm_budgetkv.ops.load.load`, and `store` for what is out of range."""
+    _move(key, value, rows, tier, loads=True)
+
+
+def _move(
+    key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer, *, loads: bool
+) -> None:
     num_rows, head_size = rows.slots.shape[0], key.shape[2]
     if num_rows == 0 or key.shape[0] == 0:
         return
     numbers = (rows.slots, rows.query_start, rows.first_position)
     require_dense(slots=numbers[0], query_start=numbers[1], first_position=numbers[2])
-    store_kernel[(count_blocks(key.shape[0], num_rows, BLOCK_TOKENS), key.shape[1])](
+    move_kernel[(count_blocks(key.shape[0], num_rows, BLOCK_TOKENS), key.shape[1])](
         Tokens.of(key),
         Tokens.of(value),
         *numbers,
@@ -40,11 +51,12 @@ def store(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLay
         HEAD_SIZE=head_size,
         BLOCK_SIZE=triton.next_power_of_2(head_size),
         BLOCK_TOKENS=BLOCK_TOKENS,
+        LOADS=loads,
     )
 
 
 @triton.jit
-def store_kernel(
+def move_kernel(
     key: tl.tuple,
     value: tl.tuple,
     slots: tl.tensor,
@@ -57,8 +69,9 @@ def store_kernel(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    LOADS: tl.constexpr,
 ) -> None:
-    """Grid [blocks, H]: writes one block of a row's new tokens of one head."""
+    """Grid [blocks, H]: moves one block of a row's tokens of one head."""
     block, head = tl.program_id(0), tl.program_id(1)
     row = find_row(query_start, num_rows, block, BLOCK_TOKENS)
     if row < 0:
@@ -74,9 +87,14 @@ def store_kernel(
     place, found = find_keys(tier, slot, head, position, token < num_tokens, TIER_TOKENS)
     channel = tl.arange(0, BLOCK_SIZE)
     mask = found[:, None] & (channel < HEAD_SIZE)[None, :]
-    source = (start + token).to(tl.int64)[:, None]
-    new_keys = key.data + source * key.stride + head * key.head_stride + channel[None, :]
-    new_values = value.data + source * value.stride + head * value.head_stride + channel[None, :]
-    target = tier.data + place[:, None] + channel[None, :]
-    tl.store(target, tl.load(new_keys, mask=mask, other=0.0), mask=mask)
-    tl.store(target + tier.part_stride, tl.load(new_values, mask=mask, other=0.0), mask=mask)
+    row_place = (start + token).to(tl.int64)[:, None]
+    keys = key.data + row_place * key.stride + head * key.head_stride + channel[None, :]
+    values = value.data + row_place * value.stride + head * value.head_stride + channel[None, :]
+    kept_keys = tier.data + place[:, None] + channel[None, :]
+    kept_values = kept_keys + tier.part_stride
+    if LOADS:
+        tl.store(keys, tl.load(kept_keys, mask=mask, other=0.0), mask=mask)
+        tl.store(values, tl.load(kept_values, mask=mask, other=0.0), mask=mask)
+    else:
+        tl.store(kept_keys, tl.load(keys, mask=mask, other=0.0), mask=mask)
+        tl.store(kept_values, tl.load(values, mask=mask, other=0.0), mask=mask)
