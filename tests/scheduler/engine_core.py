@@ -89,6 +89,7 @@ class Core:
         self.ends: dict[str, list[int]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
+        self.cached_tokens: dict[str, int] = {}
         self.outputs: list[SchedulerOutput] = []
 
     def _limit_encoder(self, embeds: int) -> None:
@@ -104,16 +105,28 @@ class Core:
         output_tokens: int = 4,
         images: Sequence[MultiModalFeatureSpec] = (),
     ) -> Request:
-        request = Request(
+        request = self.make(request_id, [*range(prompt_tokens)], images, output_tokens)
+        self.scheduler.add_request(request)
+        return request
+
+    def make(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        images: Sequence[MultiModalFeatureSpec] = (),
+        output_tokens: int = 4,
+        salt: str | None = None,
+    ) -> Request:
+        """A request that has not been added."""
+        return Request(
             request_id=request_id,
-            prompt_token_ids=[*range(prompt_tokens)],
+            prompt_token_ids=[*prompt],
             sampling_params=SamplingParams(max_tokens=output_tokens, ignore_eos=True),
             pooling_params=None,
             mm_features=list(images),
+            cache_salt=salt,
             block_hasher=get_request_block_hasher(BLOCK_TOKENS, sha256),
         )
-        self.scheduler.add_request(request)
-        return request
 
     def step(self) -> SchedulerOutput:
         """Schedule, note where every chunk ends, and give the requests that got so far a token."""
@@ -130,6 +143,8 @@ class Core:
         for of_client in scheduler.update_from_output(scheduled, ran).values():
             for output in of_client.outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+                if output.prefill_stats is not None:
+                    self.cached_tokens[output.request_id] = output.prefill_stats.num_cached_tokens
                 if output.finish_reason is not None:
                     self.ended[output.request_id] = str(output.finish_reason)
         return scheduled
