@@ -6,6 +6,7 @@ All layers of one request whose budget is a tenth of its prompt, a third of its 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -158,7 +159,7 @@ def recall(bench: Bench) -> Iterator[Row]:
         step.recall()
         for share in NEW_SHARES:
             yield _recall_row(bench, step, f"{case} tokens, {share:.0%} new", share, link)
-    yield _store_row(bench, model, link)
+    yield from _chunk_rows(bench, model, link)
 
 
 def _recall_row(bench: Bench, step: RecallStep, case: str, share: float, link: float) -> Row:
@@ -173,16 +174,17 @@ def _recall_row(bench: Bench, step: RecallStep, case: str, share: float, link: f
     return replace(row, figures=row.figures | figures)
 
 
-def _store_row(bench: Bench, model: ModelShape, link: float) -> Row:
-    """A chunk of one layer."""
+def _chunk_rows(bench: Bench, model: ModelShape, link: float) -> Iterator[Row]:
+    """A chunk of one layer, to host memory and from there."""
     layout = bench.layout(model)
     tier = build_tier((CHUNK_TOKENS,), 1, model.kv_heads, layout, bench.device)[0]
     shape = (CHUNK_TOKENS, model.kv_heads, model.head_size)
     key, value = (bench.randn(*shape) for _ in range(2))
     rows, counted = bench.rows(1, CHUNK_TOKENS), work.store(model, CHUNK_TOKENS)
     case = f"{model.name}, {CHUNK_TOKENS:,} tokens"
-    row = measure_row(bench, "store", case, lambda: ops.store(key, value, rows, tier), counted)
-    return _against_link(row, counted, link)
+    for name, op in (("store", ops.store), ("load", ops.load)):
+        row = measure_row(bench, name, case, partial(op, key, value, rows, tier), counted)
+        yield _against_link(row, counted, link)
 
 
 def _measure_link(bench: Bench) -> float:
@@ -214,6 +216,7 @@ def host_calls(
     new = bench.randn(num_rows, model.kv_heads, model.head_size)
     return {
         "store": lambda: ops.store(new, new, rows, tier),
+        "load": lambda: ops.load(new, new, rows, tier),
         "encode": lambda: ops.encode(0, tier, recalls, heads.pool, layer.energy),
         "mark": lambda: ops.mark(0, heads, recalls),
         "recall": lambda: ops.recall(query, heads, rows, recalls, tier, 0.1, moved),

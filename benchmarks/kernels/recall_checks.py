@@ -1,4 +1,4 @@
-"""Whether `store`, `encode`, `mark` and `recall` compute what their references do.
+"""Whether `store`, `load`, `encode`, `mark` and `recall` compute what their references do.
 
 What moves bits must move them exactly, from pinned memory on a GPU. A code may be either of two
 levels that are equally near, and of channels with as much energy times variance either may be
@@ -21,6 +21,7 @@ from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.ops.reference.encode import LEVELS, STEP, read_digest, unpack
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
 
@@ -78,6 +79,11 @@ def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Ve
     ops.store(key, value, rows, made.tier._replace(tokens=tokens[:, -1]))
     store_reference(key, value, rows, made.tier._replace(tokens=expected[:, -1]))
     yield same_bits("store", "host blocks", tokens.to(device), expected)
+    found = torch.full((2, *shape), torch.nan, dtype=layout.dtype, device=device)
+    read = found.clone()
+    ops.load(*found, rows, made.tier._replace(tokens=tokens[:, -1]))
+    load_reference(*read, rows, made.tier._replace(tokens=expected[:, -1]))
+    yield same_bits("load", "keys and values", found, read)
 
 
 class _Page(NamedTuple):

@@ -1,4 +1,4 @@
-"""`store`, `encode`, `mark` and `recall`: the references against naive ones, the kernels too."""
+"""The ops of host memory: the references against naive ones, the kernels too."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from tests.ops.factories import batch_rows, strided_randn
 from tests.ops.recall_factory import Remembered, make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.ops import TierLayer, encode, mark, recall, store
+from vllm_budgetkv.ops import TierLayer, encode, load, mark, recall, store
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
 from vllm_budgetkv.ops.reference.encode import read_digest, unpack
+from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
@@ -94,6 +95,37 @@ def test_store_leaves_out_what_has_no_block(op: Callable[..., None]) -> None:
     tokens = stored(op, made, rows, key, value)
     # 700 tokens end inside a block of 16, which has room for 704
     assert int((~tokens.isnan()).any(-1)[:, 0, 0].sum()) == 704 - 690
+
+
+# --- load ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", [load_reference, load], ids=["reference", "op"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_load_reads_what_was_stored(op: Callable[..., None], dtype: torch.dtype) -> None:
+    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype))
+    counts, firsts = (1, 70, 0), (332, 0, 9)
+    rows = batch_rows([1, 0, 1], counts)._replace(first_position=torch.tensor(firsts).int())
+    key, value = (strided_randn((sum(counts), 2, 40), dtype, seed=s) for s in (1, 2))
+    tier = TierLayer(stored(store_reference, made, rows, key, value), made.tier.blocks)
+    before = tier.tokens.clone()
+    found = [torch.full_like(new, torch.nan) for new in (key, value)]
+    op(*found, rows, tier)
+    assert torch.equal(found[0], key) and torch.equal(found[1], value)
+    assert torch.equal(tier.tokens.nan_to_num(), before.nan_to_num())
+
+
+@pytest.mark.parametrize("op", [load_reference, load], ids=["reference", "op"])
+def test_load_leaves_what_has_no_block(op: Callable[..., None]) -> None:
+    made = make_remembered(NUM_TOKENS, LAYOUT)
+    made.tier.blocks[1] = -1
+    rows = batch_rows([0, 1], [100, 40])._replace(first_position=torch.tensor([690, 0]).int())
+    key, value = (torch.full((140, 2, 32), torch.nan) for _ in range(2))
+    made.tier.tokens.nan_to_num_()
+    op(key, value, rows, made.tier)
+    for found in (key, value):
+        read = ~found.isnan().flatten(1).any(1)
+        assert read.nonzero().flatten().tolist() == [*range(704 - 690)]
 
 
 # --- encode -------------------------------------------------------------------------------------

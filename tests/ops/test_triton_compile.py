@@ -124,11 +124,12 @@ def launch_merge(layout: PageLayout, group: int) -> None:
 
 
 def launch_store(layout: PageLayout, group: int) -> None:
-    from vllm_budgetkv.ops.triton.store import store
+    from vllm_budgetkv.ops.triton.move import load, store
 
     made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
     key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
-    store(key, key, batch_rows([0, 1], [20, 30]), made.tier)
+    for move in (store, load):
+        move(key, key, batch_rows([0, 1], [20, 30]), made.tier)
 
 
 def launch_encode(layout: PageLayout, group: int) -> None:
@@ -171,7 +172,7 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_compact: 4,
     launch_digest: 1,
     launch_merge: 4,
-    launch_store: 1,
+    launch_store: 2,
     launch_encode: 1,
     launch_mark: 1,
     launch_recall: 6,

@@ -28,6 +28,7 @@ from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
@@ -161,6 +162,11 @@ def store_late(key: Any, value: Any, rows: Any, tier: Any) -> None:
     store_reference(key, value, rows, tier)
 
 
+def load_late(key: Any, value: Any, rows: Any, tier: Any) -> None:
+    rows = rows._replace(first_position=rows.first_position + 1)
+    load_reference(key, value, rows, tier)
+
+
 def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
     """One code is two levels off."""
     encode_reference(slot, tier, recalls, pool, energy)
@@ -219,6 +225,7 @@ def recall_uncounted(*arguments: Any) -> None:
     ("name", "wrong", "found"),
     [
         ("store", store_late, "host blocks"),
+        ("load", load_late, "keys and values"),
         ("encode", encode_far, "codes"),
         ("encode", encode_others, "channels"),
         ("encode", encode_disorder, "channels"),
@@ -235,6 +242,7 @@ def test_a_wrong_op_of_recall_is_found(
 ) -> None:
     references = {
         "store": store_reference,
+        "load": load_reference,
         "encode": encode_reference,
         "mark": mark_reference,
         "recall": recall_reference,

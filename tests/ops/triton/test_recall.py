@@ -1,4 +1,4 @@
-"""`store`, `encode`, `mark` and `recall` in Triton against naive ones and their references."""
+"""The ops of host memory in Triton against naive ones and their references."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.ops import test_recall as naive
 from tests.ops.factories import batch_rows, strided_randn
 from tests.ops.recall_factory import make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.ops import encode, mark, recall, store
+from vllm_budgetkv.ops import encode, load, mark, recall, store
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.triton import recall as launcher
 from vllm_budgetkv.ops.triton.arrival import counters
@@ -32,6 +32,15 @@ def test_store_leaves_out_what_has_no_place() -> None:
     new = strided_randn((9, 2, 32), torch.float32, seed=1)
     tokens = naive.stored(store, made, rows, new, new)
     assert int((~tokens.isnan()).any(-1)[:, 0, 0].sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
+def test_load(dtype: torch.dtype) -> None:
+    naive.test_load_reads_what_was_stored(load, dtype)
+
+
+def test_load_leaves_what_has_no_place() -> None:
+    naive.test_load_leaves_what_has_no_block(load)
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
