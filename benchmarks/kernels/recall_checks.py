@@ -81,7 +81,8 @@ def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Ve
     yield same_bits("store", "host blocks", tokens.to(device), expected)
     found = torch.full((2, *shape), torch.nan, dtype=layout.dtype, device=device)
     read = found.clone()
-    ops.load(*found, rows, made.tier._replace(tokens=tokens[:, -1]))
+    kept = expected.cpu().pin_memory() if on_gpu else expected
+    ops.load(*found, rows, made.tier._replace(tokens=kept[:, -1]))
     load_reference(*read, rows, made.tier._replace(tokens=expected[:, -1]))
     yield same_bits("load", "keys and values", found, read)
 
