@@ -37,6 +37,7 @@ PAGE_TOKENS = 32
 CHUNK_TOKENS = 1024
 MAX_SEQS = 8
 OUTPUT_TOKENS = 48
+REPORTED = ("compression_seconds", "compressions", "reused_tokens", "recall_steps", "moved_bytes")
 QUOTA_SHARE = 0.1
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     for repeat in range(options.repeats):
         for side, answers in runs.items():
             print(f"repeat {repeat + 1} of {options.repeats}: {side}", flush=True)
-            answers.append(measure(model, side, options))
+            answers.append(first_questions(measure(model, side, options)))
     result = {
         "about": about(options),
         "engine": {side: summarise(answers) for side, answers in runs.items()},
@@ -76,8 +77,32 @@ def quota_tokens(options: argparse.Namespace) -> int:
     return int(QUOTA_SHARE * max(options.sizes))
 
 
-def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One engine of one side in a process of its own."""
+def first_questions(answer: dict[str, Any]) -> dict[str, Any]:
+    return {size: found[0] for size, found in answer.items()}
+
+
+def measure(
+    model: Path,
+    side: str,
+    options: argparse.Namespace,
+    *,
+    budget: dict[str, Any] | None = None,
+    questions: int = 1,
+    **changes: Any,
+) -> dict[str, list[dict[str, Any]]]:
+    """One engine of one side in a process of its own.
+
+    Args:
+        model: folder.
+        side: "stock" or "ours".
+        options: of the command line.
+        budget: further options of ours.
+        questions: asked one after the other on each video.
+        changes: further arguments of the engine.
+
+    Returns:
+        Figures of every question by prompt size.
+    """
     engine: dict[str, Any] = {
         "model": str(model),
         "dtype": options.dtype,
@@ -92,6 +117,7 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
         "limit_mm_per_prompt": {"video": 1},
         # it sizes nothing here, and runs the vision tower over the longest video that fits
         "skip_mm_profiling": True,
+        **changes,
     }
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
@@ -111,21 +137,24 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
                 "quota_tokens": quota_tokens(options),
                 "chunk_tokens": CHUNK_TOKENS,
                 "report_file": str(report),
+                **(budget or {}),
             }
         }
     job = {"engine": engine, "sizes": options.sizes, "output_tokens": OUTPUT_TOKENS}
+    job["questions"] = questions
     answer = json_of([sys.executable, "-m", "benchmarks.measure"], environment, json.dumps(job))
     records = {}
     if side == "ours":
         lines = report.read_text(encoding="utf-8").splitlines()
         records = {record["request_id"].split("-")[0]: record for record in map(json.loads, lines)}
-    for size, found in answer["sizes"].items():
-        record = records.get(f"n{size}")
-        found["kv_bytes"] = (
-            record["kv_bytes"] if record else found["peak_blocks"] * answer["block_bytes"]
-        )
-        found["compression_seconds"] = record["compression_seconds"] if record else 0.0
-        found["compressions"] = record["compressions"] if record else 0
+    for size, several in answer["sizes"].items():
+        for number, found in enumerate(several):
+            record = records.get(f"n{size}q{number}")
+            found["kv_bytes"] = (
+                record["kv_bytes"] if record else found["peak_blocks"] * answer["block_bytes"]
+            )
+            for name in REPORTED:
+                found[name] = record[name] if record else 0
     return answer["sizes"]
 
 

@@ -12,13 +12,13 @@ import sys
 import time
 from typing import Any
 
-QUESTION = "Which letter does the sign show?"
+QUESTIONS = ("Which letter does the sign show?", "What colour is the background, and where is it?")
 FRAME_PIXELS = 448
 FRAME_TOKENS = (FRAME_PIXELS // 28) ** 2
 FRAMES_PER_GRID = 2
 
 
-def video_prompt(llm: Any, prompt_tokens: int, seed: int) -> Any:
+def video_prompt(llm: Any, prompt_tokens: int, seed: int, question: str = QUESTIONS[0]) -> Any:
     """A chat prompt of about `prompt_tokens` tokens: a rendered video and a question behind it."""
     import numpy as np
 
@@ -34,7 +34,7 @@ def video_prompt(llm: Any, prompt_tokens: int, seed: int) -> Any:
     video = (np.asarray(frames), metadata | {"do_sample_frames": False})
     text = (
         "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>"
-        f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n"
+        f"{question}<|im_end|>\n<|im_start|>assistant\n"
     )
     return llm._preprocess_cmpl_one({"prompt": text, "multi_modal_data": {"video": [video]}})
 
@@ -85,8 +85,15 @@ def main() -> None:
     run_request(llm, "warm-up", video_prompt(llm, 600, seed=99), 4)
     found = {}
     for size in job["sizes"]:
-        prompt = video_prompt(llm, size, seed=size)
-        found[str(size)] = run_request(llm, f"n{size}", prompt, job["output_tokens"])
+        found[str(size)] = [
+            run_request(
+                llm,
+                f"n{size}q{number}",
+                video_prompt(llm, size, seed=size, question=question),
+                job["output_tokens"],
+            )
+            for number, question in enumerate(QUESTIONS[: job["questions"]])
+        ]
     answer = {"sizes": found, "block_bytes": block_bytes(llm)}
     sys.stdout.write(json.dumps(answer) + "\n")
 

@@ -35,6 +35,7 @@ class Run:
         length_tokens: about how long the prompts are.
         tasks: keys of `TASKS`, or of `FRAME_TASKS`.
         count: examples of each task.
+        asks_before: whether another question about each text is asked first.
 
     Raises:
         ValueError: a quota is missing or too much.
@@ -47,6 +48,7 @@ class Run:
     length_tokens: int = 2048
     tasks: tuple[str, ...] = ALL_TASKS
     count: int = 5
+    asks_before: bool = False
 
     def __post_init__(self) -> None:
         if POLICIES[self.policy].compresses != (self.quota_share is not None):
@@ -81,7 +83,11 @@ class Run:
 
     def key(self, fingerprint: str) -> str:
         """Name of the result: equal only for the same run of the same model and suite."""
-        parts = {"run": asdict(self), "model": fingerprint, "suite": SUITE}
+        run = asdict(self)
+        if not self.asks_before:
+            # results that were kept before there was a choice
+            del run["asks_before"]
+        parts = {"run": run, "model": fingerprint, "suite": SUITE}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -150,6 +156,10 @@ def recalling(name: str, **options: Any) -> Run:
     return replace(RECALL, name=name, options=RECALL.options | {"tuning": tuning})
 
 
+# host memory with room for all texts of a run
+KEPT = replace(RECALL, options={"host_memory": "4GiB"})
+BEHIND = replace(KEPT, name="hybrid with recall, behind another question", asks_before=True)
+
 RECALL_VARIATIONS = (
     recalling("a tenth of the heads", heads_share=0.1),
     recalling("two thirds of the heads", heads_share=2 / 3),
@@ -184,6 +194,15 @@ PLANS: dict[str, list[Run]] = {
     "recall": [FULL, HYBRID, *at(RECALL, (0.05, 0.1, 0.2))],
     "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
     "recall-long": [replace(FULL, **LONG), *at(RECALL, (0.05, 0.1), **LONG)],
+    "reuse": [FULL, *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2]))],
+    "reuse-frames": [
+        replace(FULL, **FRAMES),
+        *(
+            run
+            for one in (KEPT, BEHIND)
+            for run in at(one, SHARES[:2], **(FRAMES | {"tasks": FRAMES["tasks"][:2]}))
+        ),
+    ],
     "recall-frames": [
         replace(FULL, **FRAMES),
         *(run for one in (HYBRID, RECALL) for run in at(one, SHARES[:2], **FRAMES)),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.quality.worker import ENVIRONMENT as OF_WORKERS
 from benchmarks.quality.worker import free_memory
+from benchmarks.real.another import another_question, require_reuse
 from benchmarks.real.frames import FRAME_TASKS, make_frame_examples
 from benchmarks.real.results import RunResult, summarise
 from benchmarks.real.tasks import make_examples
@@ -43,7 +44,12 @@ def measure(run: Run, model: str, commit: str) -> RunResult:
     started = time.perf_counter()
     try:
         with TextLab(Setup(model=model, budget=run.budget(), engine=engine)) as lab:
-            outcomes = lab.ask([example for group in groups for example in group])
+            examples = [example for group in groups for example in group]
+            if run.asks_before:
+                lab.force([another_question(example) for example in examples])
+            outcomes = lab.ask(examples)
+            if run.asks_before:
+                require_reuse(outcomes)
             del lab
         seconds = time.perf_counter() - started
     finally:

@@ -51,6 +51,8 @@ TESTS = (
     "tests/cache/test_recall.py::test_a_head_that_recalls_reads_all_of_its_pages",
     "tests/cache/test_recall.py::test_without_room_a_request_is_served_as_before_and_its_report_says_so",
     "tests/cache/test_recall.py::test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again",
+    "tests/arithmetic/test_host_blocks.py",
+    "tests/cache/test_replay.py",
 )
 
 

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tests.tamper.of_cache import OF_CACHE
 from tests.tamper.of_counts import OF_COUNTS
+from tests.tamper.of_host import OF_HOST
 
-MUTATIONS = (*OF_COUNTS, *OF_CACHE)
+MUTATIONS = (*OF_COUNTS, *OF_CACHE, *OF_HOST)

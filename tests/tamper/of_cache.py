@@ -34,7 +34,7 @@ OF_CACHE = (
     Mutation(
         "rehearsal: keeps its slot",
         "cache/rehearsal.py",
-        "        slots.end(REQUEST_ID)\n",
+        "    slots.end(REQUEST_ID)\n",
         "",
     ),
     Mutation(
@@ -130,8 +130,8 @@ OF_CACHE = (
     Mutation(
         "slots: a preempted request keeps its slot",
         "cache/slots.py",
-        "            self._release(request_id, is_preempted=True)\n        for new",
-        "            pass\n        for new",
+        "            self._release(request_id, is_preempted=True)\n        if places",
+        "            pass\n        if places",
     ),
     Mutation(
         "tables: identity pages off by one",
@@ -179,8 +179,8 @@ OF_CACHE = (
     Mutation(
         "step: the probe asks in front of the chunk",
         "cache/step.py",
-        "row_positions.max() + 1",
-        "row_positions.min()",
+        "        last = largest.max()\n",
+        "        last = largest.min() - 1\n",
     ),
     Mutation(
         "step: pages without a digest compete",
@@ -301,18 +301,6 @@ OF_CACHE = (
         "cache/tables.py",
         "        self.lens[slot] -= num_tokens\n",
         "",
-    ),
-    Mutation(
-        "tier: a request keeps its blocks when it goes",
-        "cache/tier.py",
-        "        self._free += reversed(given)\n",
-        "",
-    ),
-    Mutation(
-        "tier: two requests share their blocks",
-        "cache/tier.py",
-        "taken = [self._free.pop() for _ in range(count)]",
-        "taken = self._free[-count:]",
     ),
     Mutation(
         "recall: heads keep all of the budget beside what comes back",

@@ -128,7 +128,7 @@ OF_COUNTS = (
     Mutation(
         "scheduler: a chunk takes what is left of the batch",
         "scheduler/scheduler.py",
-        "return 0 if must_be_whole(request, quota, start) else num_new_tokens",
+        "return 0 if must_be_whole(request, self._quota_of(request), start) else num_new_tokens",
         "return num_new_tokens",
     ),
     Mutation(

@@ -1,0 +1,91 @@
+"""A second question on a video, and decode with recall: `python -m benchmarks.bench_reuse`.
+
+    python -m benchmarks.bench_reuse [--repeats 3] [--sizes 8000 30000] [--dtype float32]
+
+Three engines take turns: stock vLLM with its prefix cache, ours under a tenth of the longest
+prompt, and ours with host memory behind it. Each serves a video with a question, alone, and then
+another question on the same video. Every figure is the median over the repeats of a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from typing import Any
+
+from benchmarks import bench
+from benchmarks.bench import MODEL, REPOSITORY, RESULTS
+from vllm_budgetkv.testing.models import build_qwen2_5_vl
+
+HOST_MEMORY = "2GiB"
+SIDES: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "ours": {},
+    "host": {"host_memory": HOST_MEMORY},
+}
+# (figure, side and question above, side and question below)
+RATIOS = {
+    "second question / first, host": ("prefill_seconds", "host", 1, "host", 0),
+    "second question, host / stock": ("prefill_seconds", "host", 1, "stock", 1),
+    "first question, host / ours": ("prefill_seconds", "host", 0, "ours", 0),
+    "first question, host / stock": ("prefill_seconds", "host", 0, "stock", 0),
+    "decode, host / stock": ("decode_ms", "host", 0, "stock", 0),
+    "decode, host / ours": ("decode_ms", "host", 0, "ours", 0),
+}
+
+
+def main() -> None:
+    options = parse_arguments()
+    model = build_qwen2_5_vl(REPOSITORY / "build" / "models", **MODEL)
+    runs = []
+    for repeat in range(options.repeats):
+        found = {}
+        for side, budget in SIDES.items():
+            print(f"repeat {repeat + 1} of {options.repeats}: {side}", flush=True)
+            found[side] = bench.measure(
+                model,
+                "stock" if side == "stock" else "ours",
+                options,
+                budget=budget,
+                questions=2,
+                enable_prefix_caching=side == "stock",
+            )
+        runs.append(found)
+    result = {
+        "about": bench.about(options) | {"command": command(options), "host_memory": HOST_MEMORY},
+        "ratios": {str(size): ratios(runs, str(size)) for size in options.sizes},
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    (RESULTS / "bench_reuse.json").write_text(text, encoding="utf-8")
+    print(json.dumps(result["ratios"], indent=1))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="A second question on one video.")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: 3)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[8000, 30000])
+    parser.add_argument("--dtype", default="float32", help="of model and cache")
+    return parser.parse_args()
+
+
+def command(options: argparse.Namespace) -> str:
+    return " ".join(["python -m benchmarks.bench_reuse", *sys.argv[1:]])
+
+
+def ratios(runs: list[dict[str, Any]], size: str) -> dict[str, float]:
+    """Medians over the repeats."""
+
+    def ratio(run: dict[str, Any], name: str) -> float:
+        figure, above, first, below, second = RATIOS[name]
+        values = [run[side][size][n][figure] for side, n in ((above, first), (below, second))]
+        return values[0] / values[1]
+
+    return {name: round(statistics.median(ratio(run, name) for run in runs), 3) for name in RATIOS}
+
+
+if __name__ == "__main__":
+    main()

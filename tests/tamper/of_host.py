@@ -1,0 +1,110 @@
+"""What is broken on purpose of the prompts that host memory keeps."""
+
+from __future__ import annotations
+
+from tests.tamper.mutation import Mutation
+
+OF_HOST = (
+    Mutation(
+        "host: a request keeps its blocks when it goes",
+        "scheduler/prompts.py",
+        "        self.blocks.release(kept.blocks)\n",
+        "",
+    ),
+    Mutation(
+        "host: what is taken can still be found",
+        "arithmetic/host_blocks.py",
+        "                del self._places[key]\n",
+        "                pass\n",
+    ),
+    Mutation(
+        "host: a block in use is given away",
+        "arithmetic/host_blocks.py",
+        "            self._unheld.pop(block, None)\n",
+        "",
+    ),
+    Mutation(
+        "host: the longest unheld goes last",
+        "arithmetic/host_blocks.py",
+        "self._unheld.popitem(last=False)[0]",
+        "self._unheld.popitem()[0]",
+    ),
+    Mutation(
+        "host: what is not written yet can be found",
+        "scheduler/prompts.py",
+        "(kept.num_published + 1) * self.page_tokens <= seen_tokens",
+        "kept.num_published * self.page_tokens <= seen_tokens",
+    ),
+    Mutation(
+        "host: the end of an item before it is written",
+        "scheduler/prompts.py",
+        "ends[kept.num_ends].stop_tokens <= seen_tokens",
+        "ends[kept.num_ends].stop_tokens <= seen_tokens + self.page_tokens",
+    ),
+    Mutation(
+        "host: nobody waits for what is being written",
+        "scheduler/prompts.py",
+        "return key in self._writers and self.is_running(self._writers[key])",
+        "return False",
+    ),
+    Mutation(
+        "host: the end of an item is named by its tokens alone",
+        "scheduler/connector.py",
+        "hash_block_tokens(self._hash, parent, tokens, extra_keys)",
+        "hash_block_tokens(self._hash, parent, tokens, None)",
+    ),
+    Mutation(
+        "host: whoever took over cached tokens holds blocks for them too",
+        "scheduler/manager.py",
+        "    def allocate_external_computed_blocks(",
+        "    def allocate_external_blocks(",
+    ),
+    Mutation(
+        "host: a prompt takes over the tokens that ask the cache",
+        "scheduler/prompts.py",
+        "prompt_tokens - probe_tokens)",
+        "prompt_tokens)",
+    ),
+    Mutation(
+        "host: what is taken over is found behind new weights",
+        "scheduler/connector.py",
+        "        self._prompts.forget_all()\n",
+        "",
+    ),
+    Mutation(
+        "replay: chunks are not compressed",
+        "cache/replay.py",
+        "compresses = request.quota.compresses_after(stop_tokens, request.prompt_tokens)",
+        "compresses = False",
+    ),
+    Mutation(
+        "replay: the lead is left out",
+        "cache/step.py",
+        "            self.lead.append(layer)\n",
+        "            pass\n",
+    ),
+    Mutation(
+        "replay: pages of the lead are free before it is there",
+        "cache/requests.py",
+        "return self.computed_tokens - self.lead_tokens",
+        "return self.computed_tokens",
+    ),
+    Mutation(
+        "replay: the probe stands where the chunk began",
+        "cache/replay.py",
+        "request.stand_at(largest + 1 - stop_tokens)",
+        "request.stand_at(largest * 0)",
+    ),
+    Mutation(
+        "tier: the beginning of a block is not copied",
+        "cache/tier.py",
+        "        self.tokens[target, ..., :num_tokens, :].copy_(staged, non_blocking=True)\n",
+        "",
+    ),
+    Mutation(
+        "tier: positions of a copied beginning are lost",
+        "cache/tier.py",
+        "        self.places[target, :num_tokens] = self.places[source, :num_tokens]\n",
+        "",
+    ),
+)
