@@ -47,7 +47,7 @@ quality: env
 
 quality-real: env
 	$(BIN)/python -m benchmarks.real.run
-	$(BIN)/python -m benchmarks.real.peers --sizes 2048
+	$(BIN)/python -m benchmarks.real.peers --count 3 --sizes 2048
 
 train: env
 	$(BIN)/python -m benchmarks.quality.train

@@ -98,7 +98,7 @@ class RecallLab(Lab):
             probe_tokens=self.options.probe_tokens,
             end_of_items=max(ends, default=0),
         )
-        found = self.prompts.find(self.keys_of(client), most_tokens)
+        found = self.prompts.find(client.request_id, self.keys_of(client), most_tokens)
         if found is None or not self.prompts.has_room(client.prompt_tokens, found):
             found = Found()
         if self.quota.fits(client.prompt_tokens):

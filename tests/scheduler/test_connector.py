@@ -165,6 +165,18 @@ def test_nothing_of_another_content_is_found(config: VllmConfig, other: str) -> 
     assert reused(core)["second"] == 0
 
 
+@pytest.mark.parametrize(("name", "found"), [("a", 86), ("b", 80)])
+def test_a_picture_inside_a_block_counts(config: VllmConfig, name: str, found: int) -> None:
+    """No whole block in front of its end tells one from another."""
+    core = Core(config, encoder_embeds=200)
+    core.add("first", LONG, images=[image(82, 4, "a")])
+    core.run()
+    prompt = [*range(86), *range(5000, 5000 + LONG - 86)]
+    core.scheduler.add_request(core.make("second", prompt, [image(82, 4, name)]))
+    core.run()
+    assert reused(core)["second"] == found
+
+
 def test_a_server_may_refuse_it(qwen2: Path) -> None:
     core = Core(configured(qwen2, 2000, reuse=False))
     ask(core, "first", "second")

@@ -90,6 +90,7 @@ class HostConnector(KVConnectorBase_V1):
         algorithm = self._vllm_config.cache_config.prefix_caching_hash_algo
         self._hash = get_hash_fn_by_name(algorithm)
         self._admitted: dict[str, HostPlace] = {}
+        self._keys: dict[str, PromptKeys] = {}
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **own: Any) -> Self:
@@ -106,11 +107,14 @@ class HostConnector(KVConnectorBase_V1):
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
     ) -> tuple[int | None, bool]:
+        request_id = request.request_id
+        if self._prompts.waits(request_id):
+            return None, False
         # one that was preempted holds nothing while it waits, but may find what it wrote
-        self._prompts.leave(request.request_id)
+        self._prompts.leave(request_id)
         if num_computed_tokens or not self._reuses_for(request):
             return 0, False
-        found = self._prompts.find(self._keys_of(request), self._most_tokens(request))
+        found = self._prompts.find(request_id, self._keys_of(request), self._most_tokens(request))
         if found is None:
             return None, False
         has_room = self._prompts.has_room(request.num_prompt_tokens, found)
@@ -125,7 +129,7 @@ class HostConnector(KVConnectorBase_V1):
         if self._reuses_for(request):
             keys = self._keys_of(request)
         if num_external_tokens:
-            again = self._prompts.find(keys, num_external_tokens)
+            again = self._prompts.find(request.request_id, keys, num_external_tokens)
             assert again is not None
             assert again.num_tokens == num_external_tokens, "what was found is there no more"
             found = again
@@ -159,10 +163,13 @@ class HostConnector(KVConnectorBase_V1):
             yield stop_tokens
 
     def _keys_of(self, request: Request) -> PromptKeys:
-        page_tokens = self._prompts.page_tokens
+        if (known := self._keys.get(request.request_id)) is not None:
+            return known
         # the chain goes on into the output, which host memory does not keep
-        hashes = request.block_hashes[: request.num_prompt_tokens // page_tokens]
-        return PromptKeys(hashes, list(self._item_ends(request)))
+        hashes = request.block_hashes[: request.num_prompt_tokens // self._prompts.page_tokens]
+        keys = PromptKeys(hashes, list(self._item_ends(request)))
+        self._keys[request.request_id] = keys
+        return keys
 
     def _item_ends(self, request: Request) -> Iterator[ItemEnd]:
         page_tokens = self._prompts.page_tokens
@@ -196,6 +203,7 @@ class HostConnector(KVConnectorBase_V1):
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
         self._prompts.leave(request.request_id)
+        self._keys.pop(request.request_id, None)
         return False, None
 
     def reset_cache(self) -> bool:

@@ -93,15 +93,18 @@ class HostPrompts:
     is_running: Callable[[str], bool]
     _kept: dict[str, _Kept] = field(default_factory=dict, init=False)
     _writers: dict[Hashable, str] = field(default_factory=dict, init=False)
+    _awaited: dict[str, Hashable] = field(default_factory=dict, init=False)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._kept
+    def waits(self, request_id: str) -> bool:
+        """Whether what `find` told a request to wait for is still to be written."""
+        return self._is_awaited(self._awaited.get(request_id))
 
-    def find(self, keys: PromptKeys, most_tokens: int) -> Found | None:
-        """The longest beginning of a prompt that is kept, of at most so many tokens.
+    def find(self, request_id: str, keys: PromptKeys, most_tokens: int) -> Found | None:
+        """The longest beginning of a request's prompt that is kept, of at most so many tokens.
 
         None if a running request is about to write more of it, which is worth the wait.
         """
+        self._awaited.pop(request_id, None)
         blocks: list[int] = []
         for key in keys.blocks:
             block = self.blocks.find(key)
@@ -112,11 +115,14 @@ class HostPrompts:
         if whole_tokens >= most_tokens:
             count, rest = divmod(most_tokens, self.page_tokens)
             return Found(most_tokens, blocks[:count], blocks[count] if rest else None)
-        if any(self._is_awaited(key) for key in keys.blocks[len(blocks) : len(blocks) + 1]):
+        if len(blocks) < len(keys.blocks) and self._is_awaited(key := keys.blocks[len(blocks)]):
+            self._awaited[request_id] = key
             return None
-        return self._find_end(keys, blocks, most_tokens)
+        return self._find_end(request_id, keys, blocks, most_tokens)
 
-    def _find_end(self, keys: PromptKeys, blocks: list[int], most_tokens: int) -> Found | None:
+    def _find_end(
+        self, request_id: str, keys: PromptKeys, blocks: list[int], most_tokens: int
+    ) -> Found | None:
         """The same behind the last whole block that is kept: up to the end of an item."""
         whole_tokens = len(blocks) * self.page_tokens
         found = Found(whole_tokens, blocks)
@@ -126,10 +132,11 @@ class HostPrompts:
             if (block := self.blocks.find(end.key)) is not None:
                 found = Found(min(end.stop_tokens, most_tokens), blocks, block)
             elif self._is_awaited(end.key):
+                self._awaited[request_id] = end.key
                 return None
         return found
 
-    def _is_awaited(self, key: Hashable) -> bool:
+    def _is_awaited(self, key: Hashable | None) -> bool:
         return key in self._writers and self.is_running(self._writers[key])
 
     def has_room(self, prompt_tokens: int, found: Found) -> bool:
@@ -201,6 +208,7 @@ class HostPrompts:
 
     def leave(self, request_id: str) -> None:
         """Hold the blocks of a request no more; what it wrote can be found until it is taken."""
+        self._awaited.pop(request_id, None)
         kept = self._kept.pop(request_id, None)
         if kept is None:
             return
@@ -220,3 +228,4 @@ class HostPrompts:
             # what is written from now on follows what nobody may find
             kept.keys = PromptKeys()
         self._writers.clear()
+        self._awaited.clear()
