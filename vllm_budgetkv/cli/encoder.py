@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv.cli.activations import FORMULA, layer_elements
 from vllm_budgetkv.cli.figures import Figure, Origin
 
 if TYPE_CHECKING:
@@ -84,12 +85,7 @@ def _embedding_bytes(engine: PlannedEngine) -> int:
 
 
 def _tower_peak(engine: PlannedEngine, budget: Any) -> tuple[Figure | None, tuple[str, ...]]:
-    """Activations of the tower for the batch that vLLM tries at start, and why they are unknown.
-
-    In a layer of width h and with an MLP of width i a patch has its residual and its norm (2 h),
-    and beside them queries, keys, values and the attention's output (4 h) or gate, rise and
-    product of the MLP (3 i), whichever is more.
-    """
+    """Activations of the tower for the batch that vLLM tries at start, and why they are unknown."""
     vision = getattr(engine.model_config.hf_config, "vision_config", None)
     names = ("hidden_size", "intermediate_size", "spatial_merge_size")
     found = [getattr(vision, name, None) for name in names]
@@ -102,9 +98,9 @@ def _tower_peak(engine: PlannedEngine, budget: Any) -> tuple[Figure | None, tupl
     kind = budget.get_modality_with_max_tokens()
     num_items, item_tokens = budget.mm_max_items_per_batch[kind], budget.mm_max_toks_per_item[kind]
     num_patches = num_items * item_tokens * merge**2
-    patch_bytes = (2 * width + max(4 * width, 3 * mlp_width)) * engine.model_config.dtype.itemsize
+    patch_bytes = layer_elements(width, mlp_width) * engine.model_config.dtype.itemsize
     source = (
-        f"{num_items} x the largest {kind}, {num_patches:,} patches x "
-        f"(2 h + max(4 h, 3 i)) elements, h {width:,}, i {mlp_width:,}"
+        f"{num_items} x the largest {kind}, {num_patches:,} patches x {FORMULA}, "
+        f"h {width:,}, i {mlp_width:,}"
     )
     return Figure(num_patches * patch_bytes, Origin.ESTIMATE, source), ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.cli.activations import FORMULA, layer_elements
 from vllm_budgetkv.cli.figures import Figure, Origin, size_text
 from vllm_budgetkv.cli.weights import weights_of
 
@@ -63,7 +64,7 @@ def pool_of(engine: PlannedEngine, wishes: Wishes, encoder: Encoder | None) -> P
         raise ValueError(
             f"nothing is left for the KV cache: of {size_text(wishes.gpu_bytes)} vLLM takes "
             f"{size_text(total.num_bytes)}, and there are {told}: raise --gpu-memory, "
-            "--gpu-memory-utilization or --tensor-parallel-size, or bound the vision tower with "
+            "--gpu-memory-utilization or --tensor-parallel-size, or bound the tower with "
             "--limit-mm-per-prompt"
         )
     options = "--gpu-memory or --gpu-memory-utilization"
@@ -96,12 +97,12 @@ def _step_peak(engine: PlannedEngine) -> Figure:
     text, num_gpus = model.hf_text_config, engine.parallel_config.tensor_parallel_size
     width, element_bytes = model.get_hidden_size(), model.dtype.itemsize
     mlp_width = getattr(text, "intermediate_size", None) or 4 * width
-    token_elements = 2 * width + max(4 * width, 3 * mlp_width // num_gpus)
+    token_elements = layer_elements(width, mlp_width // num_gpus)
     logits_bytes = model.get_vocab_size() * (element_bytes + LOGITS_COPIES_BYTES)
     batch_tokens, num_requests = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
     return Figure(
         batch_tokens * token_elements * element_bytes + num_requests * logits_bytes,
         Origin.ESTIMATE,
-        f"{batch_tokens:,} tokens x (2 h + max(4 h, 3 i)) elements, h {width:,}, i "
+        f"{batch_tokens:,} tokens x {FORMULA}, h {width:,}, i "
         f"{mlp_width // num_gpus:,}, and {num_requests:,} x logits",
     )
