@@ -17,7 +17,7 @@ import torch
 import vllm
 
 from vllm_budgetkv import ops
-from vllm_budgetkv.cli import installation
+from vllm_budgetkv.cli import installation, kernels
 from vllm_budgetkv.cli.main import main
 from vllm_budgetkv.start import platforms, upstream
 from vllm_budgetkv.start.upstream import Touchpoint
@@ -150,6 +150,16 @@ def test_kernels_that_are_older_than_the_package(
     assert "teleport are missing" in found["kernels for CPUs"]["told"]
 
 
+def test_kernels_of_another_copy(
+    doctor: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found_elsewhere = SimpleNamespace(origin=str(tmp_path / "_C.abi3.so"))
+    monkeypatch.setattr(kernels, "find_spec", lambda name: found_elsewhere)
+    status, found = doctor()
+    assert status == 0 and states(found) == {"kernels for CPUs": "note"}
+    assert "not those of" in found["kernels for CPUs"]["told"]
+
+
 @pytest.fixture
 def slowest_kernels() -> Iterator[None]:
     taken = torch.ops.budgetkv.get_isa()
@@ -170,8 +180,6 @@ def test_kernels_that_could_be_faster(doctor: Any) -> None:
 
 
 def test_no_triton_on_a_gpu(doctor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllm_budgetkv.cli import kernels
-
     def missing(name: str) -> str:
         raise kernels.PackageNotFoundError(name)
 
@@ -242,7 +250,9 @@ def test_kernels_that_are_missing(tmp_path: Path, backend: str, state: str) -> N
     """A package that was built with BUDGETKV_NO_EXT=1."""
     package = tmp_path / "vllm_budgetkv"
     shutil.copytree(ROOT / "vllm_budgetkv", package, ignore=shutil.ignore_patterns("*.so", "*pyc"))
-    status, found = in_a_process(tmp_path, {"VLLM_BUDGETKV_OPS": backend})
+    # an editable installation would lend its kernels
+    setup = "sys.meta_path[:] = [f for f in sys.meta_path if 'Editable' not in str(f)]"
+    status, found = in_a_process(tmp_path, {"VLLM_BUDGETKV_OPS": backend}, setup)
     assert str(package) in found["vllm-budgetkv"]["told"]
     assert found["kernels for CPUs"]["state"] == state
     assert (

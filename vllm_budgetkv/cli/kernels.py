@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+import vllm_budgetkv
 from vllm_budgetkv import ops
 from vllm_budgetkv.cli.device import device_of_vllm
 from vllm_budgetkv.cli.findings import Finding, State
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 # copies of each CPU kernel, the best first, as `csrc/isa.cpp` names them
 INSTRUCTION_SETS = ("amx", "avx512", "avx2", "generic")
+BUILD = "build them again: pip install . --no-build-isolation"
 ISA_VARIABLE = "VLLM_BUDGETKV_ISA"
 
 
@@ -62,18 +65,26 @@ def _extension(is_needed: bool) -> Iterator[Finding]:
         return
     except OSError as error:
         told = f"cannot be loaded, built for another torch than {torch.__version__}? {error}"
-        to_do = "build them again: pip install . --no-build-isolation"
-        yield Finding(name, state, told, to_do)
+        yield Finding(name, state, told, BUILD)
         return
     missing = [op for op in op_names() if not _is_compiled(op)]
     if missing:
         told = f"older than the package: {', '.join(missing)} are missing"
-        yield Finding(name, state, told, "build them again: pip install . --no-build-isolation")
+        yield Finding(name, state, told, BUILD)
         return
-    origin = getattr(find_spec("vllm_budgetkv._C"), "origin", None)
-    told = f"{len(op_names())} ops in C++, {origin}: {', '.join(op_names())}"
-    yield Finding(name, State.OK, told)
+    yield _origin(name)
     yield _instruction_set(state)
+
+
+def _origin(name: str) -> Finding:
+    """Which file was loaded; a second copy of the package finds that of an editable one."""
+    found = find_spec("vllm_budgetkv._C")
+    assert found is not None and found.origin is not None
+    folder = Path(vllm_budgetkv.__file__).parent
+    told = f"{len(op_names())} ops in C++, {found.origin}: {', '.join(op_names())}"
+    if Path(found.origin).parent == folder:
+        return Finding(name, State.OK, told)
+    return Finding(name, State.NOTE, f"{told}; not those of {folder}", BUILD)
 
 
 def _is_compiled(op: str) -> bool:
