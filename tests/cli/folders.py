@@ -82,9 +82,10 @@ def _qwen3_vl_processor(vocabulary: Qwen2Tokenizer) -> Qwen3VLProcessor:
 
     patches = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
     pixels = {"shortest_edge": 65536, "longest_edge": 16777216}
+    video_pixels = {"shortest_edge": 4096, "longest_edge": 25165824}
     return Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=pixels, **patches),
         tokenizer=vocabulary,
-        video_processor=Qwen3VLVideoProcessor(),
+        video_processor=Qwen3VLVideoProcessor(size=video_pixels, **patches),
         chat_template=CHAT_TEMPLATE,
     )

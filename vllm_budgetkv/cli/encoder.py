@@ -50,7 +50,7 @@ def encoder_of(engine: PlannedEngine) -> Encoder | None:
     embedding_bytes = _embedding_bytes(engine)
     tower, unknown = _tower_peak(engine, budget)
     return Encoder(
-        item_tokens=dict(budget.mm_max_toks_per_item),
+        item_tokens=dict(sorted(budget.mm_max_toks_per_item.items())),
         cache_tokens=cache_tokens,
         cache=Figure(
             cache_tokens * embedding_bytes,
