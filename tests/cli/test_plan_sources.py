@@ -6,14 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 
 from tests.cli.folders import write_qwen3_vl_8b
 from vllm_budgetkv.cli.figures import size_text
+from vllm_budgetkv.cli.weights import weights_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -95,6 +99,29 @@ def test_quantised_weights_without_files_must_be_given(
     with pytest.raises(ValueError, match="no weights of .* under fp8 .* --weights 15GiB"):
         plan_of("--model", str(folder), *GPU)
     assert plan_of("--model", str(folder), *GPU, "--weights", "9GiB")["pool"]["bytes"] > 0
+
+
+REMOTE: Any = SimpleNamespace(
+    model="maker/model", revision=None, quantization=None, dtype=torch.bfloat16
+)
+
+
+def test_weights_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = SimpleNamespace(parameter_count={"F32": 1000, "I32": 10})
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: counts)
+    assert weights_of(REMOTE, None).num_bytes == 2 * 1000 + 4 * 10
+    packed = SimpleNamespace(**{**vars(REMOTE), "quantization": "awq"})
+    assert weights_of(packed, None).num_bytes == 4 * 1000 + 4 * 10
+
+
+@pytest.mark.parametrize("error", [OSError("offline"), HfHubHTTPError.__bases__[0]("no route")])
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", fail)
+    with pytest.raises(ValueError, match="weights of maker/model could not be read .* --weights"):
+        weights_of(REMOTE, None)
 
 
 def test_shares_and_pool_are_all_that_vllm_takes(seven_b: Path, plan_of: RunPlan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from vllm_budgetkv.cli.figures import Figure, Origin
 
@@ -87,11 +87,13 @@ def _of_repository(model: ModelConfig) -> Figure:
     from huggingface_hub import get_safetensors_metadata
     from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError
 
+    # OSError, and what the hub's HTTP library raises, whichever that is
+    failures = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
     try:
         found = get_safetensors_metadata(model.model, revision=model.revision)
     except NotASafetensorsRepoError:
         return _of_architecture(model)
-    except (HfHubHTTPError, OSError) as error:
+    except failures as error:
         raise ValueError(
             f"the size of the weights of {model.model} could not be read ({error}): {HOW_TO_SAY}"
         ) from error
