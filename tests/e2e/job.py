@@ -167,13 +167,11 @@ def sizes_of(core: Any) -> dict[str, Any]:
     (group,) = scheduler.kv_cache_config.kv_cache_groups
     quota, cache = getattr(scheduler, "quota", None), getattr(worker.worker, "budget_cache", None)
     recaller = None if cache is None else cache.layers.recaller
-    parameters = worker.worker.model_runner.get_model().parameters()
     return {
         "block_bytes": group.kv_cache_spec.page_size_bytes * len(group.layer_names),
         "quota": None if quota is None else asdict(quota),
         "budget_tokens": None if quota is None else quota.budget_tokens,
         "encoder_cache_tokens": scheduler.encoder_cache_manager.cache_size,
-        "weight_bytes": sum(parameter.nbytes for parameter in parameters),
         "host_blocks": None if recaller is None else len(recaller.tier.tokens),
     }
 
