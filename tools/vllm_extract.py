@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.start.upstream import TOUCHPOINTS
-from vllm_budgetkv.start.upstream_reads import READS
+from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -161,7 +161,7 @@ def extract(sources: Sources) -> dict[str, list[str] | str]:
     A name that the sources do not have is left out.
     """
     places = {(point.module, point.name.split(".")[0]) for point in TOUCHPOINTS}
-    places |= {(reads.module, reads.name) for reads in READS}
+    places |= {(reads.module, reads.name) for reads in (*READS, *PLAN_READS)}
     found: dict[str, list[str] | str] = {}
     for module, name in sorted(places):
         known = sources.find(module, name) if module in sources.texts else None

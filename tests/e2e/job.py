@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def describe(llm: Any) -> dict[str, Any]:
         "kernels": [name for name in sorted(sys.modules) if name.startswith(TRITON_KERNELS)],
         "num_blocks": core.scheduler.kv_cache_config.num_blocks,
         "leftovers": len(core.scheduler.requests),
+        "sizes": sizes_of(core),
+    }
+
+
+def sizes_of(core: Any) -> dict[str, Any]:
+    """What the engine takes, as itself counts or holds it; of a worker in this process only."""
+    scheduler, worker = core.scheduler, getattr(core.model_executor, "driver_worker", None)
+    if worker is None:
+        return {}
+    (group,) = scheduler.kv_cache_config.kv_cache_groups
+    quota, cache = getattr(scheduler, "quota", None), getattr(worker.worker, "budget_cache", None)
+    recaller = None if cache is None else cache.layers.recaller
+    return {
+        "block_bytes": group.kv_cache_spec.page_size_bytes * len(group.layer_names),
+        "quota": None if quota is None else asdict(quota),
+        "budget_tokens": None if quota is None else quota.budget_tokens,
+        "encoder_cache_tokens": scheduler.encoder_cache_manager.cache_size,
+        "host_blocks": None if recaller is None else len(recaller.tier.tokens),
     }
 
 

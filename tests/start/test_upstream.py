@@ -21,7 +21,7 @@ from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import upstream
 from vllm_budgetkv.start.touchpoint import Touchpoint
 from vllm_budgetkv.start.upstream import TOUCHPOINTS
-from vllm_budgetkv.start.upstream_reads import READS, Reads
+from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, Reads
 from vllm_budgetkv.worker.attention import BudgetAttention
 from vllm_budgetkv.worker.backend import BudgetBackend
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
@@ -95,7 +95,9 @@ def test_overridden_functions_are_pinned() -> None:
 
 def test_no_symbol_is_listed_twice() -> None:
     names = [place(point) for point in TOUCHPOINTS]
-    names += [f"{reads.place}.{member}" for reads in READS for member in reads.members]
+    names += [
+        f"{reads.place}.{member}" for reads in (*READS, *PLAN_READS) for member in reads.members
+    ]
     assert len(set(names)) == len(names)
 
 
@@ -238,7 +240,7 @@ def test_the_document_is_up_to_date() -> None:
         "run `python -m vllm_budgetkv.start.upstream > docs/upstream.md`"
     )
     assert all(f"| `{place(point)}` | {point.how} |" in text for point in TOUCHPOINTS)
-    assert all(f"| `{reads.place}` | " in text for reads in READS)
+    assert all(f"| `{reads.place}` | " in text for reads in (*READS, *PLAN_READS))
 
 
 @pytest.fixture

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from vllm_budgetkv.start.upstream import TOUCHPOINTS
-from vllm_budgetkv.start.upstream_reads import READS
+from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+ALL_READS = (*READS, *PLAN_READS)
 PACKAGE = Path(__file__).parents[2] / "vllm_budgetkv"
 MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
@@ -51,12 +52,12 @@ ALIASES = {"VllmPlatform": "Platform", "AttentionSpec": "FullAttentionSpec"}
 
 def listed(cls: str) -> set[str]:
     """Members of a class that the tables know, and those that we override."""
-    found = {m.partition("(")[0] for reads in READS if reads.name == cls for m in reads.members}
+    found = {m.partition("(")[0] for reads in ALL_READS if reads.name == cls for m in reads.members}
     return found | {point.name.split(".")[-1] for point in TOUCHPOINTS}
 
 
 # a class of ours has the same name
-KNOWN = {reads.name for reads in READS} - {"RequestState"}
+KNOWN = {reads.name for reads in ALL_READS} - {"RequestState"}
 
 
 def class_in(annotation: ast.expr | None) -> str | None:
@@ -170,5 +171,5 @@ def test_the_table_lists_nothing_that_is_gone() -> None:
         if module != "start/upstream_reads.py"
     )
     words = set(re.findall(r"\w+", text))
-    members = {m.partition("(")[0] for reads in READS for m in reads.members}
+    members = {m.partition("(")[0] for reads in ALL_READS for m in reads.members}
     assert members - {""} <= words

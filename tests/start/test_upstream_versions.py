@@ -17,7 +17,13 @@ import vllm
 from tools.vllm_extract import Sources
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
 from vllm_budgetkv.start.upstream import SUPPORTED_MINORS, TOUCHPOINTS, minor_of
-from vllm_budgetkv.start.upstream_reads import READS, Reads, call_problem, has_member
+from vllm_budgetkv.start.upstream_reads import (
+    PLAN_READS,
+    READS,
+    Reads,
+    call_problem,
+    has_member,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,7 +95,7 @@ def test_every_symbol_fits(minor: str, point: Touchpoint) -> None:
 
 
 @pytest.mark.parametrize("minor", SUPPORTED_MINORS)
-@pytest.mark.parametrize("reads", READS, ids=lambda reads: reads.place)
+@pytest.mark.parametrize("reads", (*READS, *PLAN_READS), ids=lambda reads: reads.place)
 def test_every_member_that_is_read_is_there(minor: str, reads: Reads) -> None:
     assert list(problems_of(reads, EXTRACTS[minor]["symbols"])) == [], HINT
 

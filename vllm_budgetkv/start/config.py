@@ -119,9 +119,9 @@ class BudgetConfig(PolicyFlags):
         POLICIES[self.policy].check(self.policy_options(), self.lookahead)
 
     def _check_quota(self) -> None:
-        given = [n for n in _QUOTA_FIELDS if getattr(self, n) is not None]
+        given = [n for n in QUOTA_FIELDS if getattr(self, n) is not None]
         if self.compresses and len(given) != 1:
-            flags = ", ".join(flag_of(name) for name in _QUOTA_FIELDS)
+            flags = ", ".join(flag_of(name) for name in QUOTA_FIELDS)
             raise ValueError(
                 f"--kv-policy {self.policy} needs exactly one of {flags}; got {len(given)}"
             )
@@ -143,7 +143,7 @@ class BudgetConfig(PolicyFlags):
     @property
     def host_bytes(self) -> int:
         """Host memory that keeps what quotas drop; 0 for none."""
-        return 0 if self.host_memory is None else _bytes_of(self.host_memory)
+        return 0 if self.host_memory is None else bytes_of(self.host_memory, "--kv-host-memory")
 
     @property
     def looks_ahead(self) -> bool:
@@ -205,7 +205,7 @@ class BudgetConfig(PolicyFlags):
         if blocks < 1:
             raise ValueError(
                 f"the KV quota is smaller than one block of {page_tokens} tokens: raise "
-                f"{', '.join(flag_of(name) for name in _QUOTA_FIELDS if getattr(self, name))} "
+                f"{', '.join(flag_of(name) for name in QUOTA_FIELDS if getattr(self, name))} "
                 "or lower --block-size"
             )
         return min(blocks, longest_blocks)
@@ -238,21 +238,21 @@ def section_of(additional: Mapping[str, Any]) -> Mapping[str, Any]:
     return section
 
 
-def _bytes_of(size: str) -> int:
+def bytes_of(size: str, flag: str) -> int:
     """Bytes of a size in the user's words, as 512MiB or 32GiB.
 
     Raises:
-        ValueError: it is no such size.
+        ValueError: it is no such size; the message names the flag.
     """
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?([KMGT]i?B)", size.strip())
     if found is None:
-        raise ValueError(f"--kv-host-memory must be a size as 512MiB or 32GiB; got {size!r}")
+        raise ValueError(f"{flag} must be a size as 512MiB or 32GiB; got {size!r}")
     number, unit = found.groups()
     base = 1024 if "i" in unit else 1000
     return int(float(number) * base ** (1 + "KMGT".index(unit[0])))
 
 
-_QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")
+QUOTA_FIELDS = ("page_quota", "quota_tokens", "quota_ratio")
 
 
 def budget_options() -> tuple[Field[Any], ...]:

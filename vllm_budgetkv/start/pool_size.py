@@ -11,62 +11,69 @@ from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
-
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.start.engine_config import EngineConfig
 
 # vLLM's block pool keeps one block that stands for none
 RESERVED_BLOCKS = 1
 
 
-def block_bytes(vllm_config: VllmConfig, quota: Quota) -> int:
+def block_bytes(engine: EngineConfig, quota: Quota) -> int:
     """Bytes of a block on one worker: a head-page for every layer and KV head."""
-    model = vllm_config.model_config
+    model = engine.model_config
     layout = PageLayout(quota.page_tokens, model.get_head_size(), model.dtype)
-    num_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+    num_heads = model.get_num_kv_heads(engine.parallel_config)
     return quota.num_layers * num_heads * layout.page_bytes
 
 
-def blocks_of(vllm_config: VllmConfig, quota: Quota, pool_bytes: int | None) -> int | None:
+def blocks_of(engine: EngineConfig, quota: Quota, pool_bytes: int | None) -> int | None:
     """Blocks of the pool; None where they are not known yet.
 
     Args:
-        vllm_config: of the engine; `num_gpu_blocks_override` goes before the bytes.
+        engine: its configuration; `num_gpu_blocks_override` goes before the bytes.
         quota: for the sizes of a block.
         pool_bytes: memory that the pool gets, None if unknown.
     """
-    override = vllm_config.cache_config.num_gpu_blocks_override
+    override = engine.cache_config.num_gpu_blocks_override
     if override is not None or pool_bytes is None:
         return override
-    return pool_bytes // block_bytes(vllm_config, quota)
+    return pool_bytes // block_bytes(engine, quota)
 
 
-def check(vllm_config: VllmConfig, quota: Quota, pool_bytes: int | None) -> None:
+def requests_at_once(pool_blocks: int, request_blocks: int) -> int:
+    """Requests of so many blocks each that a pool holds together."""
+    return max(0, pool_blocks - RESERVED_BLOCKS) // request_blocks
+
+
+def check(
+    engine: EngineConfig, quota: Quota, pool_bytes: int | None, options: str | None = None
+) -> None:
     """Refuse a pool in which a request at quota never fits; arguments as for `blocks_of`.
 
-    A policy without a quota is not for here: `--max-model-len` decides there, as vLLM says.
+    `options` names what makes the pool larger; None for the options of this platform. A policy
+    without a quota is not for here: `--max-model-len` decides there, as vLLM says.
 
     Raises:
         ValueError: names the quota, the pool, and what to set.
     """
-    pool_blocks = blocks_of(vllm_config, quota, pool_bytes)
+    pool_blocks = blocks_of(engine, quota, pool_bytes)
     if pool_blocks is None or quota.blocks + RESERVED_BLOCKS <= pool_blocks:
         return
     free_blocks, wanted_blocks = pool_blocks - RESERVED_BLOCKS, quota.blocks + RESERVED_BLOCKS
     smaller = f"set --kv-page-quota to at most {free_blocks}, or "
-    wanted_mib = ceil_div(wanted_blocks * block_bytes(vllm_config, quota), 1 << 20)
+    wanted_mib = ceil_div(wanted_blocks * block_bytes(engine, quota), 1 << 20)
     raise ValueError(
         f"one request may hold {quota.blocks} blocks of {quota.page_tokens} tokens, but the pool "
         f"has {pool_blocks}, of which vLLM reserves {RESERVED_BLOCKS}: "
         f"{smaller if free_blocks >= quota.min_blocks else ''}give the pool {wanted_blocks} blocks "
-        f"({wanted_mib} MiB): raise {_pool_options(vllm_config)}"
+        f"({wanted_mib} MiB): raise {options or _pool_options(engine)}"
     )
 
 
-def _pool_options(vllm_config: VllmConfig) -> str:
+def _pool_options(engine: EngineConfig) -> str:
     from vllm.platforms import current_platform
 
-    if vllm_config.cache_config.num_gpu_blocks_override is not None:
+    if engine.cache_config.num_gpu_blocks_override is not None:
         return "--num-gpu-blocks-override"
     if current_platform.is_cpu():
         return "VLLM_CPU_KVCACHE_SPACE (GiB) or --kv-cache-memory-bytes"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
     from vllm_budgetkv.start.config import BudgetConfig
+    from vllm_budgetkv.start.engine_config import EngineConfig
 
 # the only one in which any head of any layer may use any page of a block
 KV_CACHE_LAYOUT = "BLHNC"
@@ -26,21 +27,36 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         ValueError: names every reason and the option to change.
     """
     model = vllm_config.model_config
-    reasons = [*_platform(config), *_runner(model), *refused_models.dead_ends(model)]
+    reasons = [*_platform(config), *of_model(vllm_config)]
     if model.runner_type == "generate" and not refused_models.dead_ends(model):
         reasons += [
-            *refused_models.sliding_window(model),
             *_media(vllm_config),
-            *_parallel(vllm_config),
             *_cache(vllm_config),
             *_connections(vllm_config),
             *_scheduler(vllm_config, config),
         ]
+    refuse(reasons, config.policy)
+
+
+def refuse(reasons: list[str], policy: str) -> None:
+    """Raise unless there is no reason to.
+
+    Raises:
+        ValueError: names every reason.
+    """
     if reasons:
         raise ValueError(
-            f"--kv-policy {config.policy} cannot serve this configuration:\n  - "
-            + "\n  - ".join(reasons)
+            f"--kv-policy {policy} cannot serve this configuration:\n  - " + "\n  - ".join(reasons)
         )
+
+
+def of_model(engine: EngineConfig) -> list[str]:
+    """Why a model is refused, or how it is spread over devices; empty if it may be served."""
+    model = engine.model_config
+    reasons = [*_runner(model), *refused_models.dead_ends(model)]
+    if model.runner_type == "generate" and not refused_models.dead_ends(model):
+        reasons += [*refused_models.sliding_window(model), *_parallel(engine)]
+    return reasons
 
 
 def _platform(config: BudgetConfig) -> Iterator[str]:
@@ -80,8 +96,8 @@ def _media(vllm_config: VllmConfig) -> Iterator[str]:
         )
 
 
-def _parallel(vllm_config: VllmConfig) -> Iterator[str]:
-    parallel = vllm_config.parallel_config
+def _parallel(engine: EngineConfig) -> Iterator[str]:
+    parallel = engine.parallel_config
     for name, flag in (
         ("pipeline_parallel_size", "--pipeline-parallel-size"),
         ("decode_context_parallel_size", "--decode-context-parallel-size"),

@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
-from vllm_budgetkv.start.upstream_reads import READS
+from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    from vllm_budgetkv.start.upstream_reads import Reads
 
 # the one place that names them; each has its extract in `tests/start/vllm_versions`
 SUPPORTED_MINORS = ("0.32", "0.33")
@@ -255,11 +257,11 @@ def check() -> None:
             f"vllm-budgetkv supports vLLM {SUPPORTED}, found {vllm.__version__}: install one of "
             "them or start without --kv-policy"
         )
-    problems = list(_problems())
-    if problems:
+    found = list(problems())
+    if found:
         raise RuntimeError(
             "this vLLM differs from the one that vllm-budgetkv was written for; start without "
-            "--kv-policy or install a matching version:\n  " + "\n  ".join(problems)
+            "--kv-policy or install a matching version:\n  " + "\n  ".join(found)
         )
 
 
@@ -268,9 +270,15 @@ def minor_of(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _problems() -> Iterator[str]:
+def problems() -> Iterator[str]:
+    """What the installed vLLM has otherwise than both tables say."""
     yield from (problem for point in TOUCHPOINTS if (problem := point.problem()))
-    for reads in READS:
+    yield from problems_of(READS)
+
+
+def problems_of(table: Iterable[Reads]) -> Iterator[str]:
+    """What of these the installed vLLM has not, or calls otherwise."""
+    for reads in table:
         try:
             cls = resolve(reads.module, reads.name)
         except (ImportError, AttributeError) as error:
@@ -329,11 +337,8 @@ def as_markdown() -> str:
         "|---|---|---|",
     ]
     lines += [f"| `{p.place}` | {p.how} | {p.why} |" for p in TOUCHPOINTS]
-    lines += ["", "## Fields that we read or set, methods that we call", ""]
-    lines += ["| class | members | why |", "|---|---|---|"]
-    for reads in READS:
-        members = ", ".join(f"`{member}`" for member in reads.members)
-        lines.append(f"| `{reads.place}` | {members} | {reads.why} |")
+    lines += ["", "## Fields that we read or set, methods that we call", "", *as_rows(READS)]
+    lines += ["", "## What `vllm-budgetkv plan` reads beside them", "", *as_rows(PLAN_READS)]
     return "\n".join(lines) + "\n"
 
 

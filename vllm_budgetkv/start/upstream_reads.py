@@ -14,7 +14,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,14 @@ def _sets_on_self(attribute: Any, name: str) -> bool:
         and (before.argval[-1] if isinstance(before.argval, tuple) else before.argval) == "self"
         for before, instruction in pairwise(dis.get_instructions(function))
     )
+
+
+def as_rows(table: Iterable[Reads]) -> Iterator[str]:
+    """The lines of a table of `docs/upstream.md`."""
+    yield from ("| class | members | why |", "|---|---|---|")
+    for reads in table:
+        members = ", ".join(f"`{member}`" for member in reads.members)
+        yield f"| `{reads.place}` | {members} | {reads.why} |"
 
 
 # fmt: off
@@ -224,5 +232,30 @@ READS = (
         "index_to_req_id",)),
     Reads("vllm.v1.worker.utils", "AttentionGroup", "bind the builders", (
         "get_metadata_builder()",)),
+)
+
+# what `vllm-budgetkv plan` needs beside them; no start depends on it
+PLAN_READS = (
+    Reads("vllm.engine.arg_utils", "EngineArgs", "the engine of a `vllm serve` line", (
+        "decode_context_parallel_size", "gpu_memory_utilization", "kv_cache_memory_bytes",
+        "max_model_len", "max_num_scheduled_tokens", "num_gpu_blocks_override",
+        "pipeline_parallel_size", "prefill_context_parallel_size", "skip_mm_profiling",
+        "tensor_parallel_size", "create_model_config()")),
+    Reads("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read such a line", (
+        "parse_args(args)",)),
+    Reads("vllm.config", "ModelConfig", "sizes of weights and activations", (
+        "hf_config", "model", "quantization", "revision", "supports_multimodal_inputs",
+        "get_hidden_size()", "get_inputs_embeds_size()",
+        "get_num_attention_heads(parallel_config)")),
+    Reads("vllm.config", "CacheConfig", "what vLLM takes of a GPU", ("gpu_memory_utilization",)),
+    Reads("vllm.config", "ParallelConfig", "KV heads of a GPU", (
+        "distributed_executor_backend", "tensor_parallel_size")),
+    Reads("vllm.config", "SchedulerConfig", "the batch", (
+        "DEFAULT_MAX_NUM_BATCHED_TOKENS", "is_encoder_decoder", "max_model_len")),
+    Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "a page of stock vLLM", (
+        "num_kv_heads",)),
+    Reads("vllm.multimodal.encoder_budget", "MultiModalBudget", "the encoder cache", (
+        "encoder_cache_size", "mm_max_items_per_batch", "mm_max_toks_per_item",
+        "get_modality_with_max_tokens()", "(vllm_config, mm_registry, enable_cache)")),
 )
 # fmt: on

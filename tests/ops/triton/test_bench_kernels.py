@@ -157,14 +157,11 @@ def test_a_wrong_kernel_is_found(
     assert any(line.startswith("WRONG: attend, decode, small") for line in lines)
 
 
-def store_late(key: Any, value: Any, rows: Any, tier: Any) -> None:
-    rows = rows._replace(first_position=rows.first_position + 1)
-    store_reference(key, value, rows, tier)
-
-
-def load_late(key: Any, value: Any, rows: Any, tier: Any) -> None:
-    rows = rows._replace(first_position=rows.first_position + 1)
-    load_reference(key, value, rows, tier)
+def late(op: Callable[..., None]) -> Callable[..., None]:
+    """`store` or `load` of the token behind each."""
+    return lambda key, value, rows, tier: op(
+        key, value, rows._replace(first_position=rows.first_position + 1), tier
+    )
 
 
 def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
@@ -224,8 +221,8 @@ def recall_uncounted(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "found"),
     [
-        ("store", store_late, "host blocks"),
-        ("load", load_late, "keys and values"),
+        ("store", late(store_reference), "host blocks"),
+        ("load", late(load_reference), "keys and values"),
         ("encode", encode_far, "codes"),
         ("encode", encode_others, "channels"),
         ("encode", encode_disorder, "channels"),

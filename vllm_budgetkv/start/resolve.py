@@ -1,0 +1,98 @@
+"""The quota in numbers, and what must hold for it: at an engine's start, and in a plan of one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
+from vllm_budgetkv.arithmetic.recall import Recall
+from vllm_budgetkv.policy import make_policy
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.start.config import BudgetConfig
+    from vllm_budgetkv.start.engine_config import EngineConfig
+
+
+def layout_of(engine: EngineConfig) -> PageLayout:
+    """Where the bytes of a head-page lie.
+
+    Raises:
+        ValueError: the page size, head size or dtype is not supported.
+    """
+    model = engine.model_config
+    return PageLayout(engine.cache_config.block_size, model.get_head_size(), model.dtype)
+
+
+def resolve_quota(engine: EngineConfig, config: BudgetConfig) -> Quota:
+    """The quota in numbers.
+
+    Raises:
+        ValueError: the quota leaves no budget for what survives.
+    """
+    page_tokens = engine.cache_config.block_size
+    max_model_len = engine.model_config.max_model_len
+    blocks = config.quota_blocks(page_tokens, max_model_len)
+    return Quota(
+        blocks=blocks,
+        page_tokens=page_tokens,
+        num_layers=engine.model_config.get_num_layers(engine.parallel_config),
+        chunk_tokens=min(config.chunk_tokens, max_model_len),
+        decode_interval_tokens=config.decode_interval_tokens,
+        # no request outgrows a quota that holds the longest
+        compresses=config.compresses and blocks * page_tokens < max_model_len,
+        retrieves=config.retrieves or config.host_bytes > 0,
+        recall=_recall_of(engine, config),
+    )
+
+
+def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
+    """What of a quota brings tokens back; None where no host memory keeps any."""
+    if not config.host_bytes:
+        return None
+    model, parallel = engine.model_config, engine.parallel_config
+    options = config.policy_options()
+    all_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
+    return Recall(
+        num_heads=max(1, round(options.recall_heads_share * all_heads)),
+        all_heads=all_heads,
+        index_tokens=layout_of(engine).index_tokens,
+        slots_share=options.recall_share,
+        max_index_share=options.recall_index_share,
+    )
+
+
+def check_policy(engine: EngineConfig, config: BudgetConfig, quota: Quota) -> None:
+    """Build what each worker builds: the policy, with the files that it reads.
+
+    Raises:
+        ValueError: the policy does not fit the model or the quota.
+    """
+    if not quota.compresses:
+        return
+    policy = make_policy(config.policy, config.policy_options(), quota.page_tokens)
+    num_heads = engine.model_config.get_num_kv_heads(engine.parallel_config)
+    policy.layer_budgets(quota.num_layers, num_heads, quota.budget_tokens)
+
+
+def check_batch(engine: EngineConfig, quota: Quota) -> None:
+    """Raise unless a step has room for a whole chunk beside a token of every other request.
+
+    Raises:
+        ValueError: names both options and what they may be.
+    """
+    scheduler = engine.scheduler_config
+    batch_tokens, num_others = scheduler.max_num_batched_tokens, scheduler.max_num_seqs - 1
+    flag = "--max-num-batched-tokens"
+    if scheduler.max_num_scheduled_tokens is not None:
+        # what a step may schedule, where it is less than what the worker's buffers hold
+        batch_tokens, flag = scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
+    least_tokens = least_batch_tokens(quota.chunk_tokens, scheduler.max_num_seqs)
+    if batch_tokens < least_tokens:
+        raise ValueError(
+            f"{flag} {batch_tokens} has no room for a chunk of "
+            f"{quota.chunk_tokens} tokens beside the {num_others} other requests that "
+            f"--max-num-seqs {scheduler.max_num_seqs} allows: remove it or set it to at least "
+            f"{least_tokens}, or lower --max-num-seqs or --kv-chunk-tokens (now together at most "
+            f"{batch_tokens + 1})"
+        )
