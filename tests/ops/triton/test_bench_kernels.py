@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -157,11 +158,8 @@ def test_a_wrong_kernel_is_found(
     assert any(line.startswith("WRONG: attend, decode, small") for line in lines)
 
 
-def late(op: Callable[..., None]) -> Callable[..., None]:
-    """`store` or `load` of the token behind each."""
-    return lambda key, value, rows, tier: op(
-        key, value, rows._replace(first_position=rows.first_position + 1), tier
-    )
+def late(op: Callable[..., None], key: Any, value: Any, rows: Any, tier: Any) -> None:
+    op(key, value, rows._replace(first_position=rows.first_position + 1), tier)
 
 
 def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
@@ -221,8 +219,8 @@ def recall_uncounted(*arguments: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong", "found"),
     [
-        ("store", late(store_reference), "host blocks"),
-        ("load", late(load_reference), "keys and values"),
+        ("store", partial(late, store_reference), "host blocks"),
+        ("load", partial(late, load_reference), "keys and values"),
         ("encode", encode_far, "codes"),
         ("encode", encode_others, "channels"),
         ("encode", encode_disorder, "channels"),
