@@ -45,6 +45,14 @@ def test_blocks_of(override: int | None, pool_bytes: int | None, blocks: int | N
     assert pool_size.blocks_of(engine(override), QUOTA, pool_bytes) == blocks
 
 
+@pytest.mark.parametrize(
+    ("pool_blocks", "requests"), [(0, 0), (1, 0), (20, 0), (21, 1), (100, 4), (101, 5)]
+)
+def test_requests_at_once(pool_blocks: int, requests: int) -> None:
+    """One block of the pool is nobody's."""
+    assert pool_size.requests_at_once(pool_blocks, 20) == requests
+
+
 @pytest.mark.parametrize(("override", "pool_bytes"), [(None, None), (65, 0), (None, 1 << 40)])
 def test_a_pool_that_may_hold_it(override: int | None, pool_bytes: int | None) -> None:
     pool_size.check(engine(override), QUOTA, pool_bytes)

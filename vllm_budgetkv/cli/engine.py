@@ -147,8 +147,6 @@ def _parallel_of(given: EngineArgs) -> ParallelConfig:
         pipeline_parallel_size=given.pipeline_parallel_size,
         prefill_context_parallel_size=given.prefill_context_parallel_size,
         decode_context_parallel_size=given.decode_context_parallel_size,
-        # where it is open, vLLM counts the GPUs of this machine
-        distributed_executor_backend="mp",
     )
 
 

@@ -248,8 +248,7 @@ PLAN_READS = (
         "get_hidden_size()", "get_inputs_embeds_size()",
         "get_num_attention_heads(parallel_config)")),
     Reads("vllm.config", "CacheConfig", "what vLLM takes of a GPU", ("gpu_memory_utilization",)),
-    Reads("vllm.config", "ParallelConfig", "KV heads of a GPU", (
-        "distributed_executor_backend", "tensor_parallel_size")),
+    Reads("vllm.config", "ParallelConfig", "KV heads of a GPU", ("tensor_parallel_size",)),
     Reads("vllm.config", "SchedulerConfig", "the batch", (
         "DEFAULT_MAX_NUM_BATCHED_TOKENS", "is_encoder_decoder", "max_model_len")),
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "a page of stock vLLM", (
