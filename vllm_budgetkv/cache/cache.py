@@ -190,6 +190,10 @@ class BudgetCache:
         request.advance(plan.num_tokens)
         if plan.compress:
             self.layers.compressor.finished(request, last=ends_chunks)
+        if ends_chunks and request.in_tier and self.layers.compressor.options.second_look:
+            assert self.layers.recaller is not None and self.layers.replay is not None
+            self.layers.recaller.join()
+            self.layers.replay.again(request)
         if ends_chunks and request.parent_id is None:
             self.reports.prefilled(request)
         if ends_chunks and request.recall_room is not None:

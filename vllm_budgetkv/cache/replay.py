@@ -73,25 +73,47 @@ class Replay:
         """Let a request that has seen nothing hold what it takes over."""
         assert request.host is not None
         for stop_tokens in request.host.stops:
-            self._run_chunk(request, stop_tokens)
+            largest = self._largest(request, stop_tokens)
+            self._run_chunk(request, stop_tokens, largest + 1, last=False)
         if rest_tokens := request.host.num_tokens - request.computed_tokens:
             request.lead(rest_tokens)
 
-    def _run_chunk(self, request: RequestState, stop_tokens: int) -> None:
+    def again(self, request: RequestState) -> None:
+        """Choose anew what stays of a prompt whose chunks are all behind it.
+
+        Its probe, the question read where it stands, asks every chunk from there.
+        """
+        assert request.position_offset is not None
+        end_tokens, chunk_tokens = request.computed_tokens, request.quota.chunk_tokens
+        next_position = request.position_offset + end_tokens
+        if self.compressor.poison:
+            self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
+        request.restart()
+        self.tables.restart(request.slot, request.blocks)
+        for start_tokens in range(0, end_tokens, chunk_tokens):
+            stop_tokens = min(start_tokens + chunk_tokens, end_tokens)
+            self._run_chunk(request, stop_tokens, next_position, last=stop_tokens == end_tokens)
+
+    def _largest(self, request: RequestState, stop_tokens: int) -> torch.Tensor:
+        return self.tier.largest_position(request.slot, request.computed_tokens, stop_tokens)
+
+    def _run_chunk(
+        self, request: RequestState, stop_tokens: int, next_position: torch.Tensor, *, last: bool
+    ) -> None:
+        """Append a chunk and compress it, asked from a rotary position."""
         num_tokens = stop_tokens - request.computed_tokens
         compresses = request.quota.compresses_after(stop_tokens, request.prompt_tokens)
         if compresses:
             self.compressor.share(request)
-        largest = self.tier.largest_position(request.slot, request.computed_tokens, stop_tokens)
-        request.stand_at(largest + 1 - stop_tokens)
+        request.stand_at(next_position - stop_tokens)
         lead = self._lead([request], [num_tokens], [request.computed_tokens])
         for layer in range(self.tables.num_layers):
             lead.append(layer)
             if compresses:
-                self.compressor.compress(request, [layer], num_tokens, last=False)
+                self.compressor.compress(request, [layer], num_tokens, last=last)
         request.advance(num_tokens)
         if compresses:
-            self.compressor.finished(request, last=False)
+            self.compressor.finished(request, last=last)
 
     def lead(self, requests: Sequence[RequestState]) -> Lead | None:
         """What begins the chunks of some requests; None if nothing does."""

@@ -148,6 +148,11 @@ class RequestState:
         self.grown_tokens += num_tokens
         self.lead_tokens = 0
 
+    def restart(self) -> None:
+        """Its heads hold nothing, though it has seen its prompt; its pages are nobody's yet."""
+        self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
+        self.shared = False
+
     def lead(self, num_tokens: int) -> None:
         """Tokens were seen that each layer takes from host memory in front of the next chunk."""
         self.advance(num_tokens)

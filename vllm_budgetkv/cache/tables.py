@@ -200,6 +200,13 @@ class HeadTables:
         """Take the pages of the next token of every head of all layers of some rows."""
         ops.reserve(self.all_layers, self.stack, rows)
 
+    def restart(self, slot: int, blocks: Sequence[int]) -> None:
+        """Let the heads of a slot hold nothing, in the identity state."""
+        self.page_table[slot] = NO_PAGE
+        self.lens[slot] = 0
+        self.num_free[slot] = 0
+        self.extend_identity(slot, 0, blocks)
+
     def release(self, slot: int) -> None:
         """Forget everything of a slot."""
         self.page_table[slot] = NO_PAGE

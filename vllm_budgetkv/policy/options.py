@@ -222,6 +222,11 @@ class PolicyOptions(PolicyFlags):
         metavar="SHARE",
         within=POSITIVE_SHARE,
     )
+    second_look: bool = knob(
+        False,
+        "Choose anew what stays of a prompt in --kv-host-memory once it has been read: the question "
+        "where it stands asks all of it, not the one that ran ahead.",
+    )
     recall_index_share: float = knob(
         0.5,
         "Most of the budget that the index of the prompt may take; a longer prompt is served "
