@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.step import Step
 
-SCENARIOS = 300
+SCENARIOS = 100
 MAX_TOKENS = 400
 
 
