@@ -224,8 +224,8 @@ class PolicyOptions(PolicyFlags):
     )
     second_look: bool = knob(
         False,
-        "Choose anew what stays of a prompt that --kv-host-memory keeps, once it has been read: the "
-        "question where it stands asks all of it, not the one that ran ahead.",
+        "Choose anew what stays of a prompt that --kv-host-memory keeps, once it has been read: "
+        "the question where it stands asks all of it, not the one that ran ahead.",
     )
     recall_index_share: float = knob(
         0.5,
