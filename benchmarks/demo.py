@@ -25,6 +25,8 @@ from vllm_budgetkv.testing import frames
 from vllm_budgetkv.testing.shapes import FRAMES_PER_TOKEN
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from openai import OpenAI
 
 REPOSITORY = Path(__file__).parent.parent
@@ -41,11 +43,12 @@ REPORT_WAIT_S = 20.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What the client saw of the one request."""
+    """What the client saw of one request. `cached_tokens` are those that were not computed."""
 
     request_id: str
     text: str
     prompt_tokens: int
+    cached_tokens: int
     first_token_s: float
     total_s: float
 
@@ -79,16 +82,25 @@ def main() -> int:
     return 0
 
 
-def render_video(num_frames: int) -> np.ndarray:
-    """A landscape with a sign now and then; the one with `LETTER` stands in the first third."""
+def render_video(num_frames: int, shown: Mapping[str, str] | None = None) -> np.ndarray:
+    """A landscape with a sign now and then.
+
+    Args:
+        num_frames: frames.
+        shown: letters that stand on one sign only, each with its digit, `LETTER` by default: the
+            first of them in the first third, the others evenly behind it.
+    """
+    shown = shown or {LETTER: DIGIT}
     rng = np.random.default_rng(0)
-    others = [letter for letter in frames.LETTERS if letter != LETTER]
+    others = [letter for letter in frames.LETTERS if letter not in shown]
     signs = {}
     for start in range(0, num_frames, SIGN_EVERY_FRAMES):
         pair = f"{others[rng.integers(len(others))]}{rng.integers(10)}"
         signs |= dict.fromkeys(range(start, start + FRAMES_PER_TOKEN), pair)
-    start = num_frames // 3 // SIGN_EVERY_FRAMES * SIGN_EVERY_FRAMES
-    signs |= dict.fromkeys(range(start, start + FRAMES_PER_TOKEN), LETTER + DIGIT)
+    for number, pair in enumerate(shown.items()):
+        place = num_frames // 3 + number * num_frames * 2 // (3 * len(shown))
+        start = place // SIGN_EVERY_FRAMES * SIGN_EVERY_FRAMES
+        signs |= dict.fromkeys(range(start, start + FRAMES_PER_TOKEN), "".join(pair))
     return frames.render_video(num_frames, size_pixels=FRAME_PIXELS, signs=signs)
 
 
@@ -133,11 +145,11 @@ def environment() -> dict[str, str]:
     )
 
 
-def ask(client: OpenAI, video: np.ndarray) -> Answer:
+def ask(client: OpenAI, video: np.ndarray, question: str = QUESTION) -> Answer:
     """Sends the video and the question, streams the answer and times its first token."""
     content: list[Any] = [
         {"type": "video_url", "video_url": {"url": frames.video_data_url(video)}},
-        {"type": "text", "text": QUESTION},
+        {"type": "text", "text": question},
     ]
     start = time.perf_counter()
     stream = client.chat.completions.create(
@@ -148,17 +160,20 @@ def ask(client: OpenAI, video: np.ndarray) -> Answer:
         stream=True,
         stream_options={"include_usage": True},
     )
-    text, first, request_id, prompt_tokens = "", None, "", 0
+    text, first, request_id, prompt_tokens, cached_tokens = "", None, "", 0, 0
     for event in stream:
         request_id = event.id
         if event.usage:
             prompt_tokens = event.usage.prompt_tokens
+            if event.usage.prompt_tokens_details is not None:
+                cached_tokens = event.usage.prompt_tokens_details.cached_tokens or 0
         if event.choices and event.choices[0].delta.content:
             first = first or time.perf_counter() - start
             text += event.choices[0].delta.content
     if first is None:
         raise RuntimeError(f"the server ended request {request_id} without a token")
-    return Answer(request_id, text, prompt_tokens, first, time.perf_counter() - start)
+    total_s = time.perf_counter() - start
+    return Answer(request_id, text, prompt_tokens, cached_tokens, first, total_s)
 
 
 def wait_for_record(path: Path, request_id: str) -> dict[str, Any]:
