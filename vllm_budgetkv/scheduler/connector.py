@@ -19,6 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
+from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from vllm_budgetkv.scheduler.prompts import (
     Found,
@@ -79,6 +80,8 @@ class HostConnector(KVConnectorBase_V1):
         rules: see there.
         reuses: whether a prompt may begin with what another wrote.
     """
+
+    _cache_hit_source = CacheHitSource.HOST
 
     def __init__(
         self, *args: Any, prompts: HostPrompts, rules: ReuseRules, reuses: bool, **kwargs: Any

@@ -42,6 +42,9 @@ HOST_TOUCHPOINTS = (
             "wait_for_save": (),
         }.items()
     ),
+    Touchpoint(_CONNECTOR, "KVConnectorBase_V1._cache_hit_source", "override",
+               "vllm:prompt_tokens_cached_by_source says host"),
+    Touchpoint("vllm.v1.metrics.cache_hit_source", "CacheHitSource.HOST", "read", "the same"),
     Touchpoint(_CONNECTOR, "KVConnectorMetadata", "subclass", "the places of a step"),
     Touchpoint(_CONNECTOR, "KVConnectorRole.SCHEDULER", "read", "there is no worker's half"),
     Touchpoint("vllm.config", "KVTransferConfig", "read", "without one there is no connector"),
