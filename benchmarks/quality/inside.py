@@ -80,9 +80,9 @@ def before_admission(lab: Lab, see: Callable[[Probes, SchedulerOutput], None]) -
     slots, probes = cache.slots, cache.layers.probes
     follow = slots.follow
 
-    def see_and_follow(scheduled: SchedulerOutput) -> None:
+    def see_and_follow(scheduled: SchedulerOutput) -> Any:
         see(probes, scheduled)
-        follow(scheduled)
+        return follow(scheduled)
 
     slots.follow = see_and_follow
     try:

@@ -124,7 +124,8 @@ def launch_merge(layout: PageLayout, group: int) -> None:
 
 
 def launch_store(layout: PageLayout, group: int) -> None:
-    from vllm_budgetkv.ops.triton.move import load, store
+    from vllm_budgetkv.ops.triton.load import load
+    from vllm_budgetkv.ops.triton.store import store
 
     made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
     key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)

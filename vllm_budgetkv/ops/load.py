@@ -39,7 +39,7 @@ def load(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLaye
         case "reference":
             load_reference(key, value, rows, tier)
         case "triton":
-            from vllm_budgetkv.ops.triton.move import load as load_triton
+            from vllm_budgetkv.ops.triton.load import load as load_triton
 
             load_triton(key, value, rows, tier)
         case "cpp":

@@ -39,7 +39,7 @@ def store(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLay
         case "reference":
             store_reference(key, value, rows, tier)
         case "triton":
-            from vllm_budgetkv.ops.triton.move import store as store_triton
+            from vllm_budgetkv.ops.triton.store import store as store_triton
 
             store_triton(key, value, rows, tier)
         case "cpp":

@@ -1,4 +1,4 @@
-"""`store` and `load` in Triton: one launch that moves tokens to host memory or from there."""
+"""What `store` and `load` share in Triton: one launch that moves tokens to host memory or back."""
 
 from __future__ import annotations
 
@@ -19,22 +19,17 @@ if TYPE_CHECKING:
 BLOCK_TOKENS = 16
 
 
-def store(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer) -> None:
-    """See `vllm_budgetkv.ops.store.store`.
-
-    A GPU cannot refuse a slot or a block that is out of range: its tokens are left out.
-    """
-    _move(key, value, rows, tier, loads=False)
-
-
-def load(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer) -> None:
-    """See `vllm_budgetkv.ops.load.load`, and `store` for what is out of range."""
-    _move(key, value, rows, tier, loads=True)
-
-
-def _move(
+def move(
     key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer, *, loads: bool
 ) -> None:
+    """Move the tokens of all rows.
+
+    A GPU cannot refuse a slot or a block that is out of range: its tokens are left out.
+
+    Args:
+        key, value, rows, tier: see `vllm_budgetkv.ops.store.store` and `load`.
+        loads: whether they come from host memory.
+    """
     num_rows, head_size = rows.slots.shape[0], key.shape[2]
     if num_rows == 0 or key.shape[0] == 0:
         return
