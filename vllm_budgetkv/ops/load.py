@@ -8,7 +8,7 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.load import load as load_reference
-from vllm_budgetkv.ops.require import require, require_rows, require_tier
+from vllm_budgetkv.ops.require import require_moved
 
 if TYPE_CHECKING:
     from vllm_budgetkv.ops.views import BatchRows, TierLayer
@@ -29,12 +29,7 @@ def load(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLaye
         ValueError: a shape or dtype does not fit.
         IndexError: a slot or a block id is out of range.
     """
-    require_tier(tier, tier.blocks.shape[0])
-    num_heads, head_size = tier.tokens.shape[1], tier.tokens.shape[-1]
-    require("key", key, tier.tokens.dtype, (None, num_heads, head_size))
-    require("value", value, tier.tokens.dtype, key.shape)
-    require_rows(rows)
-    require("first_position", rows.first_position, torch.int32, rows.slots.shape)
+    require_moved(key, value, rows, tier)
     match backend.of(key):
         case "reference":
             load_reference(key, value, rows, tier)

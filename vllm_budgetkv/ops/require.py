@@ -122,3 +122,13 @@ def require_keep(keep: torch.Tensor, heads: PagedHeads) -> None:
             f"keep has {keep.shape[1]} tokens per head; a table of {heads.width_pages} pages of "
             f"{heads.page_tokens} tokens holds {heads.capacity_tokens}"
         )
+
+
+def require_moved(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLayer) -> None:
+    """Check what `store` and `load` take: keys and values of a batch, and a tier."""
+    require_tier(tier, tier.blocks.shape[0])
+    num_heads, head_size = tier.tokens.shape[1], tier.tokens.shape[-1]
+    require("key", key, tier.tokens.dtype, (None, num_heads, head_size))
+    require("value", value, tier.tokens.dtype, key.shape)
+    require_rows(rows)
+    require("first_position", rows.first_position, torch.int32, rows.slots.shape)
