@@ -92,8 +92,8 @@ OF_HOST = (
     Mutation(
         "replay: the probe stands where the chunk began",
         "cache/replay.py",
-        "request.stand_at(largest + 1 - stop_tokens)",
-        "request.stand_at(largest * 0)",
+        "self._run_chunk(request, stop_tokens, largest + 1, last=False)",
+        "self._run_chunk(request, stop_tokens, largest * 0, last=False)",
     ),
     Mutation(
         "tier: the beginning of a block is not copied",
