@@ -56,6 +56,10 @@ def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs:
     from vllm_budgetkv.start.activation import activate
 
     activate(vllm_config, config)
+    from vllm_budgetkv.start.request_check import process_inputs
+
+    # this process is a front end: it has the requests of the engine that it configures
+    upstream.wrap("InputProcessor.process_inputs", process_inputs)
     return vllm_config
 
 

@@ -109,7 +109,7 @@ def traced(lab: Lab) -> Iterator[dict[str, Pieces]]:
     cache = cache_of(lab)
     if cache.tables.lens.shape[0] != 1:
         raise ValueError("several requests may run at once: set max_num_seqs to 1")
-    policy, options = cache.layers.compressor.policy, cache.layers.compressor.options
+    policy, options = cache.slots.rules.offers[0].policy, cache.layers.compressor.options
     retain = policy.retain
     found: dict[str, Pieces] = defaultdict(Pieces)
 

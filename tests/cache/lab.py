@@ -11,8 +11,10 @@ import torch
 
 from tests.policy.factories import head_scores_file
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
-from vllm_budgetkv.cache.build import Model, Rules, build_cache
+from vllm_budgetkv.arithmetic.terms import Terms
+from vllm_budgetkv.cache.build import Model, build_cache
 from vllm_budgetkv.cache.probe.bank import Rotary
+from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ class Client:
     lead_tokens: int = 0
     blocks: list[int] = field(default_factory=list)
     was_admitted: bool = False
+    terms: Terms | None = None
 
     @property
     def total_tokens(self) -> int:
@@ -133,14 +136,30 @@ class Lab:
             num_heads=self.heads,
         )
         rules = Rules(
-            policy=make_policy(policy, self.options, self.quota.page_tokens),
+            offers=self.offers(policy),
             options=self.options,
-            quota=self.quota,
             num_slots=num_slots,
             check_ledger=True,
             **self.host_memory(),
         )
-        return build_cache(model, rules, lambda new: parent_of(new.req_id), self.finished.append)
+        return build_cache(model, rules, self._arrival_of, self.finished.append)
+
+    def offers(self, policy: str) -> list[Offer]:
+        """The policies that clients may have; the first is that of all that have no own terms."""
+        made = make_policy(policy, self.options, self.quota.page_tokens)
+        return [Offer(made, Terms(policy=policy, quota=self.quota), self.quota)]
+
+    def _arrival_of(self, new: SimpleNamespace) -> Arrival:
+        return Arrival(new.terms, parent_of(new.req_id))
+
+    def terms_of(self, client: Client) -> Terms:
+        return client.terms or self.cache.slots.rules.offers[0].terms
+
+    def quota_of(self, client: Client) -> Quota:
+        return self.terms_of(client).quota
+
+    def policy_of(self, client: Client) -> Policy:
+        return self.cache.slots.rules.policies[self.terms_of(client).policy]
 
     def host_memory(self) -> dict[str, int]:
         """Fields of the rules that say what keeps dropped tokens."""
@@ -157,7 +176,7 @@ class Lab:
 
     @property
     def policy(self) -> Policy:
-        return self.cache.layers.compressor.policy
+        return self.cache.slots.rules.offers[0].policy
 
     def state(self, client: Client) -> RequestState:
         """What the worker knows of a client that holds a slot."""
@@ -166,17 +185,18 @@ class Lab:
     # --- what the engine core does -------------------------------------------------------------
 
     def blocks_needed(self, client: Client, seen_tokens: int) -> int:
-        return self.quota.blocks_for(seen_tokens, client.prompt_tokens)
+        return self.quota_of(client).blocks_for(seen_tokens, client.prompt_tokens)
 
     def room(self, client: Client) -> int:
         """Most tokens of its next chunk, which may be any part of the prompt."""
         if not client.blocks:
             self.arrive(client)
         start, prompt_tokens = client.computed_tokens, client.prompt_tokens
-        for end_tokens in (self.quota.chunks_end(prompt_tokens), prompt_tokens):
+        quota = self.quota_of(client)
+        for end_tokens in (quota.chunks_end(prompt_tokens), prompt_tokens):
             if start < end_tokens:
-                return min(self.quota.chunk_tokens - client.lead_tokens, end_tokens - start)
-        return min(self.quota.next_stop(start, prompt_tokens), client.total_tokens) - start
+                return min(quota.chunk_tokens - client.lead_tokens, end_tokens - start)
+        return min(quota.next_stop(start, prompt_tokens), client.total_tokens) - start
 
     def arrive(self, client: Client) -> None:
         """A client may be admitted with the next step: it begins behind what is there of it."""
@@ -240,7 +260,7 @@ class Lab:
             scheduled.kv_connector_metadata.places[client.request_id] = place
         taken = self.take_blocks(client, client.computed_tokens + num_tokens)
         assert taken is not None, "the test must not schedule what the pool cannot hold"
-        assert len(client.blocks) <= self.quota.blocks
+        assert len(client.blocks) <= self.quota_of(client).blocks
         if fresh and not client.was_admitted:
             client.was_admitted = True
             scheduled.scheduled_new_reqs.append(
@@ -251,6 +271,7 @@ class Lab:
                     mm_features=client.features,
                     block_ids=(list(client.blocks),),
                     num_computed_tokens=client.computed_tokens,
+                    terms=self.terms_of(client),
                 )
             )
         else:
@@ -384,17 +405,19 @@ class Lab:
             return
         lens = self.cache.tables.lens[plan.request.slot, layer]
         held_tokens = int(lens.sum())
-        assert int(lens.max()) <= self.quota.max_head_tokens
+        terms, quota = plan.request.terms, plan.request.quota
+        pinned_tokens = terms.pinned.count_before(plan.stop_tokens) * self.heads
+        assert int(lens.max()) <= quota.max_head_tokens
         layer_budgets = plan.request.layer_budgets
         if layer_budgets is not None:
-            assert held_tokens <= layer_budgets.caps[layer] * self.heads
-            assert sum(layer_budgets.caps) <= self.quota.budget_tokens * self.layers
+            assert held_tokens <= layer_budgets.caps[layer] * self.heads + pinned_tokens
+            assert sum(layer_budgets.caps) <= quota.budget_tokens * self.layers
             return
-        room = self.quota.recall_room(client.prompt_tokens)
+        room = quota.recall_room(client.prompt_tokens)
         takes_room = room is not None and plan.request.in_tier and plan.ends_chunks
-        average_tokens = room.resident_tokens if takes_room else self.quota.budget_tokens
+        average_tokens = room.resident_tokens if takes_room else quota.budget_tokens
         budget_tokens = average_tokens * self.heads
-        assert held_tokens <= budget_tokens
+        assert held_tokens <= budget_tokens + pinned_tokens
         # dynamic heads round down to whole pages
         slack_tokens = self.heads * self.quota.page_tokens
         assert held_tokens > min(budget_tokens, plan.stop_tokens * self.heads) - slack_tokens

@@ -47,7 +47,7 @@ def test_the_cache_is_empty_again(policy: str) -> None:
         assert torch.equal(*pair), name
     assert all(field.isnan().all() for field in (lab.pool.keys, lab.pool.values))
     slots, records = lab.cache.slots, lab.cache.reports.records
-    assert not (slots.requests or slots.spans or lab.cache.layers.probes.seeds)
+    assert not (slots.requests or slots.spans or slots.arrivals or lab.cache.layers.probes.seeds)
     assert not (records or lab.finished)
     assert lab.cache.step is None and not lab.cache.plans
 

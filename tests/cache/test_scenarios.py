@@ -60,10 +60,12 @@ def play(lab: Lab, num_steps: int) -> None:
     for number in range(num_steps):
         if len(clients) < 4 and chance.random() < 0.5:
             client = make_client(lab, f"request{number}")
-            long = not lab.quota.fits(client.prompt_tokens)
-            looks_ahead = lab.policy.needs_scores and lab.policy.probe_source.runs_ahead
+            long = lab.quota_of(client).compresses_prompt(client.prompt_tokens)
+            policy = lab.policy_of(client)
+            looks_ahead = policy.needs_scores and policy.probe_source.runs_ahead
             if long and looks_ahead and chance.random() < 0.5:
                 ahead = Client(client.request_id + LOOKAHEAD, min(5, lab.quota.chunk_tokens))
+                ahead.terms = client.terms
                 lab.step({ahead: ahead.prompt_tokens})
                 lab.give_blocks(ahead)
                 finished.append(ahead.request_id)
@@ -114,7 +116,7 @@ def play_scenarios(policy: str, seeds: range) -> None:
 def assert_empty(lab: Lab) -> None:
     """Nothing of any request is left."""
     slots, seeds = lab.cache.slots, lab.cache.layers.probes.seeds
-    assert not slots.requests and not slots.spans and not lab.cache.reports.records
+    assert not (slots.requests or slots.spans or slots.arrivals) and not lab.cache.reports.records
     assert all(name + LOOKAHEAD not in seeds for name in lab.gone)
     tables = lab.cache.tables
     assert (tables.page_table == -1).all() and (tables.lens == 0).all()
@@ -122,7 +124,7 @@ def assert_empty(lab: Lab) -> None:
         (tables.num_free == 0).all() and tables.is_static.all() and not tables.is_retrieving.any()
     )
     for record in lab.finished:
-        assert record.peak_blocks <= lab.quota.blocks
+        assert record.peak_blocks <= record.quota_blocks
 
 
 def test_full_policy_is_ordinary_paging() -> None:

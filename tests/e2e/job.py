@@ -98,6 +98,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 temperature=1.0 if "seed" in request else 0.0,
                 seed=request.get("seed"),
                 ignore_eos=True,
+                extra_args=request.get("asks"),
             )
             engine.add_request(request["name"], prompts[request["name"]], params)
             observer.count_lookaheads()

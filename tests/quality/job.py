@@ -98,7 +98,7 @@ class PrefillBanks(Probes):
         if not request.in_prefill(start):
             return []
         if request.bank is None:
-            request.ask_with(self.new_bank())
+            request.ask_with(self.new_bank(request.policy))
         return PromptText.positions(request.spans, start, stop, self.options, is_seeded=False)
 
 

@@ -17,6 +17,7 @@ from vllm.v1.request import Request
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.arithmetic.terms import Terms
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 
@@ -37,6 +38,10 @@ def make_quota(blocks: int = QUOTA_BLOCKS) -> Quota:
 
 
 QUOTA = make_quota()
+
+
+def terms_of(quota: Quota) -> Terms:
+    return Terms(policy="window", quota=quota)
 
 
 def stock_spec() -> FullAttentionSpec:
@@ -60,7 +65,7 @@ def make_manager() -> QuotaManager:
 def expect(
     manager: QuotaManager, request_id: str, prompt_tokens: int, *, is_private: bool = True
 ) -> None:
-    manager.expect(request_id, Expectation(QUOTA, prompt_tokens, is_private))
+    manager.expect(request_id, Expectation(terms_of(QUOTA), prompt_tokens, is_private))
 
 
 def need(manager: QuotaManager, request_id: str, num_tokens: int) -> int:
@@ -200,7 +205,7 @@ def test_every_request_has_its_own_quota() -> None:
     """Two of different quotas in one pool are counted, each by its own."""
     manager = make_manager()
     for name, blocks in (("small", 5), ("large", 9)):
-        manager.expect(name, Expectation(make_quota(blocks), 1000, is_private=True))
+        manager.expect(name, Expectation(terms_of(make_quota(blocks)), 1000, is_private=True))
         assert need(manager, name, 8) == grow(manager, name, 8) == blocks
     manager.req_to_blocks["small"] += manager.block_pool.get_new_blocks(1)
     with pytest.raises(RuntimeError, match="request small holds 6 blocks, its quota is 5"):

@@ -14,6 +14,7 @@ from vllm_budgetkv.start.config import BudgetConfig
 
 FLAGS = {
     "--kv-policy", "--kv-page-quota", "--kv-quota-tokens", "--kv-quota-ratio", "--kv-chunk-tokens",
+    "--kv-max-page-quota", "--kv-request-policies",
     "--kv-decode-interval-tokens", "--kv-lookahead", "--no-kv-lookahead",
     "--kv-lookahead-tokens",
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",

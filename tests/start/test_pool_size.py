@@ -12,6 +12,8 @@ import torch
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.start import pool_size
+from vllm_budgetkv.start.config import BudgetConfig
+from vllm_budgetkv.start.request_rules import RequestRules
 
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=4, chunk_tokens=256, decode_interval_tokens=64)
 LAYOUT = PageLayout(16, 32, torch.float32)
@@ -89,8 +91,11 @@ def test_the_worker_checks_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(Worker, "determine_available_memory", lambda self: 64 * BLOCK_BYTES)
     worker: Any = BudgetWorker.__new__(BudgetWorker)
-    worker.vllm_config, worker.budget_quota = engine(), replace(QUOTA, compresses=False)
+    worker.vllm_config = engine()
+    worker.budget_config = BudgetConfig(policy="window", page_quota=QUOTA.blocks)
+    fitting = {"window": replace(QUOTA, compresses=False)}
+    worker.budget_rules = RequestRules(worker.budget_config, fitting)
     assert worker.determine_available_memory() == 64 * BLOCK_BYTES
-    worker.budget_quota = QUOTA
+    worker.budget_rules = RequestRules(worker.budget_config, {"window": QUOTA})
     with pytest.raises(ValueError, match="the pool has 64, of which vLLM reserves 1"):
         worker.determine_available_memory()

@@ -18,6 +18,8 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.start.config import BudgetConfig
+from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.worker.worker import BudgetWorker
 
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=2, chunk_tokens=256, decode_interval_tokens=64)
@@ -39,7 +41,8 @@ def specs_of(
     worker: Any = BudgetWorker.__new__(BudgetWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
     worker.vllm_config = SimpleNamespace(compilation_config=compilation)
-    worker.budget_quota = QUOTA
+    worker.budget_config = BudgetConfig(policy="window", page_quota=QUOTA.blocks)
+    worker.budget_rules = RequestRules(worker.budget_config, {"window": QUOTA})
     return worker.get_kv_cache_spec()
 
 

@@ -7,7 +7,8 @@ room for a chunk, and the quota of Q blocks of N tokens holds when
     Q * N  >=  B + ceil(T / L) + R + N
 
 with B the tokens per head, on average, that survive a compression, T the chunk, L the layers,
-R the decode growth between two compactions, and N for the partial page of each head:
+R the decode growth between two compactions, and N for the partial page of each head; tokens that
+a request pins are taken from B:
 
     sum over (layer, head) of ceil(len / N)  <=  L * H * (B / N + 1) + H * T / N  <=  Q * L * H.
 """
@@ -55,6 +56,7 @@ class Quota:
         retrieves: whether decode reads some pages only, so that output which is computed again
             must be read by decode too, a token at a time.
         recall: what of the quota brings tokens back from host memory; None if nothing does.
+        pinned_tokens: of the prompt, that stay in every head beside the budget.
 
     Raises:
         ValueError: the quota leaves no budget; the message names the smallest that does.
@@ -68,6 +70,7 @@ class Quota:
     compresses: bool = True
     retrieves: bool = False
     recall: Recall | None = None
+    pinned_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.compresses and self.blocks < self.min_blocks:
@@ -81,9 +84,10 @@ class Quota:
 
     @property
     def headroom_tokens(self) -> int:
-        """Tokens per head of the quota that no compression may fill: T/L + R + N."""
+        """Tokens per head of the quota that no choice may fill: T/L + R + N, and pinned ones."""
         chunk_share_tokens = ceil_div(self.chunk_tokens, self.num_layers)
-        return chunk_share_tokens + self.decode_interval_tokens + self.page_tokens
+        growth_tokens = chunk_share_tokens + self.decode_interval_tokens
+        return growth_tokens + self.page_tokens + self.pinned_tokens
 
     @property
     def _largest_part(self) -> str:
@@ -106,13 +110,18 @@ class Quota:
 
     @property
     def budget_tokens(self) -> int:
-        """Tokens per head, on average, that survive a compression (B)."""
+        """Tokens per head, on average, that survive a compression beside pinned ones (B)."""
         return self.tokens - self.headroom_tokens if self.compresses else self.tokens
+
+    @property
+    def max_chosen_tokens(self) -> int:
+        """Most tokens that one head may keep beside pinned ones."""
+        return 2 * self.budget_tokens if self.compresses else self.tokens
 
     @property
     def max_head_tokens(self) -> int:
         """Most tokens that one head may keep; bounds the width of the page tables."""
-        return 2 * self.budget_tokens if self.compresses else self.tokens
+        return self.max_chosen_tokens + (self.pinned_tokens if self.compresses else 0)
 
     @property
     def table_width_pages(self) -> int:

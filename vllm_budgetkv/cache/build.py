@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_budgetkv.cache.cache import BudgetCache
 from vllm_budgetkv.cache.compressor import Compressor
 from vllm_budgetkv.cache.probe.bank import BankShape
-from vllm_budgetkv.cache.probe.probes import Probes
+from vllm_budgetkv.cache.probe.probes import Probes, asks_probe
 from vllm_budgetkv.cache.reading import Reader, page_choice
 from vllm_budgetkv.cache.recaller import Recaller
 from vllm_budgetkv.cache.replay import Replay
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
     from vllm.v1.core.sched.output import NewRequestData
 
+    from vllm_budgetkv import ops
     from vllm_budgetkv.arithmetic.layout import PagePool
-    from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.probe.bank import Rotary
     from vllm_budgetkv.cache.report import RequestRecord
-    from vllm_budgetkv.policy import Policy, PolicyOptions
+    from vllm_budgetkv.cache.rules import Arrival, Rules
 
 
 @dataclass(frozen=True)
@@ -56,33 +56,10 @@ class Model:
         return len(self.layer_index)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """What a cache holds its requests to.
-
-    Args:
-        policy: which tokens stay.
-        options: knobs of the policy.
-        quota: what a request may hold; the tables are as large as it needs.
-        num_slots: requests that may hold a slot at once.
-        check_ledger: check every table after every step and fill what is free with NaN.
-        max_model_tokens: tokens of the longest request.
-        host_blocks: of host memory that keeps what quotas drop; 0 for none.
-    """
-
-    policy: Policy
-    options: PolicyOptions
-    quota: Quota
-    num_slots: int
-    check_ledger: bool
-    max_model_tokens: int = 0
-    host_blocks: int = 0
-
-
 def build_cache(
     model: Model,
     rules: Rules,
-    parent_of: Callable[[NewRequestData], str | None],
+    arrival_of: Callable[[NewRequestData], Arrival],
     on_finished: Callable[[RequestRecord], None] | None,
 ) -> BudgetCache:
     """Build the cache of one worker.
@@ -90,30 +67,26 @@ def build_cache(
     Args:
         model: what it is for.
         rules: what its requests may hold.
-        parent_of: id of the request that a new one looks ahead for; None for a client's.
+        arrival_of: what is known of a new request beside its prompt.
         on_finished: gets the record of every client request; None if nobody reads them.
 
     Raises:
         ValueError: the policy does not fit the model.
     """
-    policy, quota, tables = rules.policy, rules.quota, _tables_of(model, rules)
-    probes = _probes_of(model, rules)
-    choice = page_choice(policy, rules.options, quota)
+    tables, probes = _tables_of(model, rules), _probes_of(model, rules)
     compressor = Compressor(
         tables=tables,
-        policy=policy,
         options=rules.options,
         probes=probes,
         scales=model.scales,
-        makes_digests=choice is not None,
         poison=rules.check_ledger,
-        notes_concentration=quota.recall is not None,
     )
-    if policy.compresses:
-        compressor.new_layer_budgets(quota)  # refuses a model that does not fit before any request
+    for offer in rules.offers:
+        if offer.policy.compresses:
+            # refuses a model that does not fit before any request
+            compressor.new_layer_budgets(offer.policy, offer.terms.quota)
     recaller = _recaller_of(model, rules, tables)
     reports = Reports(
-        policy_name=policy.name,
         block_bytes=model.num_layers * model.num_heads * model.pool.layout.page_bytes,
         tables=tables,
         on_finished=on_finished,
@@ -124,14 +97,14 @@ def build_cache(
     layers = Layers(
         index=model.layer_index,
         tables=tables,
-        reader=Reader.empty(tables, model.scales, choice, rules.num_slots),
+        reader=Reader.empty(tables, model.scales, _page_choice_of(rules), rules.num_slots),
         probes=probes,
         compressor=compressor,
         recaller=recaller,
         replay=_replay_of(rules, compressor, recaller),
     )
     return BudgetCache(
-        slots=Slots(tables, quota, probes, reports, parent_of, rules.check_ledger, recaller),
+        slots=Slots(tables, rules, probes, reports, arrival_of, recaller),
         layers=layers,
         rows=Rows.empty(rules.num_slots, tables.lens.device),
         reports=reports,
@@ -139,20 +112,26 @@ def build_cache(
     )
 
 
+def _page_choice_of(rules: Rules) -> ops.PageChoice | None:
+    """What decode reads of heads that read some pages only; the same under every policy."""
+    found = (page_choice(offer.policy, rules.options, offer.terms.quota) for offer in rules.offers)
+    return next((choice for choice in found if choice is not None), None)
+
+
 def _tables_of(model: Model, rules: Rules) -> HeadTables:
-    quota = rules.quota
     return HeadTables.empty(
         model.pool,
         shape=(rules.num_slots, model.num_layers, model.num_heads),
-        width_pages=quota.table_width_pages,
-        quota_blocks=quota.blocks if rules.policy.compresses else 0,
+        width_pages=rules.table_width_pages,
+        quota_blocks=rules.shared_blocks,
     )
 
 
 def _recaller_of(model: Model, rules: Rules, tables: HeadTables) -> Recaller | None:
-    quota = rules.quota
-    if quota.recall is None or not rules.host_blocks:
+    quota = rules.recalling
+    if quota is None:
         return None
+    assert quota.recall is not None
     tier = HostTier.empty(
         model.pool.layout,
         tables.lens,
@@ -173,9 +152,8 @@ def _replay_of(rules: Rules, compressor: Compressor, recaller: Recaller | None) 
 
 
 def _probes_of(model: Model, rules: Rules) -> Probes:
-    layout, source = model.pool.layout, rules.policy.probe_source
+    layout = model.pool.layout
     return Probes(
-        policy=rules.policy,
         options=rules.options,
         shape=BankShape(
             num_layers=model.num_layers,
@@ -184,7 +162,7 @@ def _probes_of(model: Model, rules: Rules) -> Probes:
             dtype=layout.dtype,
             device=model.pool.raw.device,
         ),
-        # queries that never ran ahead are asked from where they stand
-        rotaries=model.rotaries if source.runs_ahead else {},
+        rotaries=model.rotaries,
         num_rows=rules.num_slots,
+        are_asked=any(asks_probe(offer.policy) for offer in rules.offers),
     )

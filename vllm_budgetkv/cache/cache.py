@@ -52,7 +52,8 @@ class BudgetCache:
     @property
     def compiles(self) -> bool:
         """Whether the first long request would wait for kernels to be compiled."""
-        return self.layers.compressor.policy.compresses and backend.of(self.tables.lens) == "triton"
+        is_triton = backend.of(self.tables.lens) == "triton"
+        return is_triton and self.slots.rules.shared_blocks > 0
 
     @property
     def has_chunks(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +11,7 @@ import torch
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
 from vllm_budgetkv.arithmetic.quota import ceil_div
-from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention
+from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention, Tier
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,23 +31,17 @@ class Compressor:
 
     Args:
         tables: page tables and the pool; mutated.
-        policy: says which tokens stay.
         options: knobs of the policy.
-        probes: ask for the policy.
+        probes: ask for the policies.
         scales: softmax scale of each layer.
-        makes_digests: whether decode reads some pages only, by their digests.
         poison: fill freed pages with NaN.
-        notes_concentration: whether the tables are told it, for heads that recall are chosen by it.
     """
 
     tables: HeadTables
-    policy: Policy
     options: PolicyOptions
     probes: Probes
     scales: Mapping[int, float]
-    makes_digests: bool
     poison: bool
-    notes_concentration: bool
 
     def compress(
         self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
@@ -68,7 +62,7 @@ class Compressor:
             self._observe(request, group, num_tokens, last)
             for group in self._groups(request, layers)
         ]
-        kept = [self.policy.retain(observation) for observation in seen]
+        kept = [with_pinned(request, one, request.policy.retain(one)) for one in seen]
         # neighbours in the tables, so that their heads are the rows of one view
         heads = tables.of(slot, layers)
         scores, tiers = (join([getattr(one, name) for one in kept], 2) for name in TOKEN_FIELDS)
@@ -79,9 +73,9 @@ class Compressor:
         rows = slice(layers[0], layers[-1] + 1)
         is_static = is_static.view(len(layers), -1)
         tables.is_static[slot, rows] = is_static
-        if self.notes_concentration:
+        if request.quota.recall is not None:
             self._note_concentration(request, layers, seen)
-        if last and self.makes_digests:
+        if last and self._makes_digests(request):
             ops.digest(heads)
             tables.is_retrieving[slot, rows] = ~is_static
         request.spend(time.perf_counter() - started_seconds)
@@ -99,7 +93,7 @@ class Compressor:
         """Let a request's heads share its pages from its first compression on."""
         if not request.shared:
             self.tables.share(request.slot, request.blocks, request.held_tokens)
-            request.share(self.new_layer_budgets(request.quota))
+            request.share(self.new_layer_budgets(request.policy, request.quota))
 
     def compress_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""
@@ -108,11 +102,15 @@ class Compressor:
 
     def finished(self, request: RequestState, last: bool) -> None:
         """All layers of a request have been compressed; `last` as each was told."""
-        request.compressed(has_digests=last and self.makes_digests)
+        request.compressed(has_digests=last and self._makes_digests(request))
+
+    def _makes_digests(self, request: RequestState) -> bool:
+        """Whether decode reads some pages of the request only, by their digests."""
+        return request.policy.retrieves and self.options.retrieval_ratio < 1
 
     def _groups(self, request: RequestState, layers: Sequence[int]) -> list[Sequence[int]]:
         """Layers that the policy is asked about at once."""
-        if self.policy.takes_layers and request.layer_budgets is None:
+        if request.policy.takes_layers and request.layer_budgets is None:
             return [layers]
         return [[layer] for layer in layers]
 
@@ -134,23 +132,23 @@ class Compressor:
             heads = self.tables.of(request.slot, layer)
             ops.merge(part, heads, of_vision, mode, seen[0].seen_tokens)
 
-    def new_layer_budgets(self, quota: Quota) -> LayerBudgets | None:
-        """Running budgets of a new request; None if all layers are equal.
+    def new_layer_budgets(self, policy: Policy, quota: Quota) -> LayerBudgets | None:
+        """Running budgets of a new request under a policy; None if all layers are equal.
 
         Raises:
             ValueError: the policy does not fit the model.
         """
         sizes = (self.tables.num_layers, self.tables.num_heads, quota.budget_tokens)
-        desired_tokens = self.policy.layer_budgets(*sizes)
+        desired_tokens = policy.layer_budgets(*sizes)
         if desired_tokens is None:
             return None
-        return LayerBudgets(desired_tokens, quota.budget_tokens, quota.max_head_tokens)
+        return LayerBudgets(desired_tokens, quota.budget_tokens, quota.max_chosen_tokens)
 
     def _observe(
         self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
     ) -> Observation:
         """What the policy is told of one layer, or of several at once."""
-        tables, policy, spans = self.tables, self.policy, request.spans
+        tables, policy, spans = self.tables, request.policy, request.spans
         seen_tokens = request.computed_tokens + num_tokens
         longest_tokens = request.longest_head_tokens(num_tokens)
         probes = self.probes.of(request, layers, seen_tokens)
@@ -174,7 +172,7 @@ class Compressor:
             seen_tokens=seen_tokens,
             protected_position=spans.trailing_frame_start(seen_tokens),
             budget_tokens=request.claim_tokens(layers[0], last=last),
-            max_head_tokens=request.quota.max_head_tokens,
+            max_head_tokens=request.quota.max_chosen_tokens,
             was_static=tables.is_static[place] if request.has_classes else None,
             text_tokens=spans.count_text(seen_tokens),
             span_tokens=spans.span_tokens(seen_tokens),
@@ -188,10 +186,10 @@ class Compressor:
         self, request: RequestState, layer: int, probe: torch.Tensor | None, longest_tokens: int
     ) -> dict[str, torch.Tensor]:
         """What is computed from the pages of one layer: fields of `Observation`."""
-        policy, heads = self.policy, self.tables.of(request.slot, layer)
+        policy, heads = request.policy, self.tables.of(request.slot, layer)
         pool = heads.pool
         if probe is not None:
-            found = self._score(probe, heads, layer, longest_tokens)._asdict()
+            found = self._score(policy, probe, heads, layer, longest_tokens)._asdict()
         else:
             found = {"positions": gather(pool.positions, heads, longest_tokens, -1)}
         if policy.needs_value_norms and probe is None:
@@ -208,7 +206,12 @@ class Compressor:
         return found
 
     def _score(
-        self, probe: torch.Tensor, heads: ops.PagedHeads, layer: int, longest_tokens: int
+        self,
+        policy: Policy,
+        probe: torch.Tensor,
+        heads: ops.PagedHeads,
+        layer: int,
+        longest_tokens: int,
     ) -> ops.Scores:
         """Attention of a probe to what the layer holds."""
         return ops.score(
@@ -217,9 +220,30 @@ class Compressor:
             self.scales[layer],
             self.options.top_k_tokens(longest_tokens),
             self.options.sink_tokens,
-            self.policy.takes_largest,
+            policy.takes_largest,
             longest_tokens,
         )
+
+
+def with_pinned(request: RequestState, observation: Observation, retention: Retention) -> Retention:
+    """Let pinned tokens stay beside those that a policy chose; every head holds all of them.
+
+    The policy was told of a budget without them, and is asked no more: what it chose of them makes
+    room for others.
+    """
+    pinned = request.terms.pinned
+    if not pinned.ranges:
+        return retention
+    positions = observation.positions
+    is_pinned = torch.zeros_like(positions, dtype=torch.bool)
+    for start, stop in pinned.ranges:
+        is_pinned |= (positions >= start) & (positions < stop)
+    num_pinned = pinned.count_before(observation.seen_tokens)
+    return replace(
+        retention,
+        tiers=retention.tiers.masked_fill(is_pinned, Tier.PINNED),
+        budgets=(retention.budgets + num_pinned).minimum(observation.lens),
+    )
 
 
 def gather(

@@ -8,6 +8,7 @@ that a card cannot run would show in the middle of a client's request.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,14 @@ import torch
 
 from vllm_budgetkv.arithmetic.host_blocks import HostPlace
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.cache.rules import Arrival
 from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.terms import Terms
     from vllm_budgetkv.cache.cache import BudgetCache
 
 REQUEST_ID = "budgetkv-rehearsal"
@@ -30,47 +34,55 @@ FRAME_TOKENS = 64
 def rehearse(cache: BudgetCache) -> None:
     """Prefill a video until its heads are as long as they get, then decode past a compaction.
 
-    Twice: with a probe from the start, as a look-ahead leaves one, and without. Where host memory
-    keeps the prompt, once more behind what it kept. Tokens are random, and nothing is reported.
-    Must run before the first request: it uses the last blocks of the pool, the first of the host.
-    A pool of less than a quota is left alone: vLLM starts with one only if every request fits it,
-    and then nothing is ever compressed.
+    Under each policy that requests may have, twice: with a probe from the start, as a look-ahead
+    leaves one, and without. Where host memory keeps the prompt, once more behind what it kept.
+    Tokens are random, and nothing is reported. Must run before the first request: it uses the last
+    blocks of the pool, the first of the host. A pool of less than a quota is left alone: vLLM
+    starts with one only if every request fits it, and then nothing is ever compressed.
 
     Args:
         cache: of a policy that compresses; as empty behind it as before, but for the content of
             those blocks, which is NaN in the pool if the cache poisons what is free.
     """
-    quota, tables = cache.slots.quota, cache.tables
+    tables = cache.tables
     num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
-    if num_blocks < quota.blocks:
-        return
-    blocks = range(num_blocks - quota.blocks, num_blocks)
-    chunks = list(_chunks(cache))
     generator = torch.Generator(tables.lens.device).manual_seed(0)
-    place = _host_place(cache, sum(chunks))
-    _rehearse_once(cache, blocks, chunks, generator, place, has_probe=True)
-    _rehearse_once(cache, blocks, chunks, generator, place, has_probe=False)
+    for offer in cache.slots.rules.offers:
+        if offer.policy.compresses and offer.terms.quota.blocks <= num_blocks:
+            _rehearse_terms(cache, offer.terms, num_blocks, generator)
+
+
+def _rehearse_terms(
+    cache: BudgetCache, terms: Terms, num_blocks: int, generator: torch.Generator
+) -> None:
+    blocks = range(num_blocks - terms.quota.blocks, num_blocks)
+    chunks = list(_chunks(terms.quota))
+    place = _host_place(cache, terms.quota, sum(chunks))
+    run = partial(_rehearse_once, cache, terms, blocks, generator=generator)
+    run(chunks, place, has_probe=True)
+    run(chunks, place, has_probe=False)
     if place is not None:
         place, chunks = _taking_over(place, chunks)
-        _rehearse_once(cache, blocks, chunks, generator, place, has_probe=True)
+        run(chunks, place, has_probe=True)
 
 
 def _rehearse_once(
     cache: BudgetCache,
+    terms: Terms,
     blocks: Sequence[int],
     chunks: Sequence[int],
-    generator: torch.Generator,
     place: HostPlace | None,
     *,
+    generator: torch.Generator,
     has_probe: bool,
 ) -> None:
     slots, device = cache.slots, cache.tables.lens.device
     taken_tokens = 0 if place is None else place.num_tokens
     prompt_tokens = taken_tokens + sum(chunks)
     video = VisionItem(0, prompt_tokens - TEXT_TOKENS, "video", FRAME_TOKENS)
-    slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device))
+    slots.introduce(REQUEST_ID, PromptSpans(prompt_tokens, (video,), device), Arrival(terms))
     if has_probe:
-        seed = cache.layers.probes.new_bank()
+        seed = cache.layers.probes.new_bank(slots.rules.policies[terms.policy])
         seed.queries.normal_(generator=generator)
         seed.plan_write(list(range(seed.capacity)))
         cache.layers.probes.seed(REQUEST_ID, seed)
@@ -79,15 +91,15 @@ def _rehearse_once(
         assert cache.layers.replay is not None
         cache.layers.replay.run(slots.requests[REQUEST_ID])
     # one token more than decode appends between two compactions
-    for num_tokens in (*chunks, *[1] * (slots.quota.decode_interval_tokens + 1)):
+    for num_tokens in (*chunks, *[1] * (terms.quota.decode_interval_tokens + 1)):
         _run_step(cache, num_tokens, generator)
     slots.end(REQUEST_ID)
 
 
-def _host_place(cache: BudgetCache, prompt_tokens: int) -> HostPlace | None:
+def _host_place(cache: BudgetCache, quota: Quota, prompt_tokens: int) -> HostPlace | None:
     """The first host blocks for a prompt; None without host memory, or if it is too small."""
     recaller = cache.layers.recaller
-    if recaller is None:
+    if recaller is None or quota.recall is None:
         return None
     num_blocks = ceil_div(prompt_tokens, recaller.tier.page_tokens)
     return HostPlace(blocks=tuple(range(num_blocks))) if num_blocks <= recaller.tier.size else None
@@ -101,9 +113,8 @@ def _taking_over(place: HostPlace, chunks: Sequence[int]) -> tuple[HostPlace, li
     return taken, [odd - 1, last]
 
 
-def _chunks(cache: BudgetCache) -> Iterator[int]:
+def _chunks(quota: Quota) -> Iterator[int]:
     """Whole chunks until a head may hold its most, one more, and an odd one as prompts end on."""
-    quota = cache.slots.quota
     longest_tokens = max(quota.tokens, quota.max_head_tokens)
     for _ in range(-(-longest_tokens // quota.chunk_tokens) + 1):
         yield quota.chunk_tokens

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.terms import Terms
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.tables import HeadTables
@@ -88,7 +88,6 @@ class Reports:
     """The records of unfinished client requests. Every number of a record is written here.
 
     Args:
-        policy_name: for the records.
         block_bytes: bytes of a block of this rank.
         tables: page tables.
         on_finished: gets the record of every client request that ended; None if nobody reads them.
@@ -97,7 +96,6 @@ class Reports:
         is_paused: whether new requests are no client's, as while the worker warms up.
     """
 
-    policy_name: str
     block_bytes: int
     tables: HeadTables
     on_finished: Callable[[RequestRecord], None] | None
@@ -115,16 +113,16 @@ class Reports:
             self.is_paused = False
 
     def open(
-        self, request_id: str, quota: Quota, prompt_tokens: int, frames: list[dict[str, Any]]
+        self, request_id: str, terms: Terms, prompt_tokens: int, frames: list[dict[str, Any]]
     ) -> None:
         """A client's request arrived."""
         if self.is_paused or self.on_finished is None:
             return
         self.records[request_id] = RequestRecord(
             request_id=request_id,
-            policy=self.policy_name,
-            quota_blocks=quota.blocks,
-            page_tokens=quota.page_tokens,
+            policy=terms.policy,
+            quota_blocks=terms.quota.blocks,
+            page_tokens=terms.quota.page_tokens,
             prompt_tokens=prompt_tokens,
             block_bytes=self.block_bytes,
             frames=frames,
@@ -199,7 +197,7 @@ def _count_recalled(
 ) -> None:
     """Add what a request that gives up its slot brought back. Reads the device."""
     quota, prompt_tokens = request.quota, request.prompt_tokens
-    if recaller is None:
+    if quota.recall is None or recaller is None:
         return
     if not quota.compresses_prompt(prompt_tokens):
         record.recall = "not needed"

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.arithmetic.recall import RecallRoom
+    from vllm_budgetkv.arithmetic.terms import Terms
     from vllm_budgetkv.cache.probe.bank import ProbeBank
     from vllm_budgetkv.cache.spans import PromptSpans
+    from vllm_budgetkv.policy import Policy
 
 
 @dataclass
@@ -26,7 +28,8 @@ class RequestState:
     Args:
         request_id: its id in the engine.
         slot: its row of the tables.
-        quota: what it may hold.
+        terms: what it is held to.
+        policy: chooses what it keeps.
         spans: which prompt positions are vision and which text.
         blocks: block ids it holds, in order.
         computed_tokens: tokens seen before this step.
@@ -48,7 +51,8 @@ class RequestState:
 
     request_id: str
     slot: int
-    quota: Quota
+    terms: Terms
+    policy: Policy
     spans: PromptSpans
     blocks: list[int]
     computed_tokens: int
@@ -64,6 +68,11 @@ class RequestState:
     recalls: bool = field(default=False, init=False)
     position_offset: torch.Tensor | None = field(default=None, init=False)
     layer_budgets: LayerBudgets | None = field(default=None, init=False)
+
+    @property
+    def quota(self) -> Quota:
+        """What it may hold."""
+        return self.terms.quota
 
     @property
     def has_classes(self) -> bool:

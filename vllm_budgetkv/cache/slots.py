@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
     from vllm_budgetkv.arithmetic.host_blocks import HostPlace
-    from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.probe.probes import Probes
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.report import Reports
+    from vllm_budgetkv.cache.rules import Arrival, Rules
     from vllm_budgetkv.cache.spans import PromptSpans
     from vllm_budgetkv.cache.tables import HeadTables
 
@@ -28,29 +28,28 @@ class Slots:
 
     Args:
         tables: page tables; rows are claimed and released here.
-        quota: of every new request.
+        rules: which policies there are, and what requests under them may hold.
         probes: keep the seeds of requests that are to come.
         reports: told of every client request.
-        parent_of: id of the request that a new one looks ahead for; None for a client's.
-        poison: fill the pages of a private request with NaN when it goes.
+        arrival_of: what is known of a new request beside its prompt.
         recaller: brings tokens back from host memory; None where nothing does.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
-        parents: id of the request that each unfinished look-ahead runs for, by its own id.
+        arrivals: of every unfinished request, as its spans.
     """
 
     tables: HeadTables
-    quota: Quota
+    rules: Rules
     probes: Probes
     reports: Reports
-    parent_of: Callable[[NewRequestData], str | None]
-    poison: bool
+    arrival_of: Callable[[NewRequestData], Arrival]
     recaller: Recaller | None
     requests: dict[str, RequestState] = field(default_factory=dict, init=False)
     spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
-    parents: dict[str, str] = field(default_factory=dict, init=False)
+    arrivals: dict[str, Arrival] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
+        self._policies = self.rules.policies
         self._free = list(reversed(range(self.tables.lens.shape[0])))
 
     def follow(self, scheduled: SchedulerOutput) -> list[RequestState]:
@@ -85,7 +84,7 @@ class Slots:
         """Forget a request."""
         self._release(request_id, is_preempted=False)
         self.spans.pop(request_id, None)
-        self.parents.pop(request_id, None)
+        self.arrivals.pop(request_id, None)
         self.probes.forget(request_id)
         self.reports.close(request_id)
 
@@ -94,7 +93,7 @@ class Slots:
         if request is None:
             return
         self.reports.left(request, is_preempted=is_preempted)
-        if self.poison and request.shared:
+        if self.rules.check_ledger and request.shared:
             self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
         self.tables.release(request.slot)
         if self.recaller is not None:
@@ -105,19 +104,18 @@ class Slots:
         request_id = new.req_id
         if request_id not in self.spans:
             device = self.tables.lens.device
-            self.introduce(request_id, spans_of(new.prompt_len, new.mm_features, device))
-            parent_id = self.parent_of(new)
-            if parent_id is not None:
-                self.parents[request_id] = parent_id
-            else:
+            spans, arrival = spans_of(new.prompt_len, new.mm_features, device), self.arrival_of(new)
+            self.introduce(request_id, spans, arrival)
+            if arrival.parent_id is None:
                 frames = frame_records(new.mm_features)
-                self.reports.open(request_id, self.quota, new.prompt_len, frames)
+                self.reports.open(request_id, arrival.terms, new.prompt_len, frames)
         # runner V2 resumes a preempted request as a new one
         self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens, place)
 
-    def introduce(self, request_id: str, spans: PromptSpans) -> None:
-        """Note where the text of a request is, before it is admitted for the first time."""
+    def introduce(self, request_id: str, spans: PromptSpans, arrival: Arrival) -> None:
+        """Note what a request is, before it is admitted for the first time."""
         self.spans[request_id] = spans
+        self.arrivals[request_id] = arrival
 
     def admit(
         self,
@@ -141,15 +139,17 @@ class Slots:
             assert self.recaller is not None
             assert computed_tokens == place.num_tokens
             self.recaller.tier.enter(slot, place)
+        arrival = self.arrivals[request_id]
         held_tokens = computed_tokens if place is None else 0
         self.requests[request_id] = RequestState(
             request_id=request_id,
             slot=slot,
-            quota=self.quota,
+            terms=arrival.terms,
+            policy=self._policies[arrival.terms.policy],
             spans=self.spans[request_id],
             blocks=blocks,
             computed_tokens=held_tokens,
-            parent_id=self.parents.get(request_id),
+            parent_id=arrival.parent_id,
             bank=self.probes.seed_of(request_id),
             host=place,
         )

@@ -12,7 +12,8 @@ from vllm_budgetkv.cli.engine import plan_engine
 from vllm_budgetkv.cli.memory import pool_of
 from vllm_budgetkv.cli.quota_choice import choose_quota
 from vllm_budgetkv.start import host_memory, pool_size, refusals
-from vllm_budgetkv.start.resolve import check_batch, check_policy, resolve_quota
+from vllm_budgetkv.start.request_rules import RequestRules
+from vllm_budgetkv.start.resolve import check_batch, check_policies, resolve_quota, resolve_quotas
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.quota import Quota
@@ -124,11 +125,13 @@ def make_plan(wishes: Wishes) -> Plan:
 
 def _check(engine: PlannedEngine, config: BudgetConfig, quota: Quota, pool: Pool | None) -> None:
     """Refuse what the server would refuse, in its words."""
-    check_policy(engine, config, quota)
+    rules = RequestRules(config, resolve_quotas(engine, config))
+    check_policies(engine, rules)
     host_memory.check_block(engine, config)
     if quota.compresses:
         options = None if pool is None else pool.options
-        pool_size.check(engine, quota, None if pool is None else pool.num_bytes, options)
+        largest = rules.largest(config.policy)
+        pool_size.check(engine, largest, None if pool is None else pool.num_bytes, options)
         check_batch(engine, quota)
 
 

@@ -37,6 +37,7 @@ class Tier:
     FRAME: Final = 4
     RECENT: Final = 5
     SINK: Final = 6
+    PINNED: Final = 7
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +190,7 @@ class Policy(Protocol):
         Raises:
             ValueError: says in the user's words what to change.
         """
-        refuse_foreign(options, cls.name)
+        refuse_foreign(options, (cls.name,))
 
     def __init__(self, options: PolicyOptions, page_tokens: int) -> None:
         """Take the checked options and the tokens of a page; ValueError if they do not fit it."""

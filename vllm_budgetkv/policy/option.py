@@ -143,16 +143,16 @@ def check_options(options: Any) -> None:
             raise ValueError(f"{spelling(item)} must be {may_be(item)}; got {value!r}")
 
 
-def refuse_foreign(options: Any, policy: str) -> None:
-    """Refuse options that were set although this policy is none of those that read them.
+def refuse_foreign(options: Any, served: tuple[str, ...]) -> None:
+    """Refuse options that were set although none of the policies served reads them.
 
     Raises:
         ValueError: names the option and the policies.
     """
     for item in fields(options):
-        value, policies = getattr(options, item.name), about(item).policies
-        if policies and policy not in policies and value != item.default:
+        value, readers = getattr(options, item.name), about(item).policies
+        if readers and not set(readers) & set(served) and value != item.default:
             raise ValueError(
-                f"{spelling(item)} {value} is of --kv-policy {' and '.join(policies)}; got "
-                f"--kv-policy {policy}"
+                f"{spelling(item)} {value} is of --kv-policy {' and '.join(readers)}; got "
+                f"--kv-policy {' and '.join(served)}"
             )

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_budgetkv.arithmetic.host_blocks import HostPlace
-    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.terms import Terms
 
 
 @dataclass
@@ -59,13 +59,13 @@ class ReuseRules:
     """What the scheduler knows of requests.
 
     Args:
-        quota_of: what a request may hold.
+        terms_of: what a request is held to.
         looks_ahead: whether its own text ran ahead of it, which chooses what it takes over.
         stop_behind: where its chunk behind so many tokens ends.
         probe_tokens: last tokens of a prompt that ask the cache, so that they are computed anew.
     """
 
-    quota_of: Callable[[Request], Quota]
+    terms_of: Callable[[Request], Terms]
     looks_ahead: Callable[[Request], bool]
     stop_behind: Callable[[Request, int], int]
     probe_tokens: int
@@ -78,18 +78,14 @@ class HostConnector(KVConnectorBase_V1):
         args, kwargs: of the base.
         prompts: what host memory keeps.
         rules: see there.
-        reuses: whether a prompt may begin with what another wrote.
     """
 
     _cache_hit_source = CacheHitSource.HOST
 
-    def __init__(
-        self, *args: Any, prompts: HostPrompts, rules: ReuseRules, reuses: bool, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, prompts: HostPrompts, rules: ReuseRules, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prompts = prompts
         self._rules = rules
-        self._reuses = reuses
         algorithm = self._vllm_config.cache_config.prefix_caching_hash_algo
         self._hash = get_hash_fn_by_name(algorithm)
         self._admitted: dict[str, HostPlace] = {}
@@ -126,7 +122,7 @@ class HostConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        if not self._rules.quota_of(request).compresses_prompt(request.num_prompt_tokens):
+        if not self._is_kept(request):
             return
         keys, found = PromptKeys(), Found()
         if self._reuses_for(request):
@@ -147,13 +143,18 @@ class HostConnector(KVConnectorBase_V1):
             self._admitted[request.request_id] = place
 
     def _reuses_for(self, request: Request) -> bool:
-        quota = self._rules.quota_of(request)
-        is_kept = quota.compresses_prompt(request.num_prompt_tokens)
-        return self._reuses and is_kept and self._rules.looks_ahead(request)
+        reuses = self._rules.terms_of(request).reuses and self._is_kept(request)
+        return reuses and self._rules.looks_ahead(request)
+
+    def _is_kept(self, request: Request) -> bool:
+        """Whether host memory keeps such a prompt: one that does not fit and may recall."""
+        quota = self._rules.terms_of(request).quota
+        recalls = quota.recall is not None
+        return recalls and quota.compresses_prompt(request.num_prompt_tokens)
 
     def _most_tokens(self, request: Request) -> int:
         return most_reused_tokens(
-            self._rules.quota_of(request),
+            self._rules.terms_of(request).quota,
             request.num_prompt_tokens,
             probe_tokens=self._rules.probe_tokens,
             end_of_items=max((_stop_of(feature) for feature in request.mm_features), default=0),
@@ -170,7 +171,10 @@ class HostConnector(KVConnectorBase_V1):
             return known
         # the chain goes on into the output, which host memory does not keep
         hashes = request.block_hashes[: request.num_prompt_tokens // self._prompts.page_tokens]
-        keys = PromptKeys(hashes, list(self._item_ends(request)))
+        # what a prompt's keys and values are hangs on what was kept in front of them, too
+        kind = self._rules.terms_of(request).kind
+        ends = [ItemEnd(stop, (kind, key)) for stop, key in self._item_ends(request)]
+        keys = PromptKeys([(kind, key) for key in hashes], ends)
         self._keys[request.request_id] = keys
         return keys
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
+from vllm_budgetkv.start.request_rules import own
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Sequence
 
@@ -30,6 +32,7 @@ class LookaheadParams(SamplingParams):
     """
 
     parent_id: str = ""
+    parent_prompt_tokens: int = 0
 
 
 def parent_of(new: NewRequestData) -> str | None:
@@ -121,13 +124,20 @@ def make_lookahead(parent: Request, limit_tokens: int, enough_tokens: int) -> Re
     prompt = text_tokens(parent.prompt_token_ids, parent.mm_features, limit_tokens, enough_tokens)
     if not prompt:
         return None
+    asked = parent.sampling_params
     request = Request(
         # no client can guess it, so none has it or will have it
         request_id=f"kv-lookahead-{uuid.uuid4().hex}",
         client_index=parent.client_index,
         prompt_token_ids=prompt,
         sampling_params=LookaheadParams(
-            max_tokens=1, temperature=0.0, detokenize=False, parent_id=parent.request_id
+            max_tokens=1,
+            temperature=0.0,
+            detokenize=False,
+            # it asks the cache as its parent will
+            extra_args=own(None if asked is None else asked.extra_args),
+            parent_id=parent.request_id,
+            parent_prompt_tokens=parent.num_prompt_tokens,
         ),
         pooling_params=None,
         arrival_time=parent.arrival_time,

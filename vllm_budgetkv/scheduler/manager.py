@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.arithmetic.terms import Terms
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,20 @@ class Expectation:
     """What is known of a request before it is admitted.
 
     Args:
-        quota: what it may hold.
+        terms: what it is held to.
         prompt_tokens: of its prompt, without any output.
         is_private: whether it neither reads nor publishes cached blocks.
         looks_ahead: whether its text runs ahead of it.
     """
 
-    quota: Quota
+    terms: Terms
     prompt_tokens: int
     is_private: bool
     looks_ahead: bool = False
+
+    @property
+    def quota(self) -> Quota:
+        return self.terms.quota
 
 
 class QuotaManager(FullAttentionManager):

@@ -17,7 +17,8 @@ from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import host_memory
-from vllm_budgetkv.start.activation import config_of
+from vllm_budgetkv.start.activation import config_of, rules_of
+from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.arithmetic.recall import Recall
+    from vllm_budgetkv.arithmetic.terms import Terms
 
 # a child of vLLM's logger, which alone has a handler
 logger = init_logger("vllm.plugins.budgetkv")
@@ -41,10 +43,10 @@ class BudgetScheduler(AsyncScheduler):
         self._config = config_of(self.vllm_config)
         (self._manager,) = self.kv_cache_manager.coordinator.single_type_managers
         assert isinstance(self._manager, QuotaManager)
-        spec = self._manager.kv_cache_spec
-        assert isinstance(spec, QuotaSpec)
-        # what every request gets today
-        self.quota = spec.quota
+        assert isinstance(self._manager.kv_cache_spec, QuotaSpec)
+        self._rules = rules_of(self.vllm_config)
+        # what a request gets that asks for nothing
+        self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
         self.encoder_limits = EncoderLimits(
             embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
@@ -54,7 +56,7 @@ class BudgetScheduler(AsyncScheduler):
         self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
         # vLLM's own reason to cut chunks, recurrent state, is refused at start
         self.need_mamba_block_aligned_split = self.quota.compresses
-        if self._config.host_bytes and self.quota.compresses:
+        if any(quota.recall is not None for quota in self._rules.quotas.values()):
             self.connector = self._make_connector()
             if self.log_stats:
                 self.connector_prefix_cache_stats = PrefixCacheStats()
@@ -62,7 +64,7 @@ class BudgetScheduler(AsyncScheduler):
 
     def _make_connector(self) -> HostConnector:
         rules = ReuseRules(
-            quota_of=self._quota_of,
+            terms_of=self._terms_of,
             looks_ahead=lambda request: self._manager.expected(request.request_id).looks_ahead,
             stop_behind=self._stop_behind,
             probe_tokens=self._config.policy_options().probe_tokens,
@@ -74,7 +76,6 @@ class BudgetScheduler(AsyncScheduler):
             self.kv_cache_config,
             prompts=prompts,
             rules=rules,
-            reuses=self._config.reuse,
         )
 
     def _is_running(self, request_id: str) -> bool:
@@ -110,6 +111,14 @@ class BudgetScheduler(AsyncScheduler):
             self.kv_cache_config.num_blocks,
             "on" if self._config.looks_ahead else "off",
         )
+        policies, most_blocks = self._config.policies[1:], self._rules.most_blocks
+        if policies or most_blocks > quota.blocks:
+            logger.info(
+                "budgetkv: a request may ask for %d to %d blocks%s",
+                quota.min_blocks,
+                most_blocks,
+                f", and for policy {' or '.join(policies)}" if policies else "",
+            )
         if quota.recall is not None:
             self._log_recall(quota.recall)
 
@@ -199,33 +208,64 @@ class BudgetScheduler(AsyncScheduler):
             super().add_request(request)
             return
         assert request.request_id not in self.lookaheads.held, "duplicate request id"
-        if request.resumable and self.quota.compresses:
-            # a session grows its prompt, but the quota's plan needs its length from the start;
-            # vLLM ends the requests of this set with an error that reaches the client
-            logger.warning("budgetkv: streaming-input session %s refused", request.request_id)
+        try:
+            terms = self._admissible(request)
+        except ValueError as error:
+            # a front end of ours refuses it with this message; another one passes it on, and vLLM
+            # ends the requests of this set with an error that reaches the client
+            logger.warning("budgetkv: request %s refused: %s", request.request_id, error)
             self.encoder_cache_mismatch_reqs.add(request.request_id)
-        ahead = self._lookahead_of(request, self.quota)
-        self._expect(request, self.quota, looks_ahead=ahead is not None)
+            if request.sampling_params is not None:
+                # until it ends, workers hold it to what all get
+                request.sampling_params.extra_args = None
+            terms = self._rules.default
+        ahead = self._lookahead_of(request, terms)
+        self._expect(request, terms, looks_ahead=ahead is not None)
         if ahead is None:
             super().add_request(request)
             return
         self.lookaheads.hold(request, ahead)
-        self._expect(ahead, self.quota)
+        self._expect(ahead, terms)
         super().add_request(ahead)
 
-    def _lookahead_of(self, request: Request, quota: Quota) -> Request | None:
-        if not self._config.looks_ahead or quota.fits(request.num_prompt_tokens):
-            return None
-        limit_tokens = min(self._config.lookahead_limit_tokens, quota.budget_tokens)
-        return make_lookahead(request, limit_tokens, self._config.lookahead_enough_tokens)
+    def _admissible(self, request: Request) -> Terms:
+        """What a client's request is held to. Caps its output where it has no quota.
 
-    def _expect(self, request: Request, quota: Quota, *, looks_ahead: bool = False) -> None:
+        Raises:
+            ValueError: it cannot be served so.
+        """
+        params, prompt_tokens = request.sampling_params, request.num_prompt_tokens
+        terms = self._rules.of(None if params is None else params.extra_args, prompt_tokens)
+        if request.resumable and self.quota.compresses:
+            # a session grows its prompt, but the quota's plan needs its length from the start
+            raise ValueError("sessions that stream their input have no quota")
+        if not terms.quota.compresses and self.quota.compresses:
+            # `--max-model-len` may exceed the pool, in which this request must fit
+            pool_blocks = self.kv_cache_config.num_blocks - RESERVED_BLOCKS
+            room_tokens = pool_blocks * terms.quota.page_tokens - prompt_tokens
+            if room_tokens < 1:
+                raise ValueError("without a quota its prompt must fit the pool")
+            request.max_tokens = min(request.max_tokens, room_tokens)
+        return terms
+
+    def _lookahead_of(self, request: Request, terms: Terms) -> Request | None:
+        if not terms.lookahead_tokens or not terms.quota.compresses_prompt(
+            request.num_prompt_tokens
+        ):
+            return None
+        limit_tokens = min(terms.lookahead_tokens, terms.quota.budget_tokens)
+        return make_lookahead(request, limit_tokens, terms.enough_tokens)
+
+    def _expect(self, request: Request, terms: Terms, *, looks_ahead: bool = False) -> None:
         most_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
         # nothing of a look-ahead may be published, though it fits
         is_private = isinstance(request.sampling_params, LookaheadParams)
-        is_private |= not quota.fits(most_tokens)
-        expectation = Expectation(quota, request.num_prompt_tokens, is_private, looks_ahead)
+        is_private |= not terms.quota.fits(most_tokens)
+        expectation = Expectation(terms, request.num_prompt_tokens, is_private, looks_ahead)
         self._manager.expect(request.request_id, expectation)
+
+    def _terms_of(self, request: Request) -> Terms:
+        return self._manager.expected(request.request_id).terms
 
     def _quota_of(self, request: Request) -> Quota:
         return self._manager.expected(request.request_id).quota

@@ -10,9 +10,12 @@ from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
-from vllm_budgetkv.start.resolve import check_batch, check_policy, layout_of, resolve_quota
+from vllm_budgetkv.start.request_rules import RequestRules
+from vllm_budgetkv.start.resolve import check_batch, check_policies, layout_of, resolve_quotas
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vllm.config import VllmConfig
 
 SCHEDULER_CLASS = "vllm_budgetkv.scheduler.scheduler.BudgetScheduler"
@@ -37,16 +40,18 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         raise ValueError(f"--worker-cls {parallel.worker_cls} would replace ours: remove it")
     scheduler = vllm_config.scheduler_config
     layout_of(vllm_config)  # refuses what no head-page is made for
-    quota = resolve_quota(vllm_config, config)
-    check_policy(vllm_config, config, quota)
+    rules = RequestRules(config, resolve_quotas(vllm_config, config))
+    quota = rules.default.quota
+    check_policies(vllm_config, rules)
     host_memory.check(vllm_config, config)
     if quota.compresses:
-        pool_size.check(vllm_config, quota, vllm_config.cache_config.kv_cache_memory_bytes)
+        largest = rules.largest(config.policy)
+        pool_size.check(vllm_config, largest, vllm_config.cache_config.kv_cache_memory_bytes)
         check_batch(vllm_config, quota)
         scheduler.long_prefill_token_threshold = quota.chunk_tokens
     vllm_config.additional_config = {
         **_additional(vllm_config),
-        RESOLVED_SECTION: {"quota": asdict(quota)},
+        RESOLVED_SECTION: {name: asdict(quota) for name, quota in rules.quotas.items()},
     }
     scheduler.scheduler_cls = SCHEDULER_CLASS
     parallel.worker_cls = platform.worker
@@ -78,8 +83,24 @@ def config_of(vllm_config: VllmConfig) -> BudgetConfig:
     return BudgetConfig.from_mapping(section_of(_additional(vllm_config)))
 
 
+def is_active(vllm_config: VllmConfig) -> bool:
+    """Whether `activate` made it ours."""
+    additional = vllm_config.additional_config
+    return isinstance(additional, dict) and RESOLVED_SECTION in additional
+
+
+def rules_of(vllm_config: VllmConfig) -> RequestRules:
+    """What requests are held to, by the quotas that `activate` resolved: in every process alike."""
+    resolved = _additional(vllm_config)[RESOLVED_SECTION]
+    quotas = {name: _quota_of(fields) for name, fields in resolved.items()}
+    return RequestRules(config_of(vllm_config), quotas)
+
+
 def quota_of(vllm_config: VllmConfig) -> Quota:
-    """The quota that `activate` resolved, the same in every process."""
-    resolved = dict(_additional(vllm_config)[RESOLVED_SECTION]["quota"])
-    recall = resolved.pop("recall")
-    return Quota(**resolved, recall=None if recall is None else Recall(**recall))
+    """The quota of a request that asks for nothing."""
+    return rules_of(vllm_config).default.quota
+
+
+def _quota_of(fields: Mapping[str, Any]) -> Quota:
+    recall = fields["recall"]
+    return Quota(**{**fields, "recall": None if recall is None else Recall(**recall)})

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, fields, replace
 from typing import Any
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.policy.option import COUNT, POSITIVE_SHARE, flag_of, option, refuse_foreign
+from vllm_budgetkv.policy.option import (
+    COUNT,
+    POSITIVE_SHARE,
+    about,
+    flag_of,
+    option,
+    refuse_foreign,
+)
 from vllm_budgetkv.policy.options import PolicyFlags, PolicyOptions
 from vllm_budgetkv.policy.probe_source import ChatTemplate
 
 SECTION = "budgetkv"
+LOOKAHEAD_SOURCES = ("question", "text", "template")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +60,18 @@ class BudgetConfig(PolicyFlags):
         metavar="RATIO",
         within=POSITIVE_SHARE,
     )
+    max_page_quota: int | None = option(
+        None,
+        "Most blocks that a request may ask for (kv_page_quota); without it no more than all get.",
+        metavar="BLOCKS",
+        within=COUNT,
+    )
+    request_policies: str | None = option(
+        None,
+        "Policies that a request may ask for (kv_policy) beside --kv-policy, as 'full,window'. "
+        "Page tables are then as long as the longest needs: with 'full' as --max-model-len.",
+        metavar="NAMES",
+    )
     chunk_tokens: int = option(
         1024,
         "Most prompt tokens of one request in one step. A prompt that does not fit the quota is "
@@ -79,7 +99,7 @@ class BudgetConfig(PolicyFlags):
         "What runs ahead: the 'question' behind the last picture or video, or all text where none "
         "stands there; all 'text' of the prompt; or the chat 'template' alone, which asks nothing "
         "(for ablations).",
-        choices=("question", "text", "template"),
+        choices=LOOKAHEAD_SOURCES,
     )
     tuning: Mapping[str, Any] | None = option(
         None,
@@ -112,11 +132,35 @@ class BudgetConfig(PolicyFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_foreign(self, self.policy)
+        refuse_foreign(self, self.policies)
         self._check_quota()
+        self._check_requests()
         if self.host_memory is not None and self.host_bytes < 1:
             raise ValueError("--kv-host-memory 0 keeps nothing: leave it out")
-        POLICIES[self.policy].check(self.policy_options(), self.lookahead)
+        if len(self.policies) == 1:
+            POLICIES[self.policy].check(self.policy_options(), self.lookahead)
+        else:
+            for name in self.policies:
+                self.of_policy(name)
+
+    def _check_requests(self) -> None:
+        """What requests may ask for must be there."""
+        unknown = [name for name in self.policies if name not in POLICIES]
+        if unknown:
+            raise ValueError(
+                f"--kv-request-policies has {unknown[0]!r}: choose among {', '.join(POLICIES)}"
+            )
+        for name in ("max_page_quota", "request_policies"):
+            if getattr(self, name) is not None and not self.compresses:
+                raise ValueError(
+                    f"--kv-policy {self.policy} has no quota, so that {flag_of(name)} means "
+                    "nothing: remove it or choose --kv-policy hybrid"
+                )
+        if self.max_page_quota and self.page_quota and self.max_page_quota < self.page_quota:
+            raise ValueError(
+                f"--kv-max-page-quota {self.max_page_quota} is less than --kv-page-quota "
+                f"{self.page_quota}, which a request gets without asking: raise it"
+            )
 
     def _check_quota(self) -> None:
         given = [n for n in QUOTA_FIELDS if getattr(self, n) is not None]
@@ -130,6 +174,29 @@ class BudgetConfig(PolicyFlags):
                 f"--kv-policy {self.policy} has no quota: remove {flag_of(given[0])} or "
                 "choose --kv-policy hybrid"
             )
+
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of the policies that requests may have; the first is that of all that ask none."""
+        asked = (self.request_policies or "").split(",")
+        return tuple(
+            dict.fromkeys([self.policy, *[name.strip() for name in asked if name.strip()]])
+        )
+
+    def of_policy(self, name: str) -> BudgetConfig:
+        """The options of requests under one of `policies`, without those that it does not read.
+
+        Raises:
+            ValueError: the policy cannot serve with them.
+        """
+        changed: dict[str, Any] = {"policy": name, "request_policies": None}
+        for item in fields(self):
+            readers = about(item).policies
+            if readers and name not in readers:
+                changed[item.name] = item.default
+        if not POLICIES[name].compresses:
+            changed |= dict.fromkeys((*QUOTA_FIELDS, "max_page_quota"))
+        return replace(self, **changed)
 
     @property
     def compresses(self) -> bool:

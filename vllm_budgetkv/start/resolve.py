@@ -12,6 +12,7 @@ from vllm_budgetkv.policy import make_policy
 if TYPE_CHECKING:
     from vllm_budgetkv.start.config import BudgetConfig
     from vllm_budgetkv.start.engine_config import EngineConfig
+    from vllm_budgetkv.start.request_rules import RequestRules
 
 
 def layout_of(engine: EngineConfig) -> PageLayout:
@@ -46,6 +47,15 @@ def resolve_quota(engine: EngineConfig, config: BudgetConfig) -> Quota:
     )
 
 
+def resolve_quotas(engine: EngineConfig, config: BudgetConfig) -> dict[str, Quota]:
+    """The quotas of requests that ask for no other, by the policies that they may have.
+
+    Raises:
+        ValueError: the quota leaves no budget for what survives.
+    """
+    return {name: resolve_quota(engine, config.of_policy(name)) for name in config.policies}
+
+
 def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
     """What of a quota brings tokens back; None where no host memory keeps any."""
     if not config.host_bytes:
@@ -62,17 +72,18 @@ def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
     )
 
 
-def check_policy(engine: EngineConfig, config: BudgetConfig, quota: Quota) -> None:
-    """Build what each worker builds: the policy, with the files that it reads.
+def check_policies(engine: EngineConfig, rules: RequestRules) -> None:
+    """Build what each worker builds: the policies, with the files that they read.
 
     Raises:
-        ValueError: the policy does not fit the model or the quota.
+        ValueError: a policy does not fit the model or the quota.
     """
-    if not quota.compresses:
-        return
-    policy = make_policy(config.policy, config.policy_options(), quota.page_tokens)
     num_heads = engine.model_config.get_num_kv_heads(engine.parallel_config)
-    policy.layer_budgets(quota.num_layers, num_heads, quota.budget_tokens)
+    for name, quota in rules.quotas.items():
+        if quota.compresses:
+            options = rules.config.of_policy(name).policy_options()
+            policy = make_policy(name, options, quota.page_tokens)
+            policy.layer_budgets(quota.num_layers, num_heads, quota.budget_tokens)
 
 
 def check_batch(engine: EngineConfig, quota: Quota) -> None:

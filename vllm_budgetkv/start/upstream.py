@@ -49,6 +49,8 @@ TOUCHPOINTS = (
     Touchpoint(_ARGS, "EngineArgs._set_default_max_num_seqs_and_batched_tokens_args", "wrap",
                "a batch of vLLM's choice has room for a chunk beside every decode",
                ("self", "usage_context", "model_config", "parallel_config")),
+    Touchpoint("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", "wrap",
+               "what a request asks for is refused before it is passed on"),
 
     *(
         Touchpoint("vllm.config.model", f"ModelConfig.{name}", "read",
@@ -288,7 +290,7 @@ def problems_of(table: Iterable[Reads]) -> Iterator[str]:
 
 
 def wrap(name: str, wrapper: Callable[..., Any]) -> None:
-    """Replace a method of `EngineArgs` by `wrapper(original, ...)`, once however often called.
+    """Replace a method of a class by `wrapper(original, ...)`, once however often called.
 
     A class method stays one: its wrapper gets the class after the original.
 

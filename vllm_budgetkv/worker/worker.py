@@ -13,13 +13,14 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.attention.selector import _cached_get_attn_backend
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_budgetkv.cache.build import Rules, build_cache
+from vllm_budgetkv.cache.build import build_cache
 from vllm_budgetkv.cache.probe.rotaries import find_rotaries, turns_probe
 from vllm_budgetkv.cache.rehearsal import rehearse
+from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import make_policy
-from vllm_budgetkv.scheduler.lookahead import parent_of
+from vllm_budgetkv.scheduler.lookahead import LookaheadParams, parent_of
 from vllm_budgetkv.start import platforms, pool_size
-from vllm_budgetkv.start.activation import config_of, quota_of
+from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.host_memory import num_blocks
 from vllm_budgetkv.worker.backend import BudgetBackend, require_plain_layers
 from vllm_budgetkv.worker.engine_view import heads_of, model_of
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.worker.worker_base import CompilationTimes
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.cache import BudgetCache
     from vllm_budgetkv.cache.probe.bank import Rotary
     from vllm_budgetkv.start.config import BudgetConfig
+    from vllm_budgetkv.start.request_rules import RequestRules
 
 BACKEND_PATH = f"{BudgetBackend.__module__}.{BudgetBackend.__qualname__}"
 
@@ -65,32 +67,37 @@ class BudgetWorker(Worker):
 
     Attributes:
         budget_config: the options, from `load_model` on.
-        budget_quota: the largest quota of a request, from `load_model` on.
+        budget_rules: what requests are held to, from `load_model` on.
         budget_cache: the cache, once vLLM has allocated its buffer.
     """
 
     budget_config: BudgetConfig
-    budget_quota: Quota
+    budget_rules: RequestRules
     budget_cache: BudgetCache
 
     def load_model(self, **kwargs: Any) -> None:
         self.budget_config = config_of(self.vllm_config)
-        self.budget_quota = quota_of(self.vllm_config)
-        BudgetBackend.quota = self.budget_quota
+        self.budget_rules = rules_of(self.vllm_config)
+        BudgetBackend.quota = self._largest_quota
         with backend_registered():
             super().load_model(**kwargs)
+
+    @property
+    def _largest_quota(self) -> Quota:
+        """Of requests under the server's policy."""
+        return self.budget_rules.largest(self.budget_config.policy)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         require_plain_layers(specs)
         context = self.vllm_config.compilation_config.static_forward_context
-        heads_of({name: context[name] for name in specs}, self.budget_quota)
+        heads_of({name: context[name] for name in specs}, self._largest_quota)
         return specs
 
     def determine_available_memory(self) -> int:
         pool_bytes = super().determine_available_memory()
-        if self.budget_quota.compresses:
-            pool_size.check(self.vllm_config, self.budget_quota, pool_bytes)
+        if self._largest_quota.compresses:
+            pool_size.check(self.vllm_config, self._largest_quota, pool_bytes)
         return pool_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -111,27 +118,39 @@ class BudgetWorker(Worker):
         )
 
     def _make_cache(self, layers: Mapping[str, Any]) -> BudgetCache:
-        config, quota = self.budget_config, self.budget_quota
-        options = config.policy_options()
-        policy = make_policy(config.policy, options, quota.page_tokens)
-        model = model_of(layers, quota)
-        if quota.compresses and turns_probe(policy):
+        config = self.budget_config
+        offers = [self._offer(name) for name in config.policies]
+        model = model_of(layers, self._largest_quota)
+        if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report = Path(config.report_file) if config.report_file and self.rank == 0 else None
         return build_cache(
             model,
             Rules(
-                policy=policy,
-                options=options,
-                quota=quota,
+                offers=offers,
+                options=config.policy_options(),
                 num_slots=self.vllm_config.scheduler_config.max_num_seqs,
                 check_ledger=config.check_ledger,
                 max_model_tokens=self.model_config.max_model_len,
                 host_blocks=num_blocks(self.vllm_config, config),
             ),
-            parent_of,
+            self._arrival_of,
             (lambda record: record.append_to(report)) if report else None,
         )
+
+    def _offer(self, name: str) -> Offer:
+        terms, options = self.budget_rules.under(name), self.budget_config.of_policy(name)
+        policy = make_policy(name, options.policy_options(), terms.quota.page_tokens)
+        return Offer(policy, terms, self.budget_rules.largest(name))
+
+    def _arrival_of(self, new: NewRequestData) -> Arrival:
+        """What a new request is held to; the engine core has found that it may be."""
+        params = new.sampling_params
+        asked = None if params is None else params.extra_args
+        prompt_tokens = new.prompt_len
+        if isinstance(params, LookaheadParams):
+            prompt_tokens = params.parent_prompt_tokens
+        return Arrival(self.budget_rules.of(asked, prompt_tokens), parent_of(new))
 
     def _find_rotaries(self, layer_index: Mapping[str, int]) -> dict[int, Rotary]:
         max_tokens = self.vllm_config.scheduler_config.max_num_batched_tokens

@@ -19,26 +19,31 @@ if TYPE_CHECKING:
     Entry = tuple[RequestState, ProbeBank, BankWrite]
 
 
+def asks_probe(policy: Policy) -> bool:
+    """Whether queries score what a policy compresses."""
+    return policy.compresses and policy.needs_scores
+
+
 @dataclass(frozen=True)
 class Probes:
     """Queries that score the cache, from the token that enters a bank to the layer that is asked.
 
     Args:
-        policy: says where probes come from.
         options: how many queries they have.
         shape: of a bank.
         rotaries: rotary embedding of each layer; empty where nothing is turned.
         num_rows: rows of a batch.
+        are_asked: whether the policy of any request may ask.
         seeds: banks that look-aheads filled, by the id of the request they are for.
         decode_queries: [L, R, Hq, D], what the layers of a decode step leave behind; L is 0 where
             no policy asks.
     """
 
-    policy: Policy
     options: PolicyOptions
     shape: BankShape
     rotaries: Mapping[int, Rotary]
     num_rows: int
+    are_asked: bool
     seeds: dict[str, ProbeBank] = field(default_factory=dict, init=False)
     decode_queries: torch.Tensor = field(init=False)
 
@@ -47,13 +52,9 @@ class Probes:
         queries = self.shape.queries(num_layers, self.num_rows)
         object.__setattr__(self, "decode_queries", queries)
 
-    @property
-    def are_asked(self) -> bool:
-        return self.policy.compresses and self.policy.needs_scores
-
-    def new_bank(self) -> ProbeBank:
-        """An empty bank for one request."""
-        return ProbeBank(self.shape, self.policy.probe_source.capacity_tokens(self.options))
+    def new_bank(self, policy: Policy) -> ProbeBank:
+        """An empty bank for one request under a policy."""
+        return ProbeBank(self.shape, policy.probe_source.capacity_tokens(self.options))
 
     # --- which tokens enter ----------------------------------------------------------------------
 
@@ -62,15 +63,15 @@ class Probes:
         if not self._needs_bank(request, stop):
             return []
         if request.bank is None:
-            request.ask_with(self.new_bank())
+            request.ask_with(self.new_bank(request.policy))
         is_seeded = request.request_id in self.seeds
-        source = self.policy.probe_source
+        source = request.policy.probe_source
         return source.positions(request.spans, start, stop, self.options, is_seeded)
 
     def _needs_bank(self, request: RequestState, stop_tokens: int) -> bool:
-        if not self.are_asked:
+        if not asks_probe(request.policy):
             return False
-        if request.parent_id is not None or self.policy.probe_source.asks_from_start:
+        if request.parent_id is not None or request.policy.probe_source.asks_from_start:
             return True
         # a short prompt needs probes only once its output comes near the quota; where the prompt
         # itself does, all of its chunks give theirs, however they were cut
@@ -129,11 +130,13 @@ class Probes:
     ) -> Sequence[torch.Tensor | None]:
         """The request's probe in each layer, [M, Hq, D], turned to stand behind its tokens."""
         bank = request.bank
-        if not self.are_asked or bank is None or not bank.size:
+        if bank is None or not bank.size:
             return [None] * len(layers)
         assert request.position_offset is not None
         position = request.position_offset + seen_tokens
-        rotaries = [self.rotaries.get(layer) for layer in layers]
+        # queries that never ran ahead are asked from where they stand
+        turned = self.rotaries if request.policy.probe_source.runs_ahead else {}
+        rotaries = [turned.get(layer) for layer in layers]
         if len(layers) > 1 and all(rotary is rotaries[0] for rotary in rotaries):
             neighbours = slice(layers[0], layers[-1] + 1)
             return bank.probe(neighbours, position, rotaries[0]).unbind()

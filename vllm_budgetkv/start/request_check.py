@@ -1,0 +1,73 @@
+"""What a request asks for is refused where it arrives, so that its client reads why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.exceptions import VLLMValidationError
+
+from vllm_budgetkv.start.activation import is_active, rules_of
+from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
+from vllm_budgetkv.start.request_rules import own
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.input_processor import InputProcessor
+
+
+def process_inputs(
+    original: Any, self: InputProcessor, *args: Any, **kwargs: Any
+) -> EngineCoreRequest:
+    """Wraps vLLM's front end; what it passes to an engine without a policy is left alone."""
+    request = original(self, *args, **kwargs)
+    if is_active(self.vllm_config):
+        check(self.vllm_config, request)
+    return request
+
+
+class RequestRefused(VLLMValidationError, ValueError):
+    """A client's mistake: HTTP 400 from a server, a `ValueError` offline."""
+
+
+def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+    """Refuse a request that asks for what this server does not give.
+
+    Args:
+        vllm_config: of an engine with a policy.
+        request: as the front end passes it on.
+
+    Raises:
+        RequestRefused: names the key, what it may be and what it is.
+    """
+    params = request.sampling_params
+    if params is None or not own(params.extra_args):
+        return
+    prompt_tokens = prompt_length(request)
+    try:
+        terms = rules_of(vllm_config).of(params.extra_args, prompt_tokens)
+        if not terms.quota.compresses:
+            _check_room(vllm_config, prompt_tokens)
+    except ValueError as error:
+        raise RequestRefused(str(error)) from error
+
+
+def prompt_length(request: Any) -> int:
+    """Tokens of a prompt, whether of ids or of embeddings."""
+    ids = request.prompt_token_ids
+    return len(request.prompt_embeds if ids is None else ids)
+
+
+def _check_room(vllm_config: VllmConfig, prompt_tokens: int) -> None:
+    """A request without a quota must fit the pool, which `--max-model-len` may exceed here."""
+    num_blocks = vllm_config.cache_config.num_gpu_blocks
+    if num_blocks is None:
+        return
+    # vLLM's front end counts the blocks of all its engines
+    num_blocks //= vllm_config.parallel_config.data_parallel_size
+    most_tokens = (num_blocks - RESERVED_BLOCKS) * vllm_config.cache_config.block_size
+    if prompt_tokens >= most_tokens:
+        raise ValueError(
+            f"kv_policy full: the prompt has {prompt_tokens} tokens, but a request without a quota "
+            f"must fit the pool of {most_tokens}: ask for another kv_policy"
+        )
