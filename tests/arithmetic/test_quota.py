@@ -146,18 +146,33 @@ def test_a_policy_that_keeps_everything_never_compresses() -> None:
 @settings(max_examples=300, deadline=None)
 @given(quotas(), st.integers(1, 4), st.data())
 def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObject) -> None:
-    """With any split of the budget over heads."""
+    """With any split of the budget over heads, beside tokens that all of them keep."""
+    most_pinned = (quota.blocks - quota.min_blocks) * quota.page_tokens
+    quota = replace(quota, pinned_tokens=data.draw(st.integers(0, most_pinned)))
     simulation = PageSimulation.drawn(quota, heads, data)
 
     def compress(layer: int) -> None:
         total = quota.budget_tokens * heads
         row = simulation.lens[layer]
-        for head in range(heads - 1):
-            row[head] = data.draw(st.integers(0, min(row[head], quota.max_head_tokens, total)))
-            total -= row[head]
-        row[-1] = min(row[-1], quota.max_head_tokens, total)
+        for head in range(heads):
+            pinned = min(row[head], quota.pinned_tokens)
+            most = min(row[head] - pinned, quota.max_chosen_tokens, total)
+            chosen = most if head == heads - 1 else data.draw(st.integers(0, most))
+            row[head] = pinned + chosen
+            total -= chosen
 
     simulation.run(compress, output_tokens=2 * quota.decode_interval_tokens + 3)
+
+
+@settings(max_examples=200, deadline=None)
+@given(quotas(), st.integers(-60, 60), st.integers(0, 200))
+def test_compactions_are_counted_as_they_fall(quota: Quota, beyond: int, outputs: int) -> None:
+    """Of prompts that fit and that do not."""
+    prompt_tokens = max(1, quota.tokens + beyond)
+    seen_tokens = prompt_tokens + outputs
+    starts = range(prompt_tokens, seen_tokens)
+    expected = sum(quota.compacts_before(start, prompt_tokens) for start in starts)
+    assert quota.compactions(seen_tokens, prompt_tokens) == expected
 
 
 def compressions(quota: Quota, prompt_tokens: int, output_tokens: int) -> list[int]:

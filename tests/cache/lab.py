@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import torch
 
+from tests.cache.client import Client, parent_of
 from tests.policy.factories import head_scores_file
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.arithmetic.terms import Terms
@@ -25,55 +26,6 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.step import Step
     from vllm_budgetkv.policy import Policy
-
-LOOKAHEAD = "#ahead"
-
-
-def parent_of(request_id: str) -> str | None:
-    return request_id.removesuffix(LOOKAHEAD) if request_id.endswith(LOOKAHEAD) else None
-
-
-@dataclass
-class Feature:
-    """A multimodal item as vLLM describes one, with frames of `frame_tokens`."""
-
-    offset: int
-    length: int
-    frame_tokens: int
-    modality: str = "video"
-
-    @property
-    def mm_position(self) -> SimpleNamespace:
-        return SimpleNamespace(
-            offset=self.offset,
-            length=self.length,
-            is_embed=None,
-            get_num_embeds=lambda: self.length,
-        )
-
-    @property
-    def data(self) -> dict[str, SimpleNamespace]:
-        grid = torch.tensor([[self.length // self.frame_tokens, 2, 2 * self.frame_tokens]])
-        return {"video_grid_thw": SimpleNamespace(data=grid)}
-
-
-@dataclass(eq=False)
-class Client:
-    """What the scheduler knows of one request."""
-
-    request_id: str
-    prompt_tokens: int
-    features: list[Feature] = field(default_factory=list)
-    output_tokens: int = 0
-    computed_tokens: int = 0
-    lead_tokens: int = 0
-    blocks: list[int] = field(default_factory=list)
-    was_admitted: bool = False
-    terms: Terms | None = None
-
-    @property
-    def total_tokens(self) -> int:
-        return self.prompt_tokens + self.output_tokens
 
 
 class Lab:
@@ -140,6 +92,7 @@ class Lab:
             options=self.options,
             num_slots=num_slots,
             check_ledger=True,
+            summarizes=self.summarizes(),
             **self.host_memory(),
         )
         return build_cache(model, rules, self._arrival_of, self.finished.append)
@@ -160,6 +113,10 @@ class Lab:
 
     def policy_of(self, client: Client) -> Policy:
         return self.cache.slots.rules.policies[self.terms_of(client).policy]
+
+    def summarizes(self) -> bool:
+        """Whether it is counted what clients keep of their prompts."""
+        return False
 
     def host_memory(self) -> dict[str, int]:
         """Fields of the rules that say what keeps dropped tokens."""

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tests.cache.lab import Client, Feature, Lab, parent_of
+from tests.cache.client import Client, Feature, parent_of
+from tests.cache.lab import Lab
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.probe.rotation import rotate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client, Feature
+from tests.cache.client import LOOKAHEAD, Client, Feature
 from tests.cache.scripted import Scripted
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.probe.bank import BankShape, BankWrite, ProbeBank, Rotary

@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.v1.attention.backend import AttentionCGSupport
 
-from tests.cache.lab import Client, Feature, Lab
+from tests.cache.client import Client, Feature
+from tests.cache.lab import Lab
 from tests.cache.test_recall import RecallLab
 from tests.worker.test_fields import batch, bound
 from vllm_budgetkv.arithmetic.quota import Quota

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client
+from tests.cache.client import LOOKAHEAD, Client
 from tests.cache.scripted import (
     BLOCKS,
     Haystack,

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.cache.lab import Client, Lab
+from tests.cache.client import Client
+from tests.cache.lab import Lab
 from tests.cache.test_scenarios import QUOTA, assert_empty, long_run, make_lab, play
 from tests.ops.naive_merge import HeadTokens, naive_merge
 from vllm_budgetkv.arithmetic.quota import Quota

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client
+from tests.cache.client import LOOKAHEAD, Client
 from tests.cache.scripted import BLOCKS, Haystack, Scripted, options, small_quota, video_client
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PagePool

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client
+from tests.cache.client import LOOKAHEAD, Client
 from tests.cache.scripted import BLOCKS, Haystack, options, small_quota, video_client
 
 POLICIES = ["window", "snapkv", "pyramidkv", "lookm", "hybrid"]

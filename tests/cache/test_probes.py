@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from tests.cache.lab import LOOKAHEAD, Client, Feature
+from tests.cache.client import LOOKAHEAD, Client, Feature
 from tests.cache.scripted import BLOCKS, Scripted, options, small_quota, video_client
 from vllm_budgetkv import ops
 from vllm_budgetkv.cache.probe.rotation import rotate

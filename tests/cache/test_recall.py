@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 import torch
 
-from tests.cache.lab import Client, Lab
+from tests.cache.client import Client
+from tests.cache.lab import Lab
 from tests.cache.test_scenarios import assert_empty, play
 from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.arithmetic.layout import PageLayout

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.lab import Client, Feature, Lab
+from tests.cache.client import Client, Feature
+from tests.cache.lab import Lab
 from tests.cache.test_recall import small_lab
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import Quota

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client, Feature
+from tests.cache.client import LOOKAHEAD, Client, Feature
 from tests.cache.test_recall import MAX_TOKENS, NUMBERS, RECALL, RecallLab, make_lab, run, small_lab
 from tests.cache.test_scenarios import assert_empty, play
 from vllm_budgetkv.arithmetic.quota import Quota

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tests.cache.lab import Client, Lab
+from tests.cache.client import Client
+from tests.cache.lab import Lab
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache import notices
 from vllm_budgetkv.cache.report import RequestRecord

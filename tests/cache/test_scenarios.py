@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import pytest
 
-from tests.cache.lab import LOOKAHEAD, Client, Feature, Lab
+from tests.cache.client import LOOKAHEAD, Client, Feature
+from tests.cache.lab import Lab
 from vllm_budgetkv.arithmetic.quota import Quota
 
 SCENARIOS = 200

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cache.lab import LOOKAHEAD, Client
+from tests.cache.client import LOOKAHEAD, Client
 from tests.cache.test_recall import RECALL, RecallLab, make_lab, run, small_lab
 from tests.cache.test_scenarios import assert_empty, play
 from vllm_budgetkv.policy import PolicyOptions

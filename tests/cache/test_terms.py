@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from tests.cache.lab import Client, Feature, Lab
+from tests.cache.client import Client, Feature
+from tests.cache.lab import Lab
 from tests.cache.test_scenarios import QUOTA, assert_empty, play
 from vllm_budgetkv.arithmetic.pinned import Pinned
 from vllm_budgetkv.arithmetic.quota import Quota

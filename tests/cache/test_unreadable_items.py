@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.cache.lab import Client, Lab
+from tests.cache.client import Client
+from tests.cache.lab import Lab
 from tests.cache.test_vision import feature
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache import notices

@@ -113,6 +113,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 "cached_tokens": output.num_cached_tokens,
                 "tokens": list(output.outputs[0].token_ids),
                 "text": output.outputs[0].text,
+                "said": (output.kv_transfer_params or {}).get("budgetkv"),
             }
         observer.look()
         step += 1

@@ -12,11 +12,12 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_budgetkv
+from vllm_budgetkv.scheduler.answers import Told
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start.activation import quota_of
@@ -63,6 +64,10 @@ class Core:
         vllm_config: of `configure`.
         pool_blocks: blocks of the pool; one of them is vLLM's null block.
         encoder_embeds: embeddings that the encoder makes in a step and that its cache holds.
+
+    Attributes:
+        tells: what a worker tells of requests with every step, by id.
+        said: what the answer of each request that ended says.
     """
 
     def __init__(
@@ -90,6 +95,8 @@ class Core:
         self.tokens: dict[str, list[int]] = {}
         self.ended: dict[str, str] = {}
         self.cached_tokens: dict[str, int] = {}
+        self.said: dict[str, dict[str, Any] | None] = {}
+        self.tells: dict[str, dict[str, Any]] = {}
         self.outputs: list[SchedulerOutput] = []
 
     def _limit_encoder(self, embeds: int) -> None:
@@ -140,6 +147,8 @@ class Core:
             sampled.append([] if request.is_prefill_chunk else [request.num_output_tokens])
         index = {request_id: row for row, request_id in enumerate(ids)}
         ran = ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
+        if told := {name: self.tells[name] for name in ids if name in self.tells}:
+            ran.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=Told(told))
         for of_client in scheduler.update_from_output(scheduled, ran).values():
             for output in of_client.outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
@@ -147,6 +156,7 @@ class Core:
                     self.cached_tokens[output.request_id] = output.prefill_stats.num_cached_tokens
                 if output.finish_reason is not None:
                     self.ended[output.request_id] = str(output.finish_reason)
+                    self.said[output.request_id] = output.kv_transfer_params
         return scheduled
 
     def run(self, most_steps: int = 2000) -> None:

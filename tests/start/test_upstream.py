@@ -14,6 +14,7 @@ import vllm
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_budgetkv import plugin
+from vllm_budgetkv.scheduler.answers import Told
 from vllm_budgetkv.scheduler.connector import HostConnector
 from vllm_budgetkv.scheduler.manager import QuotaManager
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
@@ -25,6 +26,7 @@ from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, Reads
 from vllm_budgetkv.worker.attention import BudgetAttention
 from vllm_budgetkv.worker.backend import BudgetBackend
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
+from vllm_budgetkv.worker.telling import ToldOutput
 from vllm_budgetkv.worker.worker import BudgetWorker
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ SUBCLASSES = (
     BudgetMetadataBuilder,
     BudgetAttention,
     BudgetWorker,
+    Told,
+    ToldOutput,
 )
 
 
@@ -247,14 +251,15 @@ def test_the_document_is_up_to_date() -> None:
 def stock_arguments(monkeypatch: pytest.MonkeyPatch) -> type[EngineArgs]:
     """`EngineArgs` whose methods are put back when the test ends."""
     for point in TOUCHPOINTS:
-        if point.how == "wrap":
+        if point.how == "wrap" and point.name.startswith("EngineArgs."):
             name = point.name.split(".")[1]
             monkeypatch.setattr(EngineArgs, name, inspect.getattr_static(EngineArgs, name))
     return EngineArgs
 
 
 def test_wrap_is_idempotent(stock_arguments: type[EngineArgs]) -> None:
-    names = [p.name.split(".")[1] for p in TOUCHPOINTS if p.how == "wrap"]
+    wrapped = [p.name.split(".") for p in TOUCHPOINTS if p.how == "wrap"]
+    names = [name for owner, name in wrapped if owner == "EngineArgs"]
     plugin.register()
     first = {name: inspect.getattr_static(stock_arguments, name) for name in names}
     plugin.register()

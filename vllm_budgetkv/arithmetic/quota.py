@@ -192,6 +192,16 @@ class Quota:
         least_tokens = 0 if self.fits(prompt_tokens) else self.decode_interval_tokens
         return grown_tokens >= least_tokens and grown_tokens % self.decode_interval_tokens == 0
 
+    def compactions(self, seen_tokens: int, prompt_tokens: int) -> int:
+        """How often output has led to a compression of a request that has seen so many tokens."""
+        if not self.compresses or seen_tokens <= prompt_tokens:
+            return 0
+        grown_tokens = seen_tokens - 1 - self._first_compression(prompt_tokens)
+        if grown_tokens < 0:
+            return 0
+        # a prompt that fits is compressed for the first time where others have been already
+        return grown_tokens // self.decode_interval_tokens + self.fits(prompt_tokens)
+
     def next_stop(self, start_tokens: int, prompt_tokens: int) -> int:
         """Where a chunk that begins behind `start_tokens` must end at the latest.
 

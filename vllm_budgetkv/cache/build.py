@@ -79,6 +79,7 @@ def build_cache(
         options=rules.options,
         probes=probes,
         scales=model.scales,
+        notes_mass=rules.summarizes,
         poison=rules.check_ledger,
     )
     for offer in rules.offers:
@@ -91,6 +92,7 @@ def build_cache(
         tables=tables,
         on_finished=on_finished,
         recaller=recaller,
+        summarizes=rules.summarizes,
     )
     if rules.check_ledger:
         model.pool.poison()

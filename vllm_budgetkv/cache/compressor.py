@@ -11,6 +11,7 @@ import torch
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.cache.probe.probes import asks_probe
 from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention, Tier
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Compressor:
         options: knobs of the policy.
         probes: ask for the policies.
         scales: softmax scale of each layer.
+        notes_mass: whether requests note how much of the probe's attention is retained.
         poison: fill freed pages with NaN.
     """
 
@@ -41,6 +43,7 @@ class Compressor:
     options: PolicyOptions
     probes: Probes
     scales: Mapping[int, float]
+    notes_mass: bool
     poison: bool
 
     def compress(
@@ -68,6 +71,7 @@ class Compressor:
         scores, tiers = (join([getattr(one, name) for one in kept], 2) for name in TOKEN_FIELDS)
         budgets, is_static = (join([getattr(one, name) for one in kept], 1) for name in HEAD_FIELDS)
         keep = ops.select(scores, tiers, heads.lens, budgets)
+        self._note_mass(request, layers, seen, keep)
         self._merge(request, layers, keep, seen, kept)
         ops.compact(keep, heads, tables.stack_of(slot), poison=self.poison)
         rows = slice(layers[0], layers[-1] + 1)
@@ -89,11 +93,32 @@ class Compressor:
             noted = join(found, 1).view(len(layers), -1)
             self.tables.concentration[request.slot, rows] = noted
 
+    def _note_mass(
+        self,
+        request: RequestState,
+        layers: Sequence[int],
+        seen: list[Observation],
+        keep: torch.Tensor,
+    ) -> None:
+        """Multiply what each layer retained until now by what it keeps of what it holds."""
+        found = [one.mass for one in seen if one.mass is not None]
+        if request.retained_mass is None or not found:
+            return
+        mass = join(found, 2)
+        of_layers = torch.stack((mass.sum(dim=-1), (mass * keep).sum(dim=-1)))
+        whole, kept = of_layers.view(2, len(layers), -1).sum(dim=-1)
+        rows = slice(layers[0], layers[-1] + 1)
+        # a probe that attends to sinks alone may leave a head nothing to weigh
+        request.retained_mass[rows] *= kept / whole.clamp(min=torch.finfo(mass.dtype).tiny)
+
     def share(self, request: RequestState) -> None:
         """Let a request's heads share its pages from its first compression on."""
         if not request.shared:
             self.tables.share(request.slot, request.blocks, request.held_tokens)
             request.share(self.new_layer_budgets(request.policy, request.quota))
+            if self.notes_mass and asks_probe(request.policy):
+                mass = torch.ones(self.tables.num_layers, device=self.tables.lens.device)
+                request.watch_mass(mass)
 
     def compress_all(self, request: RequestState) -> None:
         """Compress all layers before a decode step, because the growth would pass the quota."""

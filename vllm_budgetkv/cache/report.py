@@ -12,6 +12,7 @@ import torch
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.notices import warn_once
 from vllm_budgetkv.cache.report_file import append_line
+from vllm_budgetkv.cache.summary import CLASSES, Summary
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.tables import HeadTables
-
-CLASSES = ("static", "dynamic")
 
 
 @dataclass
@@ -92,7 +91,9 @@ class Reports:
         tables: page tables.
         on_finished: gets the record of every client request that ended; None if nobody reads them.
         recaller: brings tokens back; None without host memory.
+        summarizes: whether it is counted what requests keep of their prompts.
         records: by request id.
+        summaries: of prompts that have been read since somebody took them, by request id.
         is_paused: whether new requests are no client's, as while the worker warms up.
     """
 
@@ -100,7 +101,9 @@ class Reports:
     tables: HeadTables
     on_finished: Callable[[RequestRecord], None] | None
     recaller: Recaller | None = None
+    summarizes: bool = False
     records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
+    summaries: dict[str, Summary] = field(default_factory=dict, init=False)
     is_paused: bool = field(default=False, init=False)
 
     @contextmanager
@@ -151,7 +154,13 @@ class Reports:
             warn_once("what requests bring back cannot be counted: their report lacks it")
 
     def prefilled(self, request: RequestState) -> None:
-        """The prompt of a request is in the cache. Reads the device; never raises."""
+        """The prompt of a request is in the cache. Never raises; a record reads the device."""
+        if self.summarizes and request.has_classes and not self.is_paused:
+            try:
+                self.summaries[request.request_id] = Summary.of(request, self.tables)
+            except Exception:  # noqa: BLE001
+                # what only reports does not end a request
+                warn_once("what requests keep cannot be counted: their answers do not say it")
         record = self.records.get(request.request_id)
         if record is None:
             return
@@ -160,6 +169,11 @@ class Reports:
         except Exception:  # noqa: BLE001
             # what only reports does not end a request
             warn_once("what requests keep cannot be counted: their report lacks it")
+
+    def take_summaries(self) -> dict[str, Summary]:
+        """What was counted since the last time, which is forgotten here."""
+        taken, self.summaries = self.summaries, {}
+        return taken
 
     def close(self, request_id: str) -> None:
         """A request ended."""

@@ -47,6 +47,9 @@ class RequestState:
         position_offset: int64 scalar on the device: what the rotary position of its next token is
             beyond the token's index. Text alone follows the prompt, so decode leaves it.
         layer_budgets: what each layer may hold now; None if all layers are equal.
+        retained_mass: float32 [L] on the device: share of the probe's attention that was retained,
+            multiplied over the compressions since its heads hold what they hold; None if nobody
+            asks.
     """
 
     request_id: str
@@ -68,6 +71,7 @@ class RequestState:
     recalls: bool = field(default=False, init=False)
     position_offset: torch.Tensor | None = field(default=None, init=False)
     layer_budgets: LayerBudgets | None = field(default=None, init=False)
+    retained_mass: torch.Tensor | None = field(default=None, init=False)
 
     @property
     def quota(self) -> Quota:
@@ -146,6 +150,10 @@ class RequestState:
             room = self.recall_room if last else None
             return self.quota.budget_tokens if room is None else room.resident_tokens
         return self.layer_budgets.claim(layer)
+
+    def watch_mass(self, retained_mass: torch.Tensor) -> None:
+        """Note from now on how much of the probe's attention is retained."""
+        self.retained_mass = retained_mass
 
     def spend(self, seconds: float) -> None:
         """Add to the time that its compressions took."""

@@ -57,6 +57,7 @@ class Rules:
         check_ledger: check every table after every step and fill what is free with NaN.
         max_model_tokens: tokens of the longest request.
         host_blocks: of host memory that keeps what quotas drop; 0 for none.
+        summarizes: whether it is counted what requests keep of their prompts.
     """
 
     offers: Sequence[Offer]
@@ -65,6 +66,7 @@ class Rules:
     check_ledger: bool
     max_model_tokens: int = 0
     host_blocks: int = 0
+    summarizes: bool = False
 
     @property
     def policies(self) -> dict[str, Policy]:

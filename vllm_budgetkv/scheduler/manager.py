@@ -49,6 +49,7 @@ class QuotaManager(FullAttentionManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._expected: dict[str, Expectation] = {}
+        self._peak_blocks: dict[str, int] = {}
 
     def expect(self, request_id: str, expectation: Expectation) -> None:
         """Note what a request is; called before it is admitted, and it holds until `forget`."""
@@ -61,6 +62,11 @@ class QuotaManager(FullAttentionManager):
     def forget(self, request_id: str) -> None:
         """Drop the notes of a finished request."""
         self._expected.pop(request_id, None)
+        self._peak_blocks.pop(request_id, None)
+
+    def peak_blocks(self, request_id: str) -> int:
+        """Most blocks that a request has held, before a preemption too."""
+        return self._peak_blocks.get(request_id, 0)
 
     def _capped_tokens(self, request_id: str, num_tokens: int) -> int:
         expected = self._expected[request_id]
@@ -105,6 +111,7 @@ class QuotaManager(FullAttentionManager):
             request_id, self._capped_tokens(request_id, num_tokens), num_tokens_main_model
         )
         held_blocks = len(self.req_to_blocks[request_id])
+        self._peak_blocks[request_id] = max(self.peak_blocks(request_id), held_blocks)
         quota_blocks = self._expected[request_id].quota.blocks
         if held_blocks > quota_blocks:
             raise RuntimeError(

@@ -10,6 +10,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
+from vllm_budgetkv.scheduler.answers import Answers
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
 from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
@@ -18,6 +19,7 @@ from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import host_memory
 from vllm_budgetkv.start.activation import config_of, rules_of
+from vllm_budgetkv.start.config import SECTION
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class BudgetScheduler(AsyncScheduler):
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
+        self._answers = Answers() if self._config.answer_report else None
         self.encoder_limits = EncoderLimits(
             embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
@@ -292,7 +295,12 @@ class BudgetScheduler(AsyncScheduler):
         return cancelled + [r for r in finished if r.request_id not in self.lookaheads]
 
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
-        result = super()._free_request(request, delay_free_blocks)
+        kv_params, other_params = super()._free_request(request, delay_free_blocks)
+        if self._answers is not None and request.request_id not in self.lookaheads:
+            peak_blocks = self._manager.peak_blocks(request.request_id)
+            said = self._answers.of(request, self._terms_of(request), peak_blocks)
+            kv_params = {**(kv_params or {}), SECTION: said}
+            self._answers.forget(request.request_id)
         self._manager.forget(request.request_id)
         if request.request_id in self.lookaheads:
             if self.finished_req_ids_dict is not None:
@@ -300,11 +308,13 @@ class BudgetScheduler(AsyncScheduler):
             parent = self.lookaheads.release(request.request_id)
             if parent is not None:
                 super().add_request(parent)
-        return result
+        return kv_params, other_params
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
+        if self._answers is not None:
+            self._answers.note(model_runner_output)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             of_client.outputs = [

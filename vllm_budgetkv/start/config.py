@@ -120,6 +120,11 @@ class BudgetConfig(PolicyFlags):
         "computing it again. Its keys and values were computed behind another question.",
         policies=("hybrid",),
     )
+    answer_report: bool = option(
+        True,
+        "Let each answer say what its request held, in kv_transfer_params['budgetkv'] of its body "
+        "or of the RequestOutput: policy, quota, most blocks, and what its heads kept.",
+    )
     report_file: str | None = option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
-
-from vllm.exceptions import VLLMValidationError
 
 from vllm_budgetkv.start.activation import is_active, rules_of
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
@@ -26,8 +25,15 @@ def process_inputs(
     return request
 
 
-class RequestRefused(VLLMValidationError, ValueError):
-    """A client's mistake: HTTP 400 from a server, a `ValueError` offline."""
+@cache
+def refusal() -> type[ValueError]:
+    """The error of a client's mistake: HTTP 400 from a server, a `ValueError` offline."""
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestRefused(VLLMValidationError, ValueError):
+        """What a request asks for is not to be had."""
+
+    return RequestRefused
 
 
 def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
@@ -38,7 +44,7 @@ def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         request: as the front end passes it on.
 
     Raises:
-        RequestRefused: names the key, what it may be and what it is.
+        ValueError: names the key, what it may be and what it is.
     """
     params = request.sampling_params
     if params is None or not own(params.extra_args):
@@ -49,7 +55,7 @@ def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         if not terms.quota.compresses:
             _check_room(vllm_config, prompt_tokens)
     except ValueError as error:
-        raise RequestRefused(str(error)) from error
+        raise refusal()(str(error)) from error
 
 
 def prompt_length(request: Any) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
+from vllm_budgetkv.start.upstream_requests import REQUEST_TOUCHPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -49,8 +50,6 @@ TOUCHPOINTS = (
     Touchpoint(_ARGS, "EngineArgs._set_default_max_num_seqs_and_batched_tokens_args", "wrap",
                "a batch of vLLM's choice has room for a chunk beside every decode",
                ("self", "usage_context", "model_config", "parallel_config")),
-    Touchpoint("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", "wrap",
-               "what a request asks for is refused before it is passed on"),
 
     *(
         Touchpoint("vllm.config.model", f"ModelConfig.{name}", "read",
@@ -99,6 +98,7 @@ TOUCHPOINTS = (
                ("self", "request", "num_tokens", "retention_interval", "replay_boundaries")),
 
     *HOST_TOUCHPOINTS,
+    *REQUEST_TOUCHPOINTS,
 
     Touchpoint(_ASYNC, "AsyncScheduler.__init__", "override", "the quota, the notes, the banner",
                ("self", "args", "kwargs")),

@@ -137,12 +137,14 @@ READS = (
         "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
         "block_size", "cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size",
-        "kv_sharing_fast_prefill", "num_gpu_blocks_override", "prefix_caching_hash_algo",
+        "kv_sharing_fast_prefill", "num_gpu_blocks", "num_gpu_blocks_override",
+        "prefix_caching_hash_algo",
         "prefix_match_unit")),
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
-        "data_parallel_size_local", "decode_context_parallel_size", "pipeline_parallel_size",
+        "data_parallel_size", "data_parallel_size_local", "decode_context_parallel_size",
+        "pipeline_parallel_size",
         "prefill_context_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
         "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
@@ -164,13 +166,20 @@ READS = (
     Reads("vllm.v1.request", "Request", "what is noted of it; look-ahead", (
         "all_token_ids", "arrival_time", "block_hashes", "client_index", "lora_request",
         "max_tokens", "mm_features",
-        "num_computed_tokens", "num_prompt_tokens", "priority", "prompt_token_ids",
+        "num_computed_tokens", "num_preemptions", "num_prompt_tokens", "num_tokens", "priority",
+        "prompt_token_ids",
         "request_id", "resumable", "sampling_params", "skip_reading_prefix_cache", "status",
         "(request_id, client_index, prompt_token_ids, sampling_params, pooling_params, "
         "arrival_time, lora_request, priority)")),
     Reads("vllm.v1.request", "RequestStatus", "which look-aheads run", ("RUNNING",)),
     Reads("vllm.sampling_params", "SamplingParams", "a look-ahead's one token", (
-        "detokenize", "max_tokens", "temperature")),
+        "detokenize", "extra_args", "max_tokens", "temperature")),
+    Reads("vllm.v1.engine", "EngineCoreRequest", "what it asks for, and how long it is", (
+        "prompt_embeds", "prompt_token_ids", "sampling_params")),
+    Reads("vllm.v1.outputs", "ModelRunnerOutput", "what was counted of prompts", (
+        "kv_connector_output",)),
+    Reads("vllm.v1.outputs", "KVConnectorOutput", "the same", (
+        "kv_connector_worker_meta",)),
 
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "our spec of a layer", (
         "attention_chunk_size", "block_size", "dtype", "head_size", "head_size_v",

@@ -28,13 +28,15 @@ from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
+from vllm_budgetkv.worker.telling import tell
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
-    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
     from vllm.v1.worker.worker_base import CompilationTimes
 
     from vllm_budgetkv.arithmetic.quota import Quota
@@ -133,6 +135,8 @@ class BudgetWorker(Worker):
                 check_ledger=config.check_ledger,
                 max_model_tokens=self.model_config.max_model_len,
                 host_blocks=num_blocks(self.vllm_config, config),
+                # one rank speaks for all
+                summarizes=config.answer_report and self.rank == 0,
             ),
             self._arrival_of,
             (lambda record: record.append_to(report)) if report else None,
@@ -190,3 +194,10 @@ class BudgetWorker(Worker):
         output = super().execute_model(scheduler_output)
         self.budget_cache.end_step()
         return output
+
+    def sample_tokens(
+        self, grammar_output: GrammarOutput | None
+    ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+        output = super().sample_tokens(grammar_output)
+        summaries = self.budget_cache.reports.take_summaries()
+        return tell(output, summaries) if summaries else output

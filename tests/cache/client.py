@@ -1,0 +1,61 @@
+"""What the lab's scheduler knows of its requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.terms import Terms
+
+LOOKAHEAD = "#ahead"
+
+
+def parent_of(request_id: str) -> str | None:
+    return request_id.removesuffix(LOOKAHEAD) if request_id.endswith(LOOKAHEAD) else None
+
+
+@dataclass
+class Feature:
+    """A multimodal item as vLLM describes one, with frames of `frame_tokens`."""
+
+    offset: int
+    length: int
+    frame_tokens: int
+    modality: str = "video"
+
+    @property
+    def mm_position(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            offset=self.offset,
+            length=self.length,
+            is_embed=None,
+            get_num_embeds=lambda: self.length,
+        )
+
+    @property
+    def data(self) -> dict[str, SimpleNamespace]:
+        grid = torch.tensor([[self.length // self.frame_tokens, 2, 2 * self.frame_tokens]])
+        return {"video_grid_thw": SimpleNamespace(data=grid)}
+
+
+@dataclass(eq=False)
+class Client:
+    """What the scheduler knows of one request."""
+
+    request_id: str
+    prompt_tokens: int
+    features: list[Feature] = field(default_factory=list)
+    output_tokens: int = 0
+    computed_tokens: int = 0
+    lead_tokens: int = 0
+    blocks: list[int] = field(default_factory=list)
+    was_admitted: bool = False
+    terms: Terms | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.output_tokens

@@ -1,0 +1,91 @@
+"""What an answer says of its request, as the engine core gives it to the front end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from vllm.v1.request import RequestStatus
+
+from tests.scheduler.engine_core import BLOCK_TOKENS, BUDGET, Core, configure
+from tests.scheduler.test_request_terms import add
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+
+LONG, SHORT = 250, 20
+TOLD = {"dynamic_share": 0.25, "prompt_compressions": 10}
+
+
+@pytest.fixture(scope="module")
+def config(qwen2: Path) -> VllmConfig:
+    return configure(qwen2, "hybrid", budget={"request_policies": "full"})
+
+
+def said(core: Core, name: str) -> Any:
+    found = core.said[name]
+    assert found is not None and list(found) == ["budgetkv"]
+    return found["budgetkv"]
+
+
+def test_it_says_what_the_request_held(config: VllmConfig) -> None:
+    core = Core(config)
+    core.tells["long"] = TOLD
+    add(core, "long", LONG, output_tokens=30)
+    add(core, "short", SHORT)
+    add(core, "full", LONG, kv_policy="full")
+    core.run()
+    full_blocks = -(-(LONG + 3) // BLOCK_TOKENS)
+    assert said(core, "long") == {
+        "policy": "hybrid",
+        "quota_blocks": BUDGET["page_quota"],
+        "block_tokens": BLOCK_TOKENS,
+        "peak_blocks": BUDGET["page_quota"],
+        "full_cache_blocks": -(-(LONG + 29) // BLOCK_TOKENS),
+        "prompt_tokens": LONG,
+        "preemptions": 0,
+        # of 29 tokens that came behind the prompt
+        "output_compactions": 28 // BUDGET["decode_interval_tokens"],
+        **TOLD,
+    }
+    assert said(core, "short")["peak_blocks"] == -(-(SHORT + 3) // BLOCK_TOKENS)
+    assert said(core, "short")["output_compactions"] == 0
+    full = said(core, "full")
+    assert (full["policy"], full["quota_blocks"]) == ("full", None)
+    assert full["peak_blocks"] == full["full_cache_blocks"] == full_blocks
+    assert len(core.said) == 3, "a look-ahead has no answer"
+    assert not core.scheduler._answers.told
+
+
+def test_the_peak_is_that_of_before_a_preemption_too(config: VllmConfig) -> None:
+    core = Core(config)
+    add(core, "r", SHORT, output_tokens=60)
+    for _ in range(45):
+        core.step()
+    held = core.scheduler._manager.peak_blocks("r")
+    core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    core.step()
+    assert core.scheduler._manager.peak_blocks("r") == held > -(-SHORT // BLOCK_TOKENS)
+    core.run()
+    assert said(core, "r")["preemptions"] == 1
+
+
+def test_it_can_be_switched_off(qwen2: Path) -> None:
+    core = Core(configure(qwen2, "hybrid", budget={"answer_report": False}))
+    core.tells["r"] = TOLD
+    add(core, "r", LONG)
+    core.run()
+    assert core.said == {"r": None}
+
+
+def test_nothing_is_kept_of_one_that_is_aborted(config: VllmConfig) -> None:
+    core = Core(config)
+    core.tells["r"] = TOLD
+    add(core, "r", LONG, output_tokens=50)
+    for _ in range(20):
+        core.step()
+    assert core.scheduler._answers.told
+    core.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    assert not core.scheduler._answers.told and not core.scheduler._manager._peak_blocks

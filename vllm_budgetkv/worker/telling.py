@@ -1,0 +1,52 @@
+"""From a worker to the engine core: what it counted of requests goes along with a step's tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.outputs import AsyncModelRunnerOutput, KVConnectorOutput
+
+from vllm_budgetkv.cache.notices import warn_once
+from vllm_budgetkv.scheduler.answers import Told
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.outputs import ModelRunnerOutput
+
+    from vllm_budgetkv.cache.summary import Summary
+
+
+class ToldOutput(AsyncModelRunnerOutput):
+    """A step's output that is not there yet, and what is told with it."""
+
+    def __init__(self, output: AsyncModelRunnerOutput, summaries: Mapping[str, Summary]) -> None:
+        self._output = output
+        self._summaries = summaries
+
+    def get_output(self) -> ModelRunnerOutput:
+        output = self._output.get_output()
+        _add(output, self._summaries)
+        return output
+
+
+def tell(
+    output: ModelRunnerOutput | AsyncModelRunnerOutput, summaries: Mapping[str, Summary]
+) -> ModelRunnerOutput | AsyncModelRunnerOutput:
+    """The output of a step together with what was counted in it. May mutate `output`."""
+    if isinstance(output, AsyncModelRunnerOutput):
+        return ToldOutput(output, summaries)
+    _add(output, summaries)
+    return output
+
+
+def _add(output: ModelRunnerOutput, summaries: Mapping[str, Summary]) -> None:
+    try:
+        told = Told({name: summary.as_fields() for name, summary in summaries.items()})
+    except Exception:  # noqa: BLE001
+        # what only reports does not end a request
+        warn_once("what requests keep cannot be read: their answers do not say it")
+        return
+    if output.kv_connector_output is None:
+        output.kv_connector_output = KVConnectorOutput()
+    output.kv_connector_output.kv_connector_worker_meta = told
