@@ -56,10 +56,10 @@ def _create_engine_config(original: Any, self: EngineArgs, *args: Any, **kwargs:
     from vllm_budgetkv.start.activation import activate
 
     activate(vllm_config, config)
-    from vllm_budgetkv.start.request_check import process_inputs
+    from vllm_budgetkv.start import front_end
 
-    # this process is a front end: it has the requests of the engine that it configures
-    upstream.wrap("InputProcessor.process_inputs", process_inputs)
+    # this process has the requests of the engine that it configures
+    front_end.install()
     return vllm_config
 
 

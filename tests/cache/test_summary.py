@@ -76,6 +76,11 @@ def test_it_counts_what_the_record_counts(policy: str) -> None:
     for name, count in record.heads.items():
         kept = {key: round(tokens / max(1, count), 1) for key, tokens in record.kept[name].items()}
         assert fields["kept_tokens_per_head"].get(name) == (kept if count else None)
+    assert fields["heads"] == record.heads
+    kept = {name: sum(record.kept[name].values()) for name in record.heads}
+    assert summary.evicted_tokens == {
+        name: count * PROMPT_TOKENS - kept[name] for name, count in record.heads.items()
+    }
     assert fields["compression_ms"] > 0 and fields["reused_tokens"] == 0
 
 

@@ -64,6 +64,7 @@ class Core:
         vllm_config: of `configure`.
         pool_blocks: blocks of the pool; one of them is vLLM's null block.
         encoder_embeds: embeddings that the encoder makes in a step and that its cache holds.
+        log_stats: whether metrics are made.
 
     Attributes:
         tells: what a worker tells of requests with every step, by id.
@@ -71,7 +72,12 @@ class Core:
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, *, pool_blocks: int = 200, encoder_embeds: int = 0
+        self,
+        vllm_config: VllmConfig,
+        *,
+        pool_blocks: int = 200,
+        encoder_embeds: int = 0,
+        log_stats: bool = False,
     ) -> None:
         init_none_hash(sha256)
         vllm_config.cache_config.num_gpu_blocks = pool_blocks
@@ -88,6 +94,7 @@ class Core:
             KVCacheConfig(pool_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             StructuredOutputManager(vllm_config),
             block_size=BLOCK_TOKENS,
+            log_stats=log_stats,
         )
         if encoder_embeds:
             self._limit_encoder(encoder_embeds)
@@ -148,7 +155,9 @@ class Core:
         index = {request_id: row for row, request_id in enumerate(ids)}
         ran = ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
         if told := {name: self.tells[name] for name in ids if name in self.tells}:
-            ran.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=Told(told))
+            evicted = {name: {"static": 3, "dynamic": 4} for name in told}
+            meta = Told(told, evicted)
+            ran.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=meta)
         for of_client in scheduler.update_from_output(scheduled, ran).values():
             for output in of_client.outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)

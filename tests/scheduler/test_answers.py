@@ -9,6 +9,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.scheduler.engine_core import BLOCK_TOKENS, BUDGET, Core, configure
 from tests.scheduler.test_request_terms import add
+from vllm_budgetkv.metrics.message import Message
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +57,7 @@ def test_it_says_what_the_request_held(config: VllmConfig) -> None:
     assert (full["policy"], full["quota_blocks"]) == ("full", None)
     assert full["peak_blocks"] == full["full_cache_blocks"] == full_blocks
     assert len(core.said) == 3, "a look-ahead has no answer"
-    assert not core.scheduler._answers.told
+    assert not core.scheduler._answers._fields
 
 
 def test_the_peak_is_that_of_before_a_preemption_too(config: VllmConfig) -> None:
@@ -86,6 +87,26 @@ def test_nothing_is_kept_of_one_that_is_aborted(config: VllmConfig) -> None:
     add(core, "r", LONG, output_tokens=50)
     for _ in range(20):
         core.step()
-    assert core.scheduler._answers.told
+    assert core.scheduler._answers._fields
     core.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
-    assert not core.scheduler._answers.told and not core.scheduler._manager._peak_blocks
+    assert not core.scheduler._answers._fields and not core.scheduler._answers._evicted_tokens
+    assert not core.scheduler._manager._peak_blocks
+
+
+@pytest.mark.parametrize("says", [True, False])
+def test_a_message_for_the_metrics_travels_along(qwen2: Path, says: bool) -> None:
+    """Also where the answer says nothing; the front end takes it out."""
+    core = Core(configure(qwen2, "hybrid", budget={"answer_report": says}), log_stats=True)
+    core.tells["r"] = TOLD | {"retained_mass": 0.5, "compression_ms": 20.0}
+    add(core, "r", LONG)
+    core.run()
+    travels = core.said["r"]
+    assert travels is not None
+    message = Message.take(travels)
+    assert message is not None
+    assert ("budgetkv" in travels) is says and "budgetkv_meter" not in travels
+    assert (message.policy, message.engine) == ("hybrid", "0")
+    assert message.model_name == core.scheduler.vllm_config.model_config.served_model_name
+    assert message.peak_blocks == BUDGET["page_quota"] < message.full_cache_blocks
+    assert message.evicted_tokens == {"static": 3, "dynamic": 4}
+    assert (message.retained_mass, message.compression_seconds) == (0.5, 0.02)

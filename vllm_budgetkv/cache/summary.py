@@ -28,6 +28,7 @@ class Summary:
     """What the heads of this rank hold of one prompt.
 
     Args:
+        prompt_tokens: of its prompt.
         kept_tokens: int64 [2, 2], tokens of static and of dynamic heads, text and vision.
         num_heads: int64 [2], static and dynamic heads, of all layers.
         retained_mass: float32 [L], share of the probe's attention that each layer retained; None
@@ -37,6 +38,7 @@ class Summary:
         reused_tokens: of the prompt, that host memory had.
     """
 
+    prompt_tokens: int
     kept_tokens: torch.Tensor
     num_heads: torch.Tensor
     retained_mass: torch.Tensor | None
@@ -60,6 +62,7 @@ class Summary:
         classes = torch.stack((is_static, ~is_static)).long()
         mass = request.retained_mass
         return cls(
+            prompt_tokens=request.prompt_tokens,
             kept_tokens=torch.einsum("clh,lhm->cm", classes, by_modality),
             num_heads=classes.sum(dim=(1, 2)),
             retained_mass=None if mass is None else mass.clone(),
@@ -67,6 +70,14 @@ class Summary:
             compression_seconds=request.compression_seconds,
             reused_tokens=0 if request.host is None else request.host.num_tokens,
         )
+
+    @property
+    def evicted_tokens(self) -> dict[str, int]:
+        """Tokens of the prompt that heads have not kept, summed over those of each class. Waits for
+        the device."""
+        kept, heads = self.kept_tokens.sum(dim=1).tolist(), self.num_heads.tolist()
+        pairs = zip(CLASSES, heads, kept, strict=True)
+        return {name: count * self.prompt_tokens - tokens for name, count, tokens in pairs}
 
     def as_fields(self) -> dict[str, Any]:
         """For a client. Waits for the device."""
@@ -82,6 +93,7 @@ class Summary:
                 for name, count, row in counts
                 if count
             },
+            "heads": dict(zip(CLASSES, (num_static, num_dynamic), strict=True)),
             "dynamic_share": round(num_dynamic / (num_static + num_dynamic), DIGITS),
             "retained_mass": None if mass is None else round(mass, DIGITS),
             "prompt_compressions": self.compressions,

@@ -19,7 +19,6 @@ from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import host_memory
 from vllm_budgetkv.start.activation import config_of, rules_of
-from vllm_budgetkv.start.config import SECTION
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class BudgetScheduler(AsyncScheduler):
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
-        self._answers = Answers() if self._config.answer_report else None
+        self._answers = self._make_answers()
         self.encoder_limits = EncoderLimits(
             embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
@@ -64,6 +63,17 @@ class BudgetScheduler(AsyncScheduler):
             if self.log_stats:
                 self.connector_prefix_cache_stats = PrefixCacheStats()
         self._log_banner()
+
+    def _make_answers(self) -> Answers | None:
+        """Makes what is said of requests that end; None if nobody asks."""
+        if not (self._config.answer_report or self.log_stats):
+            return None
+        return Answers(
+            says=self._config.answer_report,
+            meters=self.log_stats,
+            model_name=self.vllm_config.model_config.served_model_name,
+            engine=str(self.vllm_config.parallel_config.data_parallel_index),
+        )
 
     def _make_connector(self) -> HostConnector:
         rules = ReuseRules(
@@ -299,7 +309,7 @@ class BudgetScheduler(AsyncScheduler):
         if self._answers is not None and request.request_id not in self.lookaheads:
             peak_blocks = self._manager.peak_blocks(request.request_id)
             said = self._answers.of(request, self._terms_of(request), peak_blocks)
-            kv_params = {**(kv_params or {}), SECTION: said}
+            kv_params = {**(kv_params or {}), **said}
             self._answers.forget(request.request_id)
         self._manager.forget(request.request_id)
         if request.request_id in self.lookaheads:

@@ -5,24 +5,14 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv.start.activation import is_active, rules_of
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 from vllm_budgetkv.start.request_rules import own
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.input_processor import InputProcessor
 
-
-def process_inputs(
-    original: Any, self: InputProcessor, *args: Any, **kwargs: Any
-) -> EngineCoreRequest:
-    """Wraps vLLM's front end; what it passes to an engine without a policy is left alone."""
-    request = original(self, *args, **kwargs)
-    if is_active(self.vllm_config):
-        check(self.vllm_config, request)
-    return request
+    from vllm_budgetkv.start.request_rules import RequestRules
 
 
 @cache
@@ -36,11 +26,12 @@ def refusal() -> type[ValueError]:
     return RequestRefused
 
 
-def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
+def check(rules: RequestRules, vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
     """Refuse a request that asks for what this server does not give.
 
     Args:
-        vllm_config: of an engine with a policy.
+        rules: of the engine.
+        vllm_config: of the engine.
         request: as the front end passes it on.
 
     Raises:
@@ -51,7 +42,7 @@ def check(vllm_config: VllmConfig, request: EngineCoreRequest) -> None:
         return
     prompt_tokens = prompt_length(request)
     try:
-        terms = rules_of(vllm_config).of(params.extra_args, prompt_tokens)
+        terms = rules.of(params.extra_args, prompt_tokens)
         if not terms.quota.compresses:
             _check_room(vllm_config, prompt_tokens)
     except ValueError as error:

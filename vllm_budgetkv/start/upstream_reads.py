@@ -132,7 +132,8 @@ READS = (
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
         "architectures", "disable_sliding_window", "dtype", "hf_text_config", "is_attention_free",
         "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
-        "model_arch_config", "multimodal_config", "registry", "runner_type", "use_mla",
+        "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
+        "use_mla",
         "get_head_size()", "get_num_kv_heads(parallel_config)",
         "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
@@ -143,7 +144,7 @@ READS = (
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
-        "data_parallel_size", "data_parallel_size_local", "decode_context_parallel_size",
+        "data_parallel_index", "data_parallel_size", "data_parallel_size_local", "decode_context_parallel_size",
         "pipeline_parallel_size",
         "prefill_context_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
@@ -176,6 +177,8 @@ READS = (
         "detokenize", "extra_args", "max_tokens", "temperature")),
     Reads("vllm.v1.engine", "EngineCoreRequest", "what it asks for, and how long it is", (
         "prompt_embeds", "prompt_token_ids", "sampling_params")),
+    Reads("vllm.v1.engine", "EngineCoreOutput", "what it says of a request that ended", (
+        "finish_reason", "kv_transfer_params")),
     Reads("vllm.v1.outputs", "ModelRunnerOutput", "what was counted of prompts", (
         "kv_connector_output",)),
     Reads("vllm.v1.outputs", "KVConnectorOutput", "the same", (

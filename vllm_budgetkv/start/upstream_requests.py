@@ -11,6 +11,8 @@ _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1.base"
 REQUEST_TOUCHPOINTS = (
     Touchpoint("vllm.v1.engine.input_processor", "InputProcessor.process_inputs", "wrap",
                "what a request asks for is refused before it is passed on"),
+    Touchpoint("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs", "wrap",
+               "vllm:budgetkv_* count what ended"),
     Touchpoint("vllm.exceptions", "VLLMValidationError", "subclass",
                "an error that a server answers with HTTP 400",
                ("message", "parameter", "value")),

@@ -42,7 +42,10 @@ def tell(
 
 def _add(output: ModelRunnerOutput, summaries: Mapping[str, Summary]) -> None:
     try:
-        told = Told({name: summary.as_fields() for name, summary in summaries.items()})
+        told = Told(
+            {name: summary.as_fields() for name, summary in summaries.items()},
+            {name: summary.evicted_tokens for name, summary in summaries.items()},
+        )
     except Exception:  # noqa: BLE001
         # what only reports does not end a request
         warn_once("what requests keep cannot be read: their answers do not say it")
