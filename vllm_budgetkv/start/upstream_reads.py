@@ -144,8 +144,8 @@ READS = (
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
-        "data_parallel_index", "data_parallel_size", "data_parallel_size_local", "decode_context_parallel_size",
-        "pipeline_parallel_size",
+        "data_parallel_index", "data_parallel_size", "data_parallel_size_local",
+        "decode_context_parallel_size", "pipeline_parallel_size",
         "prefill_context_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
         "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
