@@ -14,7 +14,7 @@ from grafana_foundation_sdk.builders.dashboard import Dashboard, DatasourceVaria
 from grafana_foundation_sdk.builders.prometheus import Dataquery
 from grafana_foundation_sdk.builders.timeseries import Panel
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
-from grafana_foundation_sdk.models.dashboard import DataSourceRef
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="${datasource}")
 OURS = 'model_name=~"$model"'
@@ -145,7 +145,7 @@ def dashboard() -> Dashboard:
         .label("Model")
         .datasource(SOURCE)
         .query("label_values(vllm:budgetkv_requests_total, model_name)")
-        .refresh(2)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)
         .include_all(True)
         .all_value(".*")
     )
