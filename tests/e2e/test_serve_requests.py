@@ -107,7 +107,7 @@ def test_completions_and_responses_take_them_too(server: Server) -> None:
     body = {"ignore_eos": True, "vllm_xargs": {"kv_page_quota": 10}}
     text = "word " * 150
     completion = client.completions.create(
-        model=model, prompt=text, max_tokens=4, temperature=0.0, n=2, extra_body=body
+        model=model, prompt=text, max_tokens=4, temperature=1.0, n=2, extra_body=body
     )
     response = client.responses.create(
         model=model, input=text, max_output_tokens=4, temperature=0.0, extra_body=body

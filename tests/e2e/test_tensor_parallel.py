@@ -60,3 +60,9 @@ def test_two_ranks_take_over_the_same(
     assert found["second"]["reused_tokens"] == found["again"]["reused_tokens"] == stop_tokens
     assert {found[name]["recall"] for name in ("first", "second", "again")} == {"on"}
     assert tokens_of(answer)["again"] == tokens_of(answer)["first"]
+    said = {name: one["said"] for name, one in answer["answers"].items()}
+    for name in ("first", "second", "again"):
+        assert said[name]["reused_tokens"] == found[name]["reused_tokens"]
+        assert said[name]["peak_blocks"] == found[name]["peak_blocks"] == QUOTA_BLOCKS
+    # rank 0 speaks for both, and has half of the heads
+    assert sum(said["first"]["heads"].values()) == sum(found["first"]["heads"].values())

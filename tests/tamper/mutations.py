@@ -5,5 +5,6 @@ from __future__ import annotations
 from tests.tamper.of_cache import OF_CACHE
 from tests.tamper.of_counts import OF_COUNTS
 from tests.tamper.of_host import OF_HOST
+from tests.tamper.of_requests import OF_REQUESTS
 
-MUTATIONS = (*OF_COUNTS, *OF_CACHE, *OF_HOST)
+MUTATIONS = (*OF_COUNTS, *OF_CACHE, *OF_HOST, *OF_REQUESTS)

@@ -64,7 +64,7 @@ OF_CACHE = (
     Mutation(
         "compressor: the mean where the policy takes the largest",
         "cache/compressor.py",
-        "            self.policy.takes_largest,\n",
+        "            policy.takes_largest,\n",
         "            False,\n",
     ),
     Mutation(
