@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests.cache.client import Client, Feature
 from tests.cache.lab import Lab
@@ -124,3 +125,17 @@ def test_a_record_says_what_the_request_had() -> None:
     assert less.quota_blocks == less.peak_blocks == small.blocks
     assert plain.peak_blocks == QUOTA["blocks"]
     assert full.peak_blocks == full.full_cache_blocks and not full.compressions
+
+
+@pytest.mark.parametrize(("policy", "is_turned"), [("snapkv", False), ("hybrid", True)])
+def test_only_queries_that_may_run_ahead_are_turned(policy: str, is_turned: bool) -> None:
+    """The others were asked where they stand, whatever another policy of the server needs."""
+    lab = make_lab(0)
+    terms = {offer.terms.policy: offer.terms for offer in lab.cache.slots.rules.offers}
+    client = long_client(lab, "r", terms[policy])
+    serve(lab, [client], num_outputs=2)
+    state = lab.state(client)
+    (asked,) = lab.cache.layers.probes.of(state, [0], state.computed_tokens + 50)
+    assert state.bank is not None and state.position_offset is not None and asked is not None
+    stored = state.bank.probe(0, state.position_offset + state.computed_tokens + 50, None)
+    assert torch.equal(asked, stored) is not is_turned
