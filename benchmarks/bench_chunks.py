@@ -115,15 +115,20 @@ def compare(whole: list[Round], cut: list[Round]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What a comparison of rounds in one engine takes."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=None, help="vLLM's choice if not given")
     parser.add_argument("--times", type=int, default=8, help="how often each prompt is asked")
     parser.add_argument("--output-tokens", type=int, default=32)
     parser.add_argument("--policy", default="hybrid")
-    options = parser.parse_args()
+    return parser
+
+
+def start(options: argparse.Namespace) -> tuple[Any, list[Any]]:
+    """An engine that has served some requests, and the prompts of a round."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -145,10 +150,16 @@ def main() -> None:
         media_io_kwargs={"video": {"num_frames": -1}},
         **budget_args(policy=options.policy, quota_tokens=512, chunk_tokens=options.chunk_tokens),
     )
-    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     kinds = [video_prompt(llm, size, seed=size) for size in PROMPTS]
     prompts = kinds * options.times
     serve(llm, prompts[: 2 * len(kinds)], 4)
+    return llm, prompts
+
+
+def main() -> None:
+    options = arguments(__doc__).parse_args()
+    llm, prompts = start(options)
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     whole, cut = [], []
     for _ in range(options.repeats):
         whole.append(serve(llm, prompts, options.output_tokens))

@@ -139,3 +139,19 @@ def test_only_queries_that_may_run_ahead_are_turned(policy: str, is_turned: bool
     assert state.bank is not None and state.position_offset is not None and asked is not None
     stored = state.bank.probe(0, state.position_offset + state.computed_tokens + 50, None)
     assert torch.equal(asked, stored) is not is_turned
+
+
+@pytest.mark.parametrize("policy", ["window", "snapkv", "keydiff", "pyramidkv", "streammem"])
+def test_a_policy_keeps_what_it_keeps_on_a_server_of_its_own(policy: str) -> None:
+    lab, alone = make_lab(0), Lab(policy, Quota(**QUOTA), pool_blocks=POOL_BLOCKS, seed=0)
+    terms = {offer.terms.policy: offer.terms for offer in lab.cache.slots.rules.offers}
+    clients = [long_client(lab, "r", terms[policy]), Client("r", 158, [Feature(4, 144, 4)])]
+    for its_lab, client in zip((lab, alone), clients, strict=True):
+        serve(its_lab, [client])
+    for layer in range(lab.layers):
+        for head in range(lab.heads):
+            held = [
+                its_lab.held(client, layer, head)
+                for its_lab, client in zip((lab, alone), clients, strict=True)
+            ]
+            assert torch.equal(*held)
