@@ -81,7 +81,8 @@ def test_it_counts_what_the_record_counts(policy: str) -> None:
     assert summary.evicted_tokens == {
         name: count * PROMPT_TOKENS - kept[name] for name, count in record.heads.items()
     }
-    assert fields["compression_ms"] > 0 and fields["reused_tokens"] == 0
+    assert fields["compression_ms"] > 0
+    assert (fields["recall"], fields["reused_tokens"]) == ("off", 0)
 
 
 @pytest.mark.parametrize("policy", ["hybrid", "snapkv", "ada-snapkv"])

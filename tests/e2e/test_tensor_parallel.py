@@ -62,6 +62,7 @@ def test_two_ranks_take_over_the_same(
     assert tokens_of(answer)["again"] == tokens_of(answer)["first"]
     said = {name: one["said"] for name, one in answer["answers"].items()}
     for name in ("first", "second", "again"):
+        assert said[name]["recall"] == "on"
         assert said[name]["reused_tokens"] == found[name]["reused_tokens"]
         assert said[name]["peak_blocks"] == found[name]["peak_blocks"] == QUOTA_BLOCKS
     # rank 0 speaks for both, and has half of the heads

@@ -210,4 +210,4 @@ class BudgetCache:
         recaller.join()
         layers = range(self.tables.num_layers)
         recaller.open(request, probes.of(request, layers, request.computed_tokens))
-        request.recall()
+        request.bring_back()

@@ -210,20 +210,13 @@ def _count_recalled(
     record: RequestRecord, request: RequestState, recaller: Recaller | None
 ) -> None:
     """Add what a request that gives up its slot brought back. Reads the device."""
-    quota, prompt_tokens = request.quota, request.prompt_tokens
-    if quota.recall is None or recaller is None:
+    if recaller is None:
         return
-    if not quota.compresses_prompt(prompt_tokens):
-        record.recall = "not needed"
-    elif quota.recall_room(prompt_tokens) is None:
-        record.recall = "index too large"
-    elif not request.in_tier:
-        record.recall = "no room"
-    elif not request.recalls:
+    record.recall = request.recall
+    if request.recall == "on" and not request.recalls:
         record.recall = "not reached"
-    else:
-        record.recall = "on"
-        steps = request.computed_tokens - quota.chunks_end(prompt_tokens)
+    elif request.recalls:
+        steps = request.computed_tokens - request.quota.chunks_end(request.prompt_tokens)
         moved_tokens = int(recaller.moved[request.slot].sum())
         record.recall_steps += steps
         record.recalled_tokens += steps * int(recaller.num_recalled[request.slot].sum())

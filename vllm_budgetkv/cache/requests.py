@@ -99,6 +99,17 @@ class RequestState:
         return self.quota.recall_room(self.prompt_tokens) if self.in_tier else None
 
     @property
+    def recall(self) -> str:
+        """Whether dropped tokens come back behind its prompt, or why not."""
+        if self.quota.recall is None:
+            return "off"
+        if not self.quota.compresses_prompt(self.prompt_tokens):
+            return "not needed"
+        if self.quota.recall_room(self.prompt_tokens) is None:
+            return "index too large"
+        return "on" if self.in_tier else "no room"
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of its prompt; what follows is output, whether decoded or computed again."""
         return self.spans.prompt_tokens
@@ -175,7 +186,7 @@ class RequestState:
         self.advance(num_tokens)
         self.lead_tokens = num_tokens
 
-    def recall(self) -> None:
+    def bring_back(self) -> None:
         """Some of its heads bring tokens back from now on."""
         self.recalls = True
 

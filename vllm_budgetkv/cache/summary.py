@@ -35,6 +35,7 @@ class Summary:
             where no probe has asked.
         compressions: of the prompt.
         compression_seconds: of the host; on a GPU the time that launching takes.
+        recall: whether dropped tokens come back, or why not.
         reused_tokens: of the prompt, that host memory had.
     """
 
@@ -44,6 +45,7 @@ class Summary:
     retained_mass: torch.Tensor | None
     compressions: int
     compression_seconds: float
+    recall: str
     reused_tokens: int
 
     @classmethod
@@ -68,6 +70,7 @@ class Summary:
             retained_mass=None if mass is None else mass.clone(),
             compressions=request.compressions,
             compression_seconds=request.compression_seconds,
+            recall=request.recall,
             reused_tokens=0 if request.host is None else request.host.num_tokens,
         )
 
@@ -98,5 +101,6 @@ class Summary:
             "retained_mass": None if mass is None else round(mass, DIGITS),
             "prompt_compressions": self.compressions,
             "compression_ms": round(1000 * self.compression_seconds, 1),
+            "recall": self.recall,
             "reused_tokens": self.reused_tokens,
         }
