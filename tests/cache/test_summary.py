@@ -12,9 +12,9 @@ from tests.cache.client import Client, Feature
 from tests.cache.lab import Lab
 from tests.cache.test_scenarios import QUOTA
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.cache.summary import Summary
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.cache.summary import Summary
     from vllm_budgetkv.policy import Observation, Retention
 
 PROMPT_TOKENS = 158
@@ -126,3 +126,24 @@ def test_what_cannot_be_counted_ends_no_request(monkeypatch: pytest.MonkeyPatch)
     while client.computed_tokens < PROMPT_TOKENS:
         lab.step({client: min(24, PROMPT_TOKENS - client.computed_tokens)})
     assert not reports.take_summaries() and client.output_tokens == 1
+
+
+def test_what_stands_behind_a_heads_tokens_is_not_counted() -> None:
+    """The rest of its last page may hold what another request left there."""
+    lab = WatchedLab("hybrid", Quota(**QUOTA), pool_blocks=30)
+    client = Client("r", PROMPT_TOKENS, [Feature(4, PROMPT_TOKENS - 14, 4)])
+    while client.computed_tokens < PROMPT_TOKENS:
+        lab.step({client: min(24, PROMPT_TOKENS - client.computed_tokens)})
+    state, tables = lab.state(client), lab.cache.tables
+    before = Summary.of(state, tables)
+    page_tokens = lab.quota.page_tokens
+    heads = [(layer, head) for layer in range(lab.layers) for head in range(lab.heads)]
+    behind = 0
+    for place in heads:
+        page, offset = divmod(int(tables.lens[state.slot][place]), page_tokens)
+        if offset:
+            last = int(tables.page_table[state.slot][place][page])
+            tables.pool.positions[last, offset:] = 10
+            behind += page_tokens - offset
+    assert behind, "some head must end inside a page"
+    assert torch.equal(Summary.of(state, tables).kept_tokens, before.kept_tokens)

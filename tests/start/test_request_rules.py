@@ -109,6 +109,8 @@ def test_look_ahead_and_reuse() -> None:
     template = rules().of({"kv_lookahead_source": "template"}, PROMPT_TOKENS)
     assert template.lookahead_tokens == BudgetConfig().template_tokens
     assert not rules().of({"kv_reuse": 0.0}, PROMPT_TOKENS).reuses
+    assert rules().of({"kv_reuse": 1}, PROMPT_TOKENS).reuses
+    assert "started with --no-kv-reuse" in refusal({"kv_reuse": 1}, reuse=False)
 
 
 @pytest.mark.parametrize(

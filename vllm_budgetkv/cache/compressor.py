@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
@@ -46,6 +47,7 @@ class Compressor:
     notes_mass: bool
     poison: bool
 
+    @record_function("budgetkv::compress")
     def compress(
         self, request: RequestState, layers: Sequence[int], num_tokens: int, last: bool
     ) -> None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import ceil_div
@@ -137,6 +138,7 @@ class Recaller:
             self._moved[layer],
         )
 
+    @record_function("budgetkv::open_recall")
     def open(self, request: RequestState, probes: Sequence[torch.Tensor | None]) -> None:
         """Choose the heads that recall, build their index and give them pages to fill.
 

@@ -16,6 +16,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+from torch.profiler import record_function
 
 from vllm_budgetkv import ops
 
@@ -97,6 +98,7 @@ class Replay:
     def _largest(self, request: RequestState, stop_tokens: int) -> torch.Tensor:
         return self.tier.largest_position(request.slot, request.computed_tokens, stop_tokens)
 
+    @record_function("budgetkv::replay")
     def _run_chunk(
         self, request: RequestState, stop_tokens: int, next_position: torch.Tensor, *, last: bool
     ) -> None:

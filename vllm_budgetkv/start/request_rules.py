@@ -81,6 +81,10 @@ class RequestRules:
         terms = self.under(self._policy(read), **_lookahead_of(read))
         quota = self._quota(terms, read)
         if "kv_reuse" in read:
+            if read["kv_reuse"] and not self.config.reuse:
+                raise ValueError(
+                    "kv_reuse 1 is not to be had: this server was started with --no-kv-reuse"
+                )
             terms = replace(terms, reuses=read["kv_reuse"])
         if "kv_pin" in read:
             quota = self._pinning(quota, read["kv_pin"], prompt_tokens)
