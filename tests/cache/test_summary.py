@@ -130,7 +130,7 @@ def test_what_cannot_be_counted_ends_no_request(monkeypatch: pytest.MonkeyPatch)
 
 def test_what_stands_behind_a_heads_tokens_is_not_counted() -> None:
     """The rest of its last page may hold what another request left there."""
-    lab = WatchedLab("hybrid", Quota(**QUOTA), pool_blocks=30)
+    lab = WatchedLab("ada-snapkv", Quota(**QUOTA), pool_blocks=30)
     client = Client("r", PROMPT_TOKENS, [Feature(4, PROMPT_TOKENS - 14, 4)])
     while client.computed_tokens < PROMPT_TOKENS:
         lab.step({client: min(24, PROMPT_TOKENS - client.computed_tokens)})

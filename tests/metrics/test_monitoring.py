@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from typing import Any
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
+from prometheus_client import Counter
 
 from tests.metrics.prometheus import MONITORING, program
 from tools.dashboard import as_json
+from vllm_budgetkv.metrics.meters import meters
 
 
 def written() -> dict[str, Any]:
@@ -30,6 +33,18 @@ def test_the_dashboard_fits_grafanas_schema() -> None:
         assert panel["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
         assert panel["title"] and panel["targets"]
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_the_document_lists_every_metric() -> None:
+    """By the name that Prometheus shows."""
+    text = (MONITORING.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^\| `(vllm:budgetkv_\w+)` \| (\w+) \|", text, re.MULTILINE))
+    made = vars(meters()).values()
+    expected = {
+        (metric._name + ("_total" if isinstance(metric, Counter) else ""), metric._type)
+        for metric in made
+    }
+    assert listed == expected
 
 
 def test_the_rules_are_rules() -> None:
