@@ -36,12 +36,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, vision_model: Path) -> Iter
         yield running
 
 
-def ask(client: OpenAI, parts: list[dict[str, Any]] = VIDEO, **asked: Any) -> Any:
+def ask(
+    client: OpenAI,
+    parts: list[dict[str, Any]] = VIDEO,
+    stop: list[str] | None = None,
+    **asked: Any,
+) -> Any:
     return client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=[{"role": "user", "content": [content_of(part) for part in parts]}],
         max_tokens=12,
         temperature=0.0,
+        stop=stop,
         extra_body={"ignore_eos": True, "vllm_xargs": asked},
     )
 
@@ -99,6 +105,28 @@ def test_a_mistake_is_the_clients_and_names_what_may_be(
 ) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         ask(server.client(), [{"text": "Hi"}], **asked)
+
+
+def test_a_client_that_corrects_its_mistake_gets_its_answer(server: Server) -> None:
+    """A picture that came with it must be sent to the engine again, which never got it."""
+    client = server.client()
+    new = [{"video": 24, "seed": 77}, {"text": "Which letter?"}]
+    with pytest.raises(openai.BadRequestError, match="kv_page_quota must be from"):
+        ask(client, new, kv_page_quota=1)
+    assert said(ask(client, new, kv_page_quota=10))["quota_blocks"] == 10
+
+
+def test_an_answer_that_ends_at_a_stop_string_has_its_report(server: Server) -> None:
+    client = server.client()
+    whole = ask(client)
+    text = whole.choices[0].message.content
+    stop = text[len(text) // 2]
+    stopped = ask(client, stop=[stop])
+    assert stopped.choices[0].finish_reason == "stop"
+    assert stopped.choices[0].message.content == text[: text.index(stop)]
+    for name in ("quota_blocks", "peak_blocks", "prompt_tokens", "kept_tokens_per_head"):
+        assert said(stopped)[name] == said(whole)[name]
+    assert said(stopped)["full_cache_blocks"] <= said(whole)["full_cache_blocks"]
 
 
 def test_completions_and_responses_take_them_too(server: Server) -> None:

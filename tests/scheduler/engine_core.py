@@ -69,6 +69,7 @@ class Core:
     Attributes:
         tells: what a worker tells of requests with every step, by id.
         said: what the answer of each request that ended says.
+        travels: what each of its outputs travels with.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Core:
         self.cached_tokens: dict[str, int] = {}
         self.said: dict[str, dict[str, Any] | None] = {}
         self.tells: dict[str, dict[str, Any]] = {}
+        self.travels: dict[str, list[dict[str, Any] | None]] = {}
         self.outputs: list[SchedulerOutput] = []
 
     def _limit_encoder(self, embeds: int) -> None:
@@ -144,12 +146,20 @@ class Core:
 
     def step(self) -> SchedulerOutput:
         """Schedule, note where every chunk ends, and give the requests that got so far a token."""
+        scheduled = self.scheduler.schedule()
+        self.give(scheduled)
+        return scheduled
+
+    def give(self, scheduled: SchedulerOutput) -> None:
+        """What a worker gives back of a step."""
         scheduler = self.scheduler
-        scheduled = scheduler.schedule()
         self.outputs.append(scheduled)
         ids, sampled = [*scheduled.num_scheduled_tokens], []
         for request_id in ids:
-            request = scheduler.requests[request_id]
+            request = scheduler.requests.get(request_id)
+            if request is None:  # it was aborted meanwhile
+                sampled.append([])
+                continue
             self.ends.setdefault(request_id, []).append(request.num_computed_tokens)
             sampled.append([] if request.is_prefill_chunk else [request.num_output_tokens])
         index = {request_id: row for row, request_id in enumerate(ids)}
@@ -161,12 +171,12 @@ class Core:
         for of_client in scheduler.update_from_output(scheduled, ran).values():
             for output in of_client.outputs:
                 self.tokens.setdefault(output.request_id, []).extend(output.new_token_ids)
+                self.travels.setdefault(output.request_id, []).append(output.kv_transfer_params)
                 if output.prefill_stats is not None:
                     self.cached_tokens[output.request_id] = output.prefill_stats.num_cached_tokens
                 if output.finish_reason is not None:
                     self.ended[output.request_id] = str(output.finish_reason)
                     self.said[output.request_id] = output.kv_transfer_params
-        return scheduled
 
     def run(self, most_steps: int = 2000) -> None:
         """Step until every request has ended.

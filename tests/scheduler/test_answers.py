@@ -9,7 +9,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.scheduler.engine_core import BLOCK_TOKENS, BUDGET, Core, configure
 from tests.scheduler.test_request_terms import add
-from vllm_budgetkv.metrics.message import Message
+from vllm_budgetkv.metrics.message import Followed, Message
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,3 +110,37 @@ def test_a_message_for_the_metrics_travels_along(qwen2: Path, says: bool) -> Non
     assert message.peak_blocks == BUDGET["page_quota"] < message.full_cache_blocks
     assert message.evicted_tokens == {"static": 3, "dynamic": 4}
     assert (message.retained_mass, message.compression_seconds) == (0.5, 0.02)
+
+
+def test_what_comes_of_one_that_was_aborted_meanwhile_is_not_kept(config: VllmConfig) -> None:
+    """vLLM aborts between a step and its output."""
+    core = Core(config)
+    add(core, "r", LONG)
+    while not core.scheduler.requests.get("r"):
+        core.step()
+    core.tells["r"] = TOLD
+    scheduled = core.scheduler.schedule()
+    assert list(scheduled.num_scheduled_tokens) == ["r"]
+    core.scheduler.finish_requests("r", RequestStatus.FINISHED_ABORTED)
+    core.give(scheduled)
+    assert not core.scheduler._answers._fields and not core.scheduler._answers._evicted_tokens
+
+
+def test_one_with_stop_strings_says_it_with_its_first_token(config: VllmConfig) -> None:
+    core = Core(config, log_stats=True)
+    core.tells["r"] = TOLD
+    request = core.make("r", [*range(LONG)], output_tokens=6)
+    request.sampling_params.stop = ["x"]
+    core.scheduler.add_request(request)
+    core.run()
+    first, *rest, last = core.travels["r"]
+    assert first["budgetkv"].items() >= TOLD.items() and not any(rest)
+    message = Message.take(first)
+    assert message is not None and message.grows is not None
+    followed = Followed(message, first)
+    for _ in range(5):
+        followed.grow(1)
+    assert first["budgetkv"] == last["budgetkv"]
+    ended = Message.take(last)
+    assert followed.message == ended
+    assert not core.scheduler._answers._followed

@@ -36,4 +36,4 @@ class Terms:
     @property
     def kind(self) -> Hashable:
         """What keys and values behind a compressed context depend on beside the tokens."""
-        return self.policy, self.quota.blocks
+        return self.policy, self.quota.blocks, self.pinned

@@ -28,7 +28,7 @@ class Summary:
     """What the heads of this rank hold of one prompt.
 
     Args:
-        prompt_tokens: of its prompt.
+        seen_tokens: of its prompt; with recall its last token comes by itself, later.
         kept_tokens: int64 [2, 2], tokens of static and of dynamic heads, text and vision.
         num_heads: int64 [2], static and dynamic heads, of all layers.
         retained_mass: float32 [L], share of the probe's attention that each layer retained; None
@@ -39,7 +39,7 @@ class Summary:
         reused_tokens: of the prompt, that host memory had.
     """
 
-    prompt_tokens: int
+    seen_tokens: int
     kept_tokens: torch.Tensor
     num_heads: torch.Tensor
     retained_mass: torch.Tensor | None
@@ -64,7 +64,7 @@ class Summary:
         classes = torch.stack((is_static, ~is_static)).long()
         mass = request.retained_mass
         return cls(
-            prompt_tokens=request.prompt_tokens,
+            seen_tokens=request.computed_tokens,
             kept_tokens=torch.einsum("clh,lhm->cm", classes, by_modality),
             num_heads=classes.sum(dim=(1, 2)),
             retained_mass=None if mass is None else mass.clone(),
@@ -80,7 +80,7 @@ class Summary:
         the device."""
         kept, heads = self.kept_tokens.sum(dim=1).tolist(), self.num_heads.tolist()
         pairs = zip(CLASSES, heads, kept, strict=True)
-        return {name: count * self.prompt_tokens - tokens for name, count, tokens in pairs}
+        return {name: count * self.seen_tokens - tokens for name, count, tokens in pairs}
 
     def as_fields(self) -> dict[str, Any]:
         """For a client. Waits for the device."""

@@ -7,6 +7,7 @@ is not; `LLM.get_metrics()` reads only names with that prefix.
 from __future__ import annotations
 
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -99,9 +100,14 @@ def _made() -> Meters:
     return Meters()
 
 
+# requests come in by several threads
+_lock = Lock()
+
+
 def meters() -> Meters:
     """Those of this process, all of them registered."""
-    made = _made()
+    with _lock:
+        made = _made()
     for metric in vars(made).values():
         register(metric)
     return made

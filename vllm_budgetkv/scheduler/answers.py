@@ -7,16 +7,17 @@ What only reports never ends a request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
-from vllm_budgetkv.metrics.message import Message
-from vllm_budgetkv.start.config import SECTION
+from vllm_budgetkv.metrics.message import REPORT, Growth, Message
 
 if TYPE_CHECKING:
+    from collections.abc import Container
+
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -55,31 +56,48 @@ class Answers:
     engine: str
     _fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _evicted_tokens: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    _followed: set[str] = field(default_factory=set, init=False)
 
-    def note(self, output: ModelRunnerOutput) -> None:
-        """Take what a worker told with a step."""
+    def note(self, output: ModelRunnerOutput, alive: Container[str]) -> None:
+        """Take what a worker told with a step; of those that ended meanwhile nobody asks."""
         meta = getattr(output.kv_connector_output, "kv_connector_worker_meta", None)
-        if isinstance(meta, Told):
-            self._fields.update(meta.fields)
-            self._evicted_tokens.update(meta.evicted_tokens)
+        if not isinstance(meta, Told):
+            return
+        for request_id in filter(alive.__contains__, meta.fields):
+            self._fields[request_id] = meta.fields[request_id]
+            self._evicted_tokens[request_id] = meta.evicted_tokens[request_id]
 
     def forget(self, request_id: str) -> None:
         """A request ended."""
         self._fields.pop(request_id, None)
         self._evicted_tokens.pop(request_id, None)
+        self._followed.discard(request_id)
 
-    def of(self, request: Request, terms: Terms, peak_blocks: int) -> dict[str, Any]:
-        """What travels with the answer of a request that ends.
+    def may_stop(self, request: Request) -> bool:
+        """Whether the front end may end a request, at a stop string, and was not told of it."""
+        if request.request_id in self._followed or request.sampling_params is None:
+            return False
+        return bool(request.sampling_params.stop)
+
+    def of(
+        self, request: Request, terms: Terms, peak_blocks: int, *, goes_on: bool = False
+    ) -> dict[str, Any]:
+        """What travels with the answer of a request.
 
         Args:
             request: it has computed all but its last token.
             terms: what it was held to.
             peak_blocks: most blocks that it held.
+            goes_on: whether the front end may end it later, and must know how it grows.
         """
         said = self._report(request, terms, peak_blocks)
-        travels: dict[str, Any] = {SECTION: said} if self.says else {}
-        if self.meters:
-            travels |= self._message(request.request_id, said).as_params()
+        travels: dict[str, Any] = {REPORT: said} if self.says else {}
+        message = self._message(request.request_id, said)
+        if goes_on:
+            self._followed.add(request.request_id)
+            message = replace(message, grows=Growth.of(terms.quota, said))
+        if self.meters or goes_on:
+            travels |= message.as_params()
         return travels
 
     def _report(self, request: Request, terms: Terms, peak_blocks: int) -> dict[str, Any]:
@@ -100,6 +118,7 @@ class Answers:
     def _message(self, request_id: str, said: dict[str, Any]) -> Message:
         milliseconds = said.get("compression_ms")
         return Message(
+            counts=self.meters,
             model_name=self.model_name,
             engine=self.engine,
             policy=said["policy"],

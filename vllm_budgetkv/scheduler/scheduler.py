@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.outputs import ModelRunnerOutput
 
     from vllm_budgetkv.arithmetic.quota import Quota
@@ -320,15 +320,27 @@ class BudgetScheduler(AsyncScheduler):
                 super().add_request(parent)
         return kv_params, other_params
 
+    def _follow(self, outputs: Iterable[EngineCoreOutput], answers: Answers) -> None:
+        """Send along with a first token what a front end may have to say at a stop string."""
+        for output in outputs:
+            request = self.requests.get(output.request_id)
+            if output.finish_reason is not None or request is None or not answers.may_stop(request):
+                continue
+            peak_blocks = self._manager.peak_blocks(request.request_id)
+            said = answers.of(request, self._terms_of(request), peak_blocks, goes_on=True)
+            output.kv_transfer_params = {**(output.kv_transfer_params or {}), **said}
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         if self._answers is not None:
-            self._answers.note(model_runner_output)
+            self._answers.note(model_runner_output, self.requests)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for of_client in outputs.values():
             of_client.outputs = [
                 output for output in of_client.outputs if output.request_id not in self.lookaheads
             ]
+            if self._answers is not None:
+                self._follow(of_client.outputs, self._answers)
         self.lookaheads.forget_gone(self.requests)
         return outputs

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from vllm_budgetkv.metrics.message import Message
+from vllm_budgetkv.metrics.message import Followed, Message
 from vllm_budgetkv.metrics.meters import meters
 from vllm_budgetkv.start import upstream
 from vllm_budgetkv.start.activation import is_active, rules_of
@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
+    from vllm.v1.engine.output_processor import OutputProcessor
 
     from vllm_budgetkv.start.request_rules import RequestRules
 
 # of each front end that a request has come through
 _rules: WeakKeyDictionary[InputProcessor, RequestRules] = WeakKeyDictionary()
+# requests that may end in each front end, by id
+_followed: WeakKeyDictionary[OutputProcessor, dict[str, Followed]] = WeakKeyDictionary()
 
 
 def install() -> None:
@@ -43,8 +46,17 @@ def _process_inputs(
         check(_rules_of(self), self.vllm_config, request)
     except refusal():
         meters().was_refused(self.vllm_config.model_config.served_model_name)
+        _forget_items(self, request)
         raise
     return request
+
+
+def _forget_items(processor: InputProcessor, request: EngineCoreRequest) -> None:
+    """Let the items of a refused request be sent again: the engine has not got them."""
+    items = processor.renderer.mm_processor_cache
+    for feature in request.mm_features or ():
+        if items is not None and feature.data is not None and feature.mm_hash is not None:
+            items.invalidate(feature.mm_hash)
 
 
 def _rules_of(processor: InputProcessor) -> RequestRules:
@@ -60,22 +72,40 @@ def _rules_of(processor: InputProcessor) -> RequestRules:
 
 def _process_outputs(
     original: Any,
-    self: Any,
+    self: OutputProcessor,
     engine_core_outputs: Sequence[EngineCoreOutput],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
+    followed = _followed.setdefault(self, {})
     for output in engine_core_outputs:
         if output.kv_transfer_params:
-            _count(output)
-    return original(self, engine_core_outputs, *args, **kwargs)
+            _take(output, followed)
+        elif (one := followed.get(output.request_id)) is not None:
+            one.grow(len(output.new_token_ids))
+            output.kv_transfer_params = one.params
+        if output.finish_reason is not None:
+            followed.pop(output.request_id, None)
+    processed = original(self, engine_core_outputs, *args, **kwargs)
+    for request_id in processed.reqs_to_abort:
+        # it ended here, at a stop string, which the engine core does not know
+        if (one := followed.pop(request_id, None)) is not None and one.message.counts:
+            meters().ended(one.message, "stop")
+    for request_id in [name for name in followed if name not in self.request_states]:
+        del followed[request_id]
+    return processed
 
 
-def _count(output: EngineCoreOutput) -> None:
-    """Take the message of a request that ended. Mutates `output`."""
-    assert output.kv_transfer_params is not None
-    message = Message.take(output.kv_transfer_params)
-    if message is not None:
+def _take(output: EngineCoreOutput, followed: dict[str, Followed]) -> None:
+    """Take the message of a request, which ended or may end here. Mutates both."""
+    params = output.kv_transfer_params
+    assert params is not None
+    message = Message.take(params)
+    # a client sees what there was without us
+    output.kv_transfer_params = params or None
+    if message is None:
+        return
+    if message.grows is not None:
+        followed[output.request_id] = Followed(message, output.kv_transfer_params)
+    elif message.counts:
         meters().ended(message, str(output.finish_reason))
-        # a client sees what there was without us
-        output.kv_transfer_params = output.kv_transfer_params or None

@@ -9,7 +9,7 @@ from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 from vllm_budgetkv.start.request_rules import own
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
     from vllm_budgetkv.start.request_rules import RequestRules
@@ -60,11 +60,20 @@ def _check_room(vllm_config: VllmConfig, prompt_tokens: int) -> None:
     num_blocks = vllm_config.cache_config.num_gpu_blocks
     if num_blocks is None:
         return
-    # vLLM's front end counts the blocks of all its engines
-    num_blocks //= vllm_config.parallel_config.data_parallel_size
+    # vLLM's front end counts the blocks of all the engines that it manages
+    num_blocks //= _num_engines(vllm_config.parallel_config)
     most_tokens = (num_blocks - RESERVED_BLOCKS) * vllm_config.cache_config.block_size
     if prompt_tokens >= most_tokens:
         raise ValueError(
             f"kv_policy full: the prompt has {prompt_tokens} tokens, but a request without a quota "
             f"must fit the pool of {most_tokens}: ask for another kv_policy"
         )
+
+
+def _num_engines(parallel: ParallelConfig) -> int:
+    """Engines of data parallelism that this front end manages."""
+    if parallel.data_parallel_rank_local is not None:
+        return 1
+    if parallel.local_engines_only:
+        return parallel.data_parallel_size_local
+    return parallel.data_parallel_size

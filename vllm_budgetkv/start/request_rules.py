@@ -30,7 +30,7 @@ def own(extra_args: Mapping[str, Any] | None) -> dict[str, Any]:
     return {
         key: value
         for key, value in (extra_args or {}).items()
-        if key.startswith(PREFIX) and key not in FOREIGN_KEYS
+        if isinstance(key, str) and key.startswith(PREFIX) and key not in FOREIGN_KEYS
     }
 
 
@@ -78,7 +78,12 @@ class RequestRules:
                 f"{', '.join(_READERS)}"
             )
         read: dict[str, Any] = {key: _READERS[key](key, value) for key, value in given.items()}
-        terms = self.under(self._policy(read), **_lookahead_of(read))
+        policy, lookahead = self._policy(read), _lookahead_of(read)
+        try:
+            terms = self.under(policy, **lookahead)
+        except ValueError as error:
+            asked_for = " and ".join(f"kv_{name}" for name in lookahead)
+            raise ValueError(f"{asked_for} of kv_policy {policy}: {error}") from error
         quota = self._quota(terms, read)
         if "kv_reuse" in read:
             if read["kv_reuse"] and not self.config.reuse:

@@ -144,7 +144,8 @@ READS = (
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
-        "data_parallel_index", "data_parallel_size", "data_parallel_size_local",
+        "data_parallel_index", "data_parallel_rank_local", "data_parallel_size",
+        "data_parallel_size_local", "local_engines_only",
         "decode_context_parallel_size", "pipeline_parallel_size",
         "prefill_context_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
@@ -159,7 +160,7 @@ READS = (
         "device_type", "is_cpu()", "is_cuda()")),
 
     Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
-        "data", "identifier", "mm_position", "modality")),
+        "data", "identifier", "mm_hash", "mm_position", "modality")),
     Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
         "is_embed", "length", "offset", "get_num_embeds()")),
     Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
@@ -174,11 +175,19 @@ READS = (
         "arrival_time, lora_request, priority)")),
     Reads("vllm.v1.request", "RequestStatus", "which look-aheads run", ("RUNNING",)),
     Reads("vllm.sampling_params", "SamplingParams", "a look-ahead's one token", (
-        "detokenize", "extra_args", "max_tokens", "temperature")),
+        "detokenize", "extra_args", "max_tokens", "stop", "temperature")),
     Reads("vllm.v1.engine", "EngineCoreRequest", "what it asks for, and how long it is", (
-        "prompt_embeds", "prompt_token_ids", "sampling_params")),
+        "mm_features", "prompt_embeds", "prompt_token_ids", "sampling_params")),
+    Reads("vllm.renderers.base", "BaseRenderer", "a refused picture may be sent again", (
+        "mm_processor_cache",)),
+    Reads("vllm.multimodal.cache.base", "BaseMultiModalProcessorCache", "the same", (
+        "invalidate(mm_hash)",)),
+    Reads("vllm.v1.engine.output_processor", "OutputProcessor", "requests that may end there", (
+        "request_states",)),
+    Reads("vllm.v1.engine.output_processor", "OutputProcessorOutput", "those that ended there", (
+        "reqs_to_abort",)),
     Reads("vllm.v1.engine", "EngineCoreOutput", "what it says of a request that ended", (
-        "finish_reason", "kv_transfer_params")),
+        "finish_reason", "kv_transfer_params", "new_token_ids")),
     Reads("vllm.v1.outputs", "ModelRunnerOutput", "what was counted of prompts", (
         "kv_connector_output",)),
     Reads("vllm.v1.outputs", "KVConnectorOutput", "the same", (
