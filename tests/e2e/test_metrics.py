@@ -36,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, vision_model: Path) -> Iter
 def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Scrapes the server while clients ask."""
     target = server.url.removeprefix("http://")
-    with Prometheus(target, tmp_path_factory.mktemp("prometheus")) as running:
+    with Prometheus(target, tmp_path_factory.mktemp("prometheus")).running() as running:
         yield running
 
 

@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.parse
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import pytest
 from benchmarks.server import free_port
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 MONITORING = ROOT / "monitoring"
@@ -45,7 +46,7 @@ def _unpack() -> None:
 
 
 class Prometheus:
-    """Runs until its `with` block ends.
+    """One that scrapes a server; see `running`.
 
     Args:
         target: host and port that it scrapes every second.
@@ -63,30 +64,28 @@ class Prometheus:
         # JSON is YAML
         (folder / "prometheus.yml").write_text(json.dumps(config), encoding="utf-8")
 
-    def __enter__(self) -> Prometheus:
+    @contextmanager
+    def running(self) -> Iterator[Prometheus]:
+        """Ready inside, ended behind it, whatever happens."""
         command = [
             program("prometheus"),
             f"--config.file={self.folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={self.folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{self.port}",
         ]
-        with (self.folder / "prometheus.log").open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_ready():
-            assert self.process.poll() is None, (self.folder / "prometheus.log").read_text()
-            assert time.monotonic() < deadline, "Prometheus did not become ready"
-            time.sleep(0.2)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        log = self.folder / "prometheus.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not self._is_ready():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, "Prometheus did not become ready"
+                time.sleep(0.2)
+            yield self
+        finally:
+            process.terminate()
+            process.wait(30)
 
     def _is_ready(self) -> bool:
         try:

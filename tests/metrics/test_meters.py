@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,7 +150,7 @@ def first_token(prompt_tokens: int, *, counts: bool = True, says: bool = True) -
         counts=counts,
         peak_blocks=report["peak_blocks"],
         full_cache_blocks=report["full_cache_blocks"],
-        grows=Growth.of(QUOTA, report),
+        grows=Growth(quota=asdict(QUOTA), prompt_tokens=prompt_tokens),
     )
     return ({REPORT: report} if says else {}) | message.as_params()
 

@@ -260,3 +260,31 @@ def test_a_section_that_is_no_object_is_refused_in_words() -> None:
     args.additional_config = {"budgetkv": [1]}
     with pytest.raises(ValueError, match="budgetkv must be a JSON object of options"):
         fold_flags(args)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"request_policies": "ful"}, "--kv-request-policies has 'ful': choose among full, window"),
+        ({"max_page_quota": 5}, "--kv-max-page-quota 5 is less than --kv-page-quota 9"),
+        ({"request_policies": "sparsemm"}, "sparsemm needs --kv-head-scores-file"),
+        ({"policy": "full", "page_quota": None, "max_page_quota": 5}, "--kv-max-page-quota means"),
+        ({"policy": "full", "page_quota": None, "request_policies": "window"}, "means nothing"),
+    ],
+)
+def test_what_requests_cannot_have_is_refused_at_start(
+    options: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        BudgetConfig(**{"policy": "hybrid", "page_quota": 9, **options})
+
+
+def test_an_option_may_be_of_any_policy_that_requests_may_have() -> None:
+    """And those of the others do not see it."""
+    config = BudgetConfig(
+        policy="snapkv", page_quota=9, request_policies=" hybrid , full", host_memory="1GiB"
+    )
+    assert config.policies == ("snapkv", "hybrid", "full")
+    assert config.of_policy("hybrid").host_bytes == 1 << 30
+    assert config.of_policy("snapkv").host_bytes == 0
+    assert config.of_policy("full").page_quota is None

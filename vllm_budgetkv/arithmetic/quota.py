@@ -16,10 +16,15 @@ a request pins are taken from B:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from vllm_budgetkv.arithmetic.recall import Recall
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.arithmetic.recall import Recall, RecallRoom
+    from collections.abc import Mapping
+    from typing import Self
+
+    from vllm_budgetkv.arithmetic.recall import RecallRoom
 
 MIN_BUDGET_PAGES = 2
 
@@ -81,6 +86,12 @@ class Quota:
                 f"least {self.min_blocks} blocks ({self.min_blocks * self.page_tokens} tokens); "
                 f"raise it or lower {self._largest_part}"
             )
+
+    @classmethod
+    def of_fields(cls, fields: Mapping[str, Any]) -> Self:
+        """What `dataclasses.asdict` made of a quota that travels between processes."""
+        recall = fields["recall"]
+        return cls(**{**fields, "recall": None if recall is None else Recall(**recall)})
 
     @property
     def headroom_tokens(self) -> int:

@@ -13,6 +13,7 @@ from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layer_budgets import LayerBudgets
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.probe.probes import asks_probe
+from vllm_budgetkv.cache.reading import reads_some_pages
 from vllm_budgetkv.policy import Observation, Policy, PolicyOptions, Retention, Tier
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ class Compressor:
 
     def _makes_digests(self, request: RequestState) -> bool:
         """Whether decode reads some pages of the request only, by their digests."""
-        return request.policy.retrieves and self.options.retrieval_ratio < 1
+        return reads_some_pages(request.policy, self.options)
 
     def _groups(self, request: RequestState, layers: Sequence[int]) -> list[Sequence[int]]:
         """Layers that the policy is asked about at once."""

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from vllm_budgetkv.policy import Policy, PolicyOptions
 
 
+def reads_some_pages(policy: Policy, options: PolicyOptions) -> bool:
+    """Whether decode reads only some pages of a dynamic head."""
+    return policy.retrieves and options.retrieval_ratio < 1
+
+
 def page_choice(policy: Policy, options: PolicyOptions, quota: Quota) -> ops.PageChoice | None:
     """Which pages a dynamic head reads in a decode step (Quest, ArkVale); None where all read all.
 
@@ -27,7 +32,7 @@ def page_choice(policy: Policy, options: PolicyOptions, quota: Quota) -> ops.Pag
         policy, options: say how much.
         quota: says how many pages have no digest yet.
     """
-    if not policy.retrieves or options.retrieval_ratio >= 1:
+    if not reads_some_pages(policy, options):
         return None
     page_tokens = quota.page_tokens
     # what decode appended since the last compaction has no digest yet, so it is always read

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.quota import Quota
-from vllm_budgetkv.arithmetic.recall import Recall
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,19 +21,11 @@ class Growth:
 
     Args:
         quota: fields of its quota.
-        prompt_tokens: of its prompt.
-        seen_tokens: tokens that it had computed when this was sent.
+        prompt_tokens: of its prompt, which is all that it has computed at its first token.
     """
 
     quota: Mapping[str, Any]
     prompt_tokens: int
-    seen_tokens: int
-
-    @classmethod
-    def of(cls, quota: Quota, said: Mapping[str, Any]) -> Self:
-        """Of a request whose report says so at its first token."""
-        prompt_tokens = said["prompt_tokens"]
-        return cls(quota=asdict(quota), prompt_tokens=prompt_tokens, seen_tokens=prompt_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +78,8 @@ class Followed:
 
     def __init__(self, message: Message, params: dict[str, Any] | None) -> None:
         assert message.grows is not None
-        recall = message.grows.quota["recall"]
-        fields = {**message.grows.quota, "recall": None if recall is None else Recall(**recall)}
-        self._quota = Quota(**fields)
-        self._prompt_tokens = message.grows.prompt_tokens
-        self._seen_tokens = message.grows.seen_tokens
+        self._quota = Quota.of_fields(message.grows.quota)
+        self._prompt_tokens = self._seen_tokens = message.grows.prompt_tokens
         self._report = (params or {}).get(REPORT)
         self.params = params
         self.message = replace(message, grows=None)

@@ -7,7 +7,7 @@ What only reports never ends a request.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
@@ -38,6 +38,10 @@ class Told(KVConnectorWorkerMetadata):
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         return self
+
+
+def _growth(request: Request, terms: Terms) -> Growth:
+    return Growth(quota=asdict(terms.quota), prompt_tokens=request.num_prompt_tokens)
 
 
 @dataclass
@@ -95,7 +99,7 @@ class Answers:
         message = self._message(request.request_id, said)
         if goes_on:
             self._followed.add(request.request_id)
-            message = replace(message, grows=Growth.of(terms.quota, said))
+            message = replace(message, grows=_growth(request, terms))
         if self.meters or goes_on:
             travels |= message.as_params()
         return travels

@@ -58,7 +58,8 @@ class BudgetScheduler(AsyncScheduler):
         self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
         # vLLM's own reason to cut chunks, recurrent state, is refused at start
         self.need_mamba_block_aligned_split = self.quota.compresses
-        if any(quota.recall is not None for quota in self._rules.quotas.values()):
+        quotas = self._rules.quotas.values()
+        if any(quota.compresses and quota.recall is not None for quota in quotas):
             self.connector = self._make_connector()
             if self.log_stats:
                 self.connector_prefix_cache_stats = PrefixCacheStats()

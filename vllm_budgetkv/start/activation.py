@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.quota import Quota
-from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
@@ -14,8 +13,6 @@ from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, layout_of, resolve_quotas
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vllm.config import VllmConfig
 
 SCHEDULER_CLASS = "vllm_budgetkv.scheduler.scheduler.BudgetScheduler"
@@ -92,15 +89,10 @@ def is_active(vllm_config: VllmConfig) -> bool:
 def rules_of(vllm_config: VllmConfig) -> RequestRules:
     """What requests are held to, by the quotas that `activate` resolved: in every process alike."""
     resolved = _additional(vllm_config)[RESOLVED_SECTION]
-    quotas = {name: _quota_of(fields) for name, fields in resolved.items()}
+    quotas = {name: Quota.of_fields(fields) for name, fields in resolved.items()}
     return RequestRules(config_of(vllm_config), quotas)
 
 
 def quota_of(vllm_config: VllmConfig) -> Quota:
     """The quota of a request that asks for nothing."""
     return rules_of(vllm_config).default.quota
-
-
-def _quota_of(fields: Mapping[str, Any]) -> Quota:
-    recall = fields["recall"]
-    return Quota(**{**fields, "recall": None if recall is None else Recall(**recall)})
