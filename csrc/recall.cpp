@@ -2,7 +2,8 @@
 // encode: the index that tells where it is. mark: which tokens need no bringing back.
 //
 // R rows, S slots, H heads, G query heads per KV head, W table width, P pages, N tokens of a page,
-// D head size, I index pages, E tokens of an index page, B host blocks, M blocks of a slot.
+// D head size, I index pages, E entries of one, g tokens of an entry, B host blocks, M blocks of a
+// slot.
 // Spec: vllm_budgetkv/ops/reference/{recall,encode,mark}.py.
 #include "recall.h"
 
@@ -25,6 +26,8 @@ constexpr int kWordBits = 32;
 
 void check_index(const int32_t* pages, int64_t width, int64_t num_tokens, int64_t index_tokens,
                  int64_t pool_pages) {
+  TORCH_CHECK_VALUE(num_tokens == 0 || index_tokens > 0, "an entry of an index has no tokens");
+  if (num_tokens == 0) return;
   const int64_t num_pages = ceil_div(num_tokens, index_tokens);
   TORCH_CHECK_VALUE(num_tokens >= 0 && num_pages <= width, "an index of ", num_tokens,
                     " tokens needs ", num_pages, " pages, but there is room for ", width);
@@ -46,9 +49,24 @@ struct PageField {
 
 struct PoolFields {
   PageField<char> keys, values;
-  PageField<int32_t> positions, codes;
+  PageField<int32_t> positions, index;
   PageField<char> digests;
-  int64_t page_tokens, index_tokens, row_bytes;
+  int64_t page_tokens, row_bytes;
+};
+
+// Where codes and marks are in the words of an index page (arithmetic/index_page.py).
+struct IndexPage {
+  IndexPage(int64_t page_words, int64_t code_words, int64_t entry_tokens)
+      : entry_tokens(entry_tokens),
+        entries(entry_tokens < 1 ? 0
+                                 : kWordBits * page_words /
+                                       (kWordBits * code_words + entry_tokens) / 8 * 8),
+        tokens(entries * entry_tokens),
+        first_mark(entries * code_words) {}
+  bool marks(const int32_t* words, int64_t token) const {
+    return words[first_mark + token / kWordBits] >> (token % kWordBits) & 1;
+  }
+  int64_t entry_tokens, entries, tokens, first_mark;
 };
 
 // One head of one row that recalls.
@@ -57,13 +75,19 @@ struct Task {
   const float* queries;
   const int32_t* pages;  // of its table
   const int32_t* index;
+  IndexPage index_page;
   int64_t first_logit;  // of the scratch that all tasks share
 };
 
 bool holds(const Task& task, const PoolFields& pool, int64_t token) {
-  const int32_t* words = pool.positions.at(task.index[token / pool.index_tokens]);
-  const int64_t bit = token % pool.index_tokens;
-  return words[bit / kWordBits] >> (bit % kWordBits) & 1;
+  const int32_t* words = pool.index.at(task.index[token / task.index_page.tokens]);
+  return task.index_page.marks(words, token % task.index_page.tokens);
+}
+
+// From a number for each entry to one for each of the tokens, in place.
+void spread(float* numbers, int64_t num_tokens, int64_t entry_tokens) {
+  if (entry_tokens == 1) return;
+  for (int64_t t = num_tokens - 1; t >= 0; --t) numbers[t] = numbers[t / entry_tokens];
 }
 
 // Marks the `count` tokens with the largest mass that the head does not hold.
@@ -127,14 +151,16 @@ void recall(const at::Tensor& query,            // [R, H * G, D]
             const at::Tensor& keys,             // [P, N, D], mutated
             const at::Tensor& values,           // as keys
             const at::Tensor& positions,        // int32 [P, N], mutated
-            const at::Tensor& codes,            // int32 [P, E, words]
+            const at::Tensor& words,            // int32 [P, words]
             const at::Tensor& digests,          // [P, 2, D]
+            int64_t code_words,                 // of an entry
             const at::Tensor& slots,            // int32 [R]
             const at::Tensor& query_start,      // int32 [R + 1]
             const at::Tensor& table_in,         // int32 [S, H, W]
             const at::Tensor& index_in,         // int32 [S, H, I]
             const at::Tensor& num_tokens_in,    // int32 [S, H]
             const at::Tensor& num_recalled_in,  // int32 [S, H]
+            const at::Tensor& entry_tokens_in,  // int32 [S, H]
             const at::Tensor& tokens,           // [B, H, 2, N, D]
             const at::Tensor& blocks_in,        // int32 [S, M]
             double scale,
@@ -147,15 +173,15 @@ void recall(const at::Tensor& query,            // [R, H * G, D]
   const auto table = table_in.accessor<int32_t, 3>(), index = index_in.accessor<int32_t, 3>();
   const auto num_tokens = num_tokens_in.accessor<int32_t, 2>();
   const auto num_recalled = num_recalled_in.accessor<int32_t, 2>();
+  const auto entry_tokens = entry_tokens_in.accessor<int32_t, 2>();
   const auto blocks = blocks_in.accessor<int32_t, 2>();
   auto moved = moved_in.accessor<int32_t, 2>();
   const PoolFields pool{PageField<char>(keys),
                         PageField<char>(values),
                         PageField<int32_t>(positions),
-                        PageField<int32_t>(codes),
+                        PageField<int32_t>(words),
                         PageField<char>(digests),
                         keys.size(1),
-                        codes.size(1),
                         keys.size(2) * keys.element_size()};
   const int64_t num_heads = table.size(1), head_size = query.size(2);
   const int64_t group = query.size(1) / num_heads, num_pages = keys.size(0);
@@ -176,12 +202,13 @@ void recall(const at::Tensor& query,            // [R, H * G, D]
                       queries.const_data_ptr<float>() + (r * num_heads + h) * group * head_size,
                       table[slot][h].data(),
                       index[slot][h].data(),
+                      IndexPage(words.size(1), code_words, entry_tokens[slot][h]),
                       num_logits};
       if (task.count == 0) continue;
       check_head(table[slot][h], task.count, pool.page_tokens, num_pages);
-      check_index(task.index, index.size(2), task.num_tokens, pool.index_tokens, num_pages);
+      check_index(task.index, index.size(2), task.num_tokens, task.index_page.tokens, num_pages);
       TierTokens(tokens, blocks[slot].data(), blocks.size(1)).check(task.num_tokens);
-      for (int64_t j = 0; j * pool.index_tokens < task.num_tokens; ++j) {
+      for (int64_t j = 0; j * task.index_page.tokens < task.num_tokens; ++j) {
         pages.emplace_back(tasks.size(), j);
       }
       num_logits += (group + 1) * task.num_tokens;
@@ -191,21 +218,26 @@ void recall(const at::Tensor& query,            // [R, H * G, D]
 
   std::vector<float> logits(num_logits);
   at::parallel_for(0, pages.size(), 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> scratch(index_scratch_floats(group, codes.size(2)));
+    std::vector<float> scratch(index_scratch_floats(group, code_words));
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[pages[i].first];
-      const int64_t first = pages[i].second * pool.index_tokens;
+      const IndexPage& index_page = task.index_page;
+      const int64_t first = pages[i].second * index_page.tokens;
+      const int64_t count = std::min(index_page.tokens, task.num_tokens - first);
       const int32_t page = task.index[pages[i].second];
       const IndexQuery index_query{task.queries,
                                    group,
                                    head_size,
                                    static_cast<float>(scale),
                                    float_type(digests.scalar_type()),
-                                   codes.size(2)};
+                                   code_words};
+      float* found = logits.data() + task.first_logit + first;
       BUDGETKV_PICK(index_logits)
-      (index_query, pool.codes.at(page), pool.digests.at(page),
-       std::min(pool.index_tokens, task.num_tokens - first), scratch.data(),
-       logits.data() + task.first_logit + first, task.num_tokens);
+      (index_query, pool.index.at(page), pool.digests.at(page),
+       ceil_div(count, index_page.entry_tokens), scratch.data(), found, task.num_tokens);
+      for (int64_t g = 0; g < group; ++g) {
+        spread(found + g * task.num_tokens, count, index_page.entry_tokens);
+      }
     }
   });
   at::parallel_for(0, tasks.size(), 1, [&](int64_t begin, int64_t end) {
@@ -220,78 +252,102 @@ void recall(const at::Tensor& query,            // [R, H * G, D]
   });
 }
 
-void encode(const at::Tensor& tokens,         // [B, H, 2, N, D]
-            const at::Tensor& blocks,         // int32 [M]
-            const at::Tensor& index_in,       // int32 [H, I]
-            const at::Tensor& num_tokens_in,  // int32 [H]
-            const at::Tensor& codes,          // int32 [P, E, words], mutated
-            const at::Tensor& digests,        // [P, 2, D], mutated
-            const at::Tensor& energy_in       // float32 [H, D]
+void encode(const at::Tensor& tokens,           // [B, H, 2, N, D]
+            const at::Tensor& blocks,           // int32 [M]
+            const at::Tensor& index_in,         // int32 [H, I]
+            const at::Tensor& num_tokens_in,    // int32 [H]
+            const at::Tensor& entry_tokens_in,  // int32 [H]
+            const at::Tensor& words,            // int32 [P, words], mutated
+            int64_t code_words,                 // of an entry
+            const at::Tensor& digests,          // [P, 2, D], mutated
+            const at::Tensor& energy_in         // float32 [H, D]
 ) {
   check_last_stride("index", index_in);
   check_last_stride("tier.tokens", tokens);
   check_last_stride("blocks", blocks);
   const auto index = index_in.accessor<int32_t, 2>();
   const auto num_tokens = num_tokens_in.accessor<int32_t, 1>();
+  const auto entry_tokens = entry_tokens_in.accessor<int32_t, 1>();
   const TierTokens tier(tokens, blocks.const_data_ptr<int32_t>(), blocks.size(0));
   const at::Tensor energy = energy_in.contiguous();
-  const int64_t index_tokens = codes.size(1), head_size = tokens.size(4);
-  std::vector<std::pair<int64_t, int64_t>> pages;
+  const int64_t head_size = tokens.size(4), row_bytes = head_size * tokens.element_size();
+  struct Page {
+    int64_t head, first;
+    IndexPage index_page;
+  };
+  std::vector<Page> pages;
   for (int64_t h = 0; h < num_tokens.size(0); ++h) {
-    check_index(index[h].data(), index.size(1), num_tokens[h], index_tokens, codes.size(0));
+    const IndexPage index_page(words.size(1), code_words, entry_tokens[h]);
+    check_index(index[h].data(), index.size(1), num_tokens[h], index_page.tokens, words.size(0));
     tier.check(num_tokens[h]);
-    for (int64_t first = 0; first < num_tokens[h]; first += index_tokens) {
-      pages.emplace_back(h, first);
+    for (int64_t first = 0; first < num_tokens[h]; first += index_page.tokens) {
+      pages.push_back({h, first, index_page});
     }
   }
-  const PageField<int32_t> code_field(codes);
+  const PageField<int32_t> word_field(words);
   const PageField<char> digest_field(digests);
+  const FloatType type = float_type(digests.scalar_type());
   at::parallel_for(0, pages.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const auto [h, first] = pages[i];
-      const int64_t count = std::min<int64_t>(index_tokens, num_tokens[h] - first);
-      const int64_t page = index[h][first / index_tokens];
-      std::vector<const void*> keys(count);
-      for (int64_t t = 0; t < count; ++t) keys[t] = tier.at(h, 0, first + t);
-      const FloatType type = float_type(digests.scalar_type());
+      const auto& [h, first, index_page] = pages[i];
+      const int64_t page = index[h][first / index_page.tokens];
+      std::vector<const void*> keys(std::min<int64_t>(index_page.tokens, num_tokens[h] - first));
+      for (size_t t = 0; t < keys.size(); ++t) keys[t] = tier.at(h, 0, first + t);
+      std::vector<char> means;
+      if (index_page.entry_tokens > 1) {
+        const int64_t count = keys.size(), num_entries = ceil_div(count, index_page.entry_tokens);
+        means.resize(num_entries * row_bytes);
+        BUDGETKV_PICK(average_keys)
+        (type, keys.data(), count, index_page.entry_tokens, head_size, means.data());
+        keys.resize(num_entries);
+        for (int64_t e = 0; e < num_entries; ++e) keys[e] = means.data() + e * row_bytes;
+      }
       std::vector<float> mean(head_size), variance(head_size);
+      const int64_t count = keys.size();
       BUDGETKV_PICK(measure_keys)
       (type, keys.data(), count, head_size, mean.data(), variance.data());
       const std::vector<int32_t> channels = choose_channels(
-          energy.const_data_ptr<float>() + h * head_size, variance, kCodesPerWord * codes.size(2));
+          energy.const_data_ptr<float>() + h * head_size, variance, kCodesPerWord * code_words);
       BUDGETKV_PICK(encode_page)
-      (type, keys.data(), count, head_size, codes.size(2), mean.data(), variance.data(),
-       channels.data(), code_field.at(page), digest_field.at(page));
+      (type, keys.data(), count, head_size, code_words, mean.data(), variance.data(),
+       channels.data(), word_field.at(page), digest_field.at(page));
     }
   });
 }
 
-void mark(const at::Tensor& positions,        // int32 [P, N], mutated
+void mark(const at::Tensor& positions,        // int32 [P, N]
+          const at::Tensor& words,            // int32 [P, words], mutated
           const at::Tensor& table_in,         // int32 [H, W]
           const at::Tensor& lens_in,          // int32 [H]
           const at::Tensor& index_in,         // int32 [H, I]
           const at::Tensor& num_tokens_in,    // int32 [H]
           const at::Tensor& num_recalled_in,  // int32 [H]
-          int64_t index_tokens) {
+          const at::Tensor& entry_tokens_in,  // int32 [H]
+          int64_t code_words) {
   check_last_stride("index", index_in);
   const auto table = table_in.accessor<int32_t, 2>(), index = index_in.accessor<int32_t, 2>();
   const auto lens = lens_in.accessor<int32_t, 1>();
   const auto num_tokens = num_tokens_in.accessor<int32_t, 1>();
   const auto num_recalled = num_recalled_in.accessor<int32_t, 1>();
+  const auto entry_tokens = entry_tokens_in.accessor<int32_t, 1>();
   const int64_t page_tokens = positions.size(1);
-  const PageField<int32_t> field(positions);
+  const PageField<int32_t> position_field(positions), word_field(words);
   for (int64_t h = 0; h < lens.size(0); ++h) {
+    const IndexPage index_page(words.size(1), code_words, entry_tokens[h]);
     check_head(table[h], lens[h], page_tokens, positions.size(0));
-    check_index(index[h].data(), index.size(1), num_tokens[h], index_tokens, positions.size(0));
-    for (int64_t first = 0; first < num_tokens[h]; first += index_tokens) {
-      std::fill_n(field.at(index[h][first / index_tokens]), page_tokens, 0);
-    }
+    check_index(index[h].data(), index.size(1), num_tokens[h], index_page.tokens,
+                positions.size(0));
     if (num_tokens[h] == 0) continue;
+    for (int64_t first = 0; first < num_tokens[h]; first += index_page.tokens) {
+      std::fill_n(word_field.at(index[h][first / index_page.tokens]) + index_page.first_mark,
+                  ceil_div(index_page.tokens, kWordBits), 0);
+    }
     for (int64_t i = num_recalled[h]; i < lens[h]; ++i) {
-      const int32_t token = field.at(table[h][i / page_tokens])[i % page_tokens];
+      const int32_t token = position_field.at(table[h][i / page_tokens])[i % page_tokens];
       if (token < 0 || token >= num_tokens[h]) continue;
-      const int64_t bit = token % index_tokens;
-      int32_t& word = field.at(index[h][token / index_tokens])[bit / kWordBits];
+      const int64_t bit = token % index_page.tokens;
+      int32_t& word = word_field.at(index[h][token / index_page.tokens])[index_page.first_mark +
+                                                                        bit / kWordBits];
       word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1u << (bit % kWordBits));
     }
   }
@@ -300,15 +356,15 @@ void mark(const at::Tensor& positions,        // int32 [P, N], mutated
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "recall(Tensor query, Tensor(a!) keys, Tensor(b!) values, Tensor(c!) positions, "
-      "Tensor codes, Tensor digests, Tensor slots, Tensor query_start, Tensor table, "
-      "Tensor index, Tensor num_tokens, Tensor num_recalled, Tensor tokens, Tensor blocks, "
-      "float scale, Tensor(d!) moved) -> ()");
+      "Tensor words, Tensor digests, int code_words, Tensor slots, Tensor query_start, "
+      "Tensor table, Tensor index, Tensor num_tokens, Tensor num_recalled, Tensor entry_tokens, "
+      "Tensor tokens, Tensor blocks, float scale, Tensor(d!) moved) -> ()");
   m.def(
-      "encode(Tensor tokens, Tensor blocks, Tensor index, Tensor num_tokens, Tensor(a!) codes, "
-      "Tensor(b!) digests, Tensor energy) -> ()");
+      "encode(Tensor tokens, Tensor blocks, Tensor index, Tensor num_tokens, Tensor entry_tokens, "
+      "Tensor(a!) words, int code_words, Tensor(b!) digests, Tensor energy) -> ()");
   m.def(
-      "mark(Tensor(a!) positions, Tensor table, Tensor lens, Tensor index, Tensor num_tokens, "
-      "Tensor num_recalled, int index_tokens) -> ()");
+      "mark(Tensor positions, Tensor(a!) words, Tensor table, Tensor lens, Tensor index, "
+      "Tensor num_tokens, Tensor num_recalled, Tensor entry_tokens, int code_words) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(budgetkv, CPU, m) {

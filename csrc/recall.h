@@ -1,6 +1,6 @@
-// What the index of one head says of its tokens, and how it is made. A page of an index speaks for
-// `index_tokens` tokens: codes of 2 bits a channel, 16 to a word, and mean and step of each
-// channel.
+// What the index of one head says of its tokens, and how it is made. A page of an index has entries
+// for some tokens each: codes of 4 bits for some channels, 8 to a word, and behind them a mark for
+// each token; and it has the mean of each channel, and the steps and numbers of those with codes.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct IndexQuery {
   int64_t num_queries, head_size;
   float scale;        // of the logits
   FloatType type;     // of the digests
-  int64_t num_words;  // of a token's codes
+  int64_t num_words;  // of an entry's codes
 };
 
 // Floats of scratch that `index_logits` needs.
@@ -32,15 +32,19 @@ inline int64_t index_scratch_floats(int64_t num_queries, int64_t num_words) {
 }
 
 BUDGETKV_DECLARE(void index_logits(const IndexQuery& query,
-                                   const int32_t* codes,  // [num_tokens, num_words]
+                                   const int32_t* codes,  // [num_entries, num_words]
                                    const void* digest,    // mean [D], step [R], channel [R]
-                                   int64_t num_tokens, float* scratch,
+                                   int64_t num_entries, float* scratch,
                                    float* logits,  // [num_queries, stride], mutated
                                    int64_t stride))
 // The sum over the queries of the softmax of their logits over all tokens.
 BUDGETKV_DECLARE(void index_mass(float* logits,  // [num_queries, stride], destroyed
                                  int64_t num_queries, int64_t num_tokens, int64_t stride,
                                  float* mass))  // [num_tokens], mutated
+// Means of `entry_tokens` neighbours each, of the keys at `keys`, in their type.
+BUDGETKV_DECLARE(void average_keys(FloatType type, const void* const* keys, int64_t num_tokens,
+                                   int64_t entry_tokens, int64_t head_size,
+                                   void* means))  // [ceil(num_tokens / entry_tokens), D], mutated
 // Mean and variance of each channel of the keys at `keys`, one pointer a token.
 BUDGETKV_DECLARE(void measure_keys(FloatType type, const void* const* keys, int64_t num_tokens,
                                    int64_t head_size,

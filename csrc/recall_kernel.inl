@@ -67,22 +67,22 @@ static void prepare(const IndexQuery& query, const void* digest, float* scratch)
 }
 
 void index_logits(const IndexQuery& query, const int32_t* codes, const void* digest,
-                  int64_t num_tokens, float* scratch, float* logits, int64_t stride) {
+                  int64_t num_entries, float* scratch, float* logits, int64_t stride) {
   prepare(query, digest, scratch);
   const int64_t words = query.num_words, width = padded_channels(words);
   const int64_t vectors = width / kLanes;
   const float* bases = scratch + query.num_queries * width;
   Vec unpacked[kLanes * kMaxCodeChannels / kLanes];
-  for (int64_t first = 0; first < num_tokens; first += kLanes) {
-    const int64_t count = num_tokens - first < kLanes ? num_tokens - first : kLanes;
+  for (int64_t first = 0; first < num_entries; first += kLanes) {
+    const int64_t count = num_entries - first < kLanes ? num_entries - first : kLanes;
     Vec* next = unpacked;
     for (int64_t t = 0; t < kLanes; ++t) {
-      // behind the last token stands what is never stored
-      const int32_t* token = codes + (first + (t < count ? t : 0)) * words;
+      // behind the last entry stands what is never stored
+      const int32_t* entry = codes + (first + (t < count ? t : 0)) * words;
       for (int64_t w = 0; w < words; w += 2) {
-        const int32_t high = w + 1 < words ? token[w + 1] : 0;
+        const int32_t high = w + 1 < words ? entry[w + 1] : 0;
         for (int part = 0; part < kVectorsPerPair; ++part) {
-          *next++ = unpack_codes(token[w], high, part);
+          *next++ = unpack_codes(entry[w], high, part);
         }
       }
     }
@@ -91,8 +91,8 @@ void index_logits(const IndexQuery& query, const int32_t* codes, const void* dig
       Vec rows[kLanes];
       for (int t = 0; t < kLanes; ++t) {
         Vec sum = Vec{};
-        const Vec* token = unpacked + t * vectors;
-        for (int64_t v = 0; v < vectors; ++v) sum += token[v] * load(factors + v * kLanes);
+        const Vec* entry = unpacked + t * vectors;
+        for (int64_t v = 0; v < vectors; ++v) sum += entry[v] * load(factors + v * kLanes);
         rows[t] = sum;
       }
       const Vec found = reduce_each(rows) + bases[g];
@@ -134,6 +134,28 @@ void index_mass(float* logits, int64_t num_queries, int64_t num_tokens, int64_t 
     }
     for (int64_t j = whole; j < num_tokens; ++j) mass[j] += row[j] * share;
   }
+}
+
+template <class T>
+static void average_keys_as(const void* const* keys, int64_t num_tokens, int64_t entry_tokens,
+                            int64_t head_size, void* means) {
+  T* mean = static_cast<T*>(means);
+  for (int64_t first = 0; first < num_tokens; first += entry_tokens, mean += head_size) {
+    const int64_t count = num_tokens - first < entry_tokens ? num_tokens - first : entry_tokens;
+    for_each_vector(head_size, [&](int channel, bool is_tail) {
+      const auto key = [&](int64_t t) {
+        return load(static_cast<const T*>(keys[first + t]) + channel, is_tail);
+      };
+      Vec sum = key(0);
+      for (int64_t t = 1; t < count; ++t) sum += key(t);
+      store(mean + channel, sum / static_cast<float>(count), is_tail);
+    });
+  }
+}
+
+void average_keys(FloatType type, const void* const* keys, int64_t num_tokens,
+                  int64_t entry_tokens, int64_t head_size, void* means) {
+  BUDGETKV_FOR_FLOAT_TYPE(type, average_keys_as, keys, num_tokens, entry_tokens, head_size, means);
 }
 
 template <class T>

@@ -118,6 +118,37 @@ PLOTS = (
         (Query(rate("vllm:prompt_tokens_cached_by_source_total", "source"), "{{source}}"),),
     ),
     Plot(
+        "Host memory",
+        "Blocks that requests hold, and those in which a prompt may find its beginning.",
+        "short",
+        (Query(f"sum by (state) (vllm:budgetkv_host_blocks{{{OURS}}})", "{{state}}"),),
+    ),
+    Plot(
+        "Fetched from host memory",
+        "Bytes of one rank in a decode step of a request.",
+        "bytes",
+        (
+            Query(
+                f"{rate('vllm:budgetkv_moved_bytes_total', 'model_name')} / "
+                f"{rate('vllm:budgetkv_recall_steps_total', 'model_name')}",
+                "bytes a step",
+            ),
+        ),
+    ),
+    Plot(
+        "Found where the last step left it",
+        "Share of the tokens that heads looked for in host memory and had not to be fetched.",
+        "percentunit",
+        (
+            Query(
+                "1 - sum by (model_name) (rate(vllm:budgetkv_recalled_tokens_total"
+                f'{{{OURS}, kind="moved"}}[{INTERVAL}])) / '
+                f"{rate('vllm:budgetkv_recalled_tokens_total', 'model_name')}",
+                "hits",
+            ),
+        ),
+    ),
+    Plot(
         "Time to first token",
         "",
         "s",

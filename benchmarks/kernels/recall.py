@@ -122,7 +122,8 @@ def make_step(bench: Bench, model: ModelShape, prompt_tokens: int) -> RecallStep
     plan = Recall(
         num_heads=num_heads,
         all_heads=all_heads,
-        index_tokens=layout.index_tokens,
+        page_words=layout.page_words,
+        code_words=layout.code_words,
         slots_share=SLOTS_SHARE,
         max_index_share=MAX_INDEX_SHARE,
     )

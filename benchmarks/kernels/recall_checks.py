@@ -19,8 +19,9 @@ from benchmarks.kernels.verdicts import Verdict, same_bits
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
-from vllm_budgetkv.ops.reference.encode import LEVELS, STEP, read_digest, unpack
+from vllm_budgetkv.ops.reference.encode import STEP, average
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
+from vllm_budgetkv.ops.reference.index_pages import LEVELS, read_codes, read_digest
 from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
@@ -36,6 +37,8 @@ NUM_LAYERS = 2
 PROMPT_TIMES = 20
 SECOND_SHARE = 0.7
 MIDDLE = (LEVELS - 1) / 2
+# tokens of an entry of the second index that is checked
+COARSE_TOKENS = 4
 # roundings of a key's level, of the mean of many keys, and of their variance
 LEVEL_ROUNDINGS, SMALL_MEAN, VARIANCE_ERROR = 8, 1e-5, 1e-4
 # of what may be nothing
@@ -49,18 +52,18 @@ def check_recall(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iter
     num_tokens = (longest, int(SECOND_SHARE * longest))
     recalling = torch.ones(2, sizes.heads, dtype=torch.bool)
     recalling[:, -1] = False
-    made = remember(
-        build_tier(num_tokens, NUM_LAYERS, sizes.heads, layout, device)[-1],
-        num_tokens,
-        ragged_lens(2, sizes.heads, sizes.mean_tokens),
-        recalling,
-        max(1, sizes.mean_tokens // (2 * sizes.page_tokens)),
-        layout,
-    )
-    yield from _check_store(made, sizes, num_tokens[1])
-    yield from _check_encode(made)
-    yield from _check_mark(made)
-    yield from _check_recall(made, sizes)
+    tier = build_tier(num_tokens, NUM_LAYERS, sizes.heads, layout, device)[-1]
+    held = ragged_lens(2, sizes.heads, sizes.mean_tokens)
+    recalled_pages = max(1, sizes.mean_tokens // (2 * sizes.page_tokens))
+    for entry_tokens in (1, COARSE_TOKENS):
+        made = remember(
+            tier, num_tokens, held, recalling, recalled_pages, layout, entry_tokens=entry_tokens
+        )
+        if entry_tokens == 1:
+            yield from _check_store(made, sizes, num_tokens[1])
+        yield from _check_encode(made)
+        yield from _check_mark(made)
+        yield from _check_recall(made, sizes)
 
 
 def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Verdict]:
@@ -88,7 +91,7 @@ def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Ve
 
 
 class _Page(NamedTuple):
-    """What a page of an index says of its e tokens, in float64.
+    """What a page of an index says of its e entries, in float64.
 
     Attributes:
         mean: [D].
@@ -123,8 +126,9 @@ def _check_encode(made: Remembered) -> Iterator[Verdict]:
     twin, layout = made.clone(), made.cache.pool.layout
     digest_error = choice_error = code_error = 0.0
     for slot, head in (made.recalls.num_tokens > 0).nonzero().tolist():
-        parts = _keys(twin, slot, head).double().split(layout.index_tokens)
-        for number, keys in zip(_index_pages(made, slot, head).tolist(), parts, strict=True):
+        parts = _keys(twin, slot, head).split(made.index_tokens)
+        for number, part in zip(_index_pages(made, slot, head).tolist(), parts, strict=True):
+            keys = average(part, made.entry_tokens).double()
             page = _read_page(made, number, len(keys))
             if not page.is_sound:
                 choice_error = float("inf")
@@ -140,8 +144,8 @@ def _check_encode(made: Remembered) -> Iterator[Verdict]:
 def _read_page(made: Remembered, page: int, count: int) -> _Page:
     pool = made.cache.pool
     mean, step, channels = read_digest(pool.digests[page], pool.layout.coded_channels)
-    codes = unpack(pool.codes[page, :count])
-    return _Page(mean.double(), step.double(), channels, codes.double())
+    codes = read_codes(pool, torch.tensor([page], device=made.device), made.entry_tokens)
+    return _Page(mean.double(), step.double(), channels, codes[0, :count].double())
 
 
 def _choice_error(page: _Page, keys: torch.Tensor, energy: torch.Tensor) -> float:
@@ -281,15 +285,17 @@ def _stored(
 
 def _index_pages(made: Remembered, slot: int, head: int) -> torch.Tensor:
     count = int(made.recalls.num_tokens[slot, head])
-    used = ceil_div(count, made.cache.pool.layout.index_tokens)
+    used = ceil_div(count, made.index_tokens)
     return made.recalls.table[slot, head, :used].long()
 
 
 def _known_keys(made: Remembered, slot: int, head: int) -> torch.Tensor:
     """float64 [n, D]: what the index says of the keys of a head."""
-    entries, count = made.cache.pool.layout.index_tokens, int(made.recalls.num_tokens[slot, head])
+    count = int(made.recalls.num_tokens[slot, head])
+    entries = made.cache.pool.layout.index_entries(made.entry_tokens)
     pages = _index_pages(made, slot, head).tolist()
-    return torch.cat([_read_page(made, page, entries).keys for page in pages])[:count]
+    known = torch.cat([_read_page(made, page, entries).keys for page in pages])
+    return known.repeat_interleave(made.entry_tokens, dim=0)[:count]
 
 
 def _larger(one: float, other: float) -> float:

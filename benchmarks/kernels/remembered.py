@@ -55,6 +55,16 @@ class Remembered:
         """Of everything but host memory."""
         return self.cache.table.device
 
+    @property
+    def entry_tokens(self) -> int:
+        """Tokens of an entry of every index."""
+        return int(self.recalls.entry_tokens[0, 0])
+
+    @property
+    def index_tokens(self) -> int:
+        """Tokens that an index page speaks for."""
+        return self.cache.pool.layout.index_tokens(self.entry_tokens)
+
     def recall_pages(self, slot: int, head: int) -> torch.Tensor:
         """int64 [C / N], the recall pages of a head."""
         count = int(self.recalls.num_recalled[slot, head])
@@ -124,6 +134,7 @@ def remember(
     recalling: torch.Tensor,
     recalled_pages: int,
     layout: PageLayout,
+    entry_tokens: int = 1,
 ) -> Remembered:
     """Heads that hold random tokens of a layer of a tier, the last ones always.
 
@@ -134,10 +145,11 @@ def remember(
         recalling: bool [S, H], heads that recall.
         recalled_pages: pages for recalled tokens of a head that recalls.
         layout: of the pool.
+        entry_tokens: that an entry of the index speaks for.
     """
     device, num_heads = tier.blocks.device, held_lens.shape[1]
     recalled = recalling.int() * (recalled_pages * layout.page_tokens)
-    index_pages = [ceil_div(count, layout.index_tokens) for count in num_tokens]
+    index_pages = [ceil_div(count, layout.index_tokens(entry_tokens)) for count in num_tokens]
     growth_tokens = max(index_pages) * layout.page_tokens
     cache = build_cache(recalled + held_lens, layout, device, growth_tokens=growth_tokens)
     table = torch.full((len(num_tokens), num_heads, max(index_pages) + 1), NO_PAGE)
@@ -152,7 +164,9 @@ def remember(
             places = _locate(cache, slot, head, torch.arange(sum(lens)))
             cache.pool.positions[places] = positions.int().to(device)
     counts = torch.tensor(num_tokens)[:, None] * recalling
-    recalls = RecallHeads(table, counts.int().to(device), recalled.to(device))
+    grain = torch.full_like(recalled, entry_tokens)
+    per_head = (counts.int(), recalled, grain)
+    recalls = RecallHeads(table, *(numbers.to(device) for numbers in per_head))
     energy = torch.rand(num_heads, layout.head_size, device=device) ** ENERGY_POWER
     return Remembered(cache, tier, recalls, energy)
 

@@ -139,7 +139,7 @@ def merge(model: ModelShape, kept_tokens: float, dropped_tokens: float, heads: i
 def token_index_bytes(layout: PageLayout) -> float:
     """What an index says of a token: its codes, and its share of its page's digest."""
     digest = layout.head_size + 2 * layout.coded_channels
-    return WORD_BYTES * layout.code_words + ELEMENT_BYTES * digest / layout.index_tokens
+    return WORD_BYTES * layout.code_words + ELEMENT_BYTES * digest / layout.index_tokens(1)
 
 
 def store(model: ModelShape, new_tokens: int) -> Work:
@@ -183,6 +183,6 @@ def recall(
     moved = 2 * moved_tokens * vector_bytes(model)
     positions = WORD_BYTES * (recalled_tokens + moved_tokens)
     # of each token its coded channels, of each page its mean
-    products = layout.coded_channels + model.head_size / layout.index_tokens
+    products = layout.coded_channels + model.head_size / layout.index_tokens(1)
     flops = 2 * model.group * products * indexed_tokens
     return Work(index + queries + positions + moved, flops, moved)

@@ -160,9 +160,20 @@ def recalling(name: str, **options: Any) -> Run:
 KEPT = replace(RECALL, options={"host_memory": "4GiB"})
 BEHIND = replace(KEPT, name="hybrid with recall, behind another question", asks_before=True)
 
+# a second look asks what host memory keeps with the question read where it stands
+AGAIN = replace(
+    RECALL, name="a second look", options=RECALL.options | {"tuning": {"second_look": True}}
+)
+# half of the space for an index: an entry for two tokens
+COARSE = recalling("an entry for two tokens", index_share=0.1)
+ALL_HEADS = recalling("all heads, an entry for two tokens", heads_share=1.0, index_share=1 / 3)
+
 RECALL_VARIATIONS = (
     recalling("a tenth of the heads", heads_share=0.1),
     recalling("two thirds of the heads", heads_share=2 / 3),
+    ALL_HEADS,
+    COARSE,
+    AGAIN,
     recalling("a quarter comes back", share=0.25),
     recalling("all the budget comes back", share=1.0),
 )
@@ -193,7 +204,11 @@ PLANS: dict[str, list[Run]] = {
     ],
     "recall": [FULL, HYBRID, *at(RECALL, (0.05, 0.1, 0.2))],
     "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
-    "recall-long": [replace(FULL, **LONG), *at(RECALL, (0.05, 0.1), **LONG)],
+    "recall-long": [
+        replace(FULL, **LONG),
+        *at(RECALL, (0.05, 0.1), **LONG),
+        *(run for one in (ALL_HEADS, AGAIN) for run in at(one, SHARES[:1], **LONG)),
+    ],
     "reuse": [FULL, *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2]))],
     "reuse-frames": [
         replace(FULL, **FRAMES),

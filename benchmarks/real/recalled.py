@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
+    from benchmarks.real.sketch import Sketch
     from benchmarks.real.told import Memory
 
 Pick = Literal["sharp", "broad", "random"]
@@ -32,6 +33,7 @@ class Recall:
         heads_share: of all heads of the model that recall.
         pick: which of them: those whose question attends to few tokens, to many, or any.
         bits: per channel of a key; None ranks by exact keys.
+        sketch: what the codes say of a key, instead of `bits`.
     """
 
     back: float = 0.5
@@ -39,13 +41,15 @@ class Recall:
     heads_share: float = 1.0
     pick: Pick = "sharp"
     bits: int | None = None
+    sketch: Sketch | None = None
 
     def index_tokens(self, num_tokens: int) -> float:
         """What the codes take, per head and on average, in tokens of bfloat16 K and V.
 
         A token of D channels has 4 D bytes, its code `bits` D / 8.
         """
-        return 0.0 if self.bits is None else self.heads_share * num_tokens * self.bits / 32
+        bits = self.bits or 0 if self.sketch is None else self.sketch.channel_bits
+        return self.heads_share * num_tokens * bits / 32
 
     def heads(self, concentration: torch.Tensor) -> torch.Tensor:
         """bool [L, H], those that recall, ranked by `concentration` [L, H] over the whole model."""
@@ -87,6 +91,7 @@ class Reader:
         recall: how; None reads what is resident.
         back_tokens: that are recalled in a step.
         heads: bool [L, H], those that recall.
+        energy: float32 [L, H, D], mean square of the question's queries, for sketches.
     """
 
     kept: torch.Tensor
@@ -94,6 +99,7 @@ class Reader:
     recall: Recall | None = None
     back_tokens: int = 0
     heads: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
     _codes: dict[int, torch.Tensor] = field(default_factory=dict, init=False)
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -110,12 +116,33 @@ class Reader:
     ) -> torch.Tensor:
         """bool [H, a, n]: the best that are not kept, by the group's summed probabilities."""
         assert self.recall is not None
-        if self.recall.bits is not None:
-            if layer not in self._codes:
-                self._codes[layer] = code(self.memory.keys[layer], self.recall.bits)
-            keys = self._codes[layer][:, : keys.shape[1]]
-        grouped = queries.unflatten(0, (keys.shape[0], -1))
-        logits = torch.einsum("hgad,hnd->hgan", grouped, keys) * keys.shape[-1] ** -0.5
-        mass = logits.softmax(dim=-1).sum(dim=1).masked_fill(kept, -1.0)
-        best = mass.topk(min(self.back_tokens, mass.shape[-1]), dim=-1).indices
+        known = self._known(layer)[:, : keys.shape[1]]
+        mass = _mass(queries, known).masked_fill(kept, -1.0)
+        candidates = 1 if self.recall.sketch is None else self.recall.sketch.candidates
+        best = mass.topk(min(candidates * self.back_tokens, mass.shape[-1]), dim=-1).indices
+        if candidates > 1:
+            exact = _mass(queries, keys).masked_fill(kept, -1.0).gather(-1, best)
+            best = best.gather(-1, exact.topk(min(self.back_tokens, exact.shape[-1])).indices)
         return torch.zeros_like(kept).scatter_(-1, best, value=True)
+
+    def _known(self, layer: int) -> torch.Tensor:
+        """Keys [H, n, D] of a layer as the index says them."""
+        assert self.recall is not None
+        keys = self.memory.keys[layer]
+        if layer in self._codes:
+            return self._codes[layer]
+        if self.recall.sketch is not None:
+            assert self.energy is not None
+            pairs = zip(keys, self.energy[layer], strict=True)
+            keys = torch.stack([self.recall.sketch.of(*pair) for pair in pairs])
+        elif self.recall.bits is not None:
+            keys = code(keys, self.recall.bits)
+        self._codes[layer] = keys
+        return keys
+
+
+def _mass(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """float32 [H, a, n]: attention of queries [H * G, a, D], summed over the group."""
+    grouped = queries.unflatten(0, (keys.shape[0], -1))
+    logits = torch.einsum("hgad,hnd->hgan", grouped, keys) * keys.shape[-1] ** -0.5
+    return logits.softmax(dim=-1).sum(dim=1)

@@ -25,6 +25,7 @@ from benchmarks.real.chosen import keep, record
 from benchmarks.real.origin import origin
 from benchmarks.real.plan import CHUNK_TOKENS, DECODE_INTERVAL_TOKENS, PAGE_TOKENS
 from benchmarks.real.recalled import Reader, Recall
+from benchmarks.real.sketch import Sketch
 from benchmarks.real.tasks import TASKS, make_examples
 from benchmarks.real.told import ToldModel
 from vllm_budgetkv.arithmetic.quota import Quota
@@ -57,6 +58,15 @@ class Rule:
 
 
 SHARP = Recall(heads_share=1 / 3)
+# the engine's index, and what it could be
+INDEX = Sketch(bits=4, share=0.25)
+
+
+def exactly(recall: Recall, tokens: int, candidates: int) -> Rule:
+    """Recall by entries of so many tokens, of which exact keys choose among so many times C."""
+    return Rule(recall=replace(recall, sketch=replace(INDEX, tokens=tokens, candidates=candidates)))
+
+
 RULES: dict[str, Rule] = {
     "hybrid": Rule(),
     "hybrid, question asked behind each chunk": Rule(source="replay"),
@@ -68,6 +78,13 @@ RULES: dict[str, Rule] = {
     "sharp third, 2 bits": Rule(recall=replace(SHARP, bits=2)),
     "sharp third, 1 bit": Rule(recall=replace(SHARP, bits=1)),
     "sharp third, 2 bits, window only": Rule("window", recall=replace(SHARP, bits=2)),
+    "all recall, index": Rule(recall=Recall(sketch=INDEX)),
+    "sharp third, index": Rule(recall=replace(SHARP, sketch=INDEX)),
+    "all recall, index, exact keys of twice as many": exactly(Recall(), 1, 2),
+    "sharp third, index, exact keys of twice as many": exactly(SHARP, 1, 2),
+    "sharp third, index of 2 tokens": exactly(SHARP, 2, 1),
+    "sharp third, index of 2 tokens, exact keys of twice as many": exactly(SHARP, 2, 2),
+    "sharp third, index of 4 tokens, exact keys of four times as many": exactly(SHARP, 4, 4),
     "sharp tenth, 2 bits": Rule(recall=replace(SHARP, heads_share=0.1, bits=2)),
     "broad third, exact": Rule(recall=replace(SHARP, pick="broad")),
     "random third, exact": Rule(recall=replace(SHARP, pick="random")),
@@ -124,7 +141,14 @@ def reader_of(recorded: Recorded, rule: Rule, share: float) -> Reader:
     if others_tokens not in (0, own_tokens):
         others = keep(recorded, policy, options, quota, others_tokens, rule.source)
         kept = torch.where(heads[..., None], kept, others)
-    return Reader(kept, past, recall, back_tokens, heads)
+    return Reader(kept, past, recall, back_tokens, heads, energy_of(recorded))
+
+
+def energy_of(recorded: Recorded) -> torch.Tensor:
+    """float32 [L, H, D]: mean square of the question's queries."""
+    num_heads = recorded.past.keys[0].shape[0]
+    grouped = [q.unflatten(0, (num_heads, -1)) for q in recorded.question_queries]
+    return torch.stack([q.square().mean(dim=(1, 2)) for q in grouped])
 
 
 def recorded(

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +22,7 @@ from benchmarks.quality.report import grid
 from benchmarks.real import weights, worker
 from benchmarks.real.origin import origin
 from benchmarks.real.simulation import SIMULATED, question_concentration, recorded
+from benchmarks.real.sketch import Sketch
 from benchmarks.real.tasks import TASKS
 from benchmarks.real.told import ToldModel
 
@@ -35,51 +35,6 @@ FILE = REPOSITORY / "benchmarks" / "results" / "real_sketches.json"
 DOCUMENT = REPOSITORY / "docs" / "experiments.md"
 SINK_TOKENS, WINDOW_TOKENS = 4, 64
 FOUND_TOKENS = 48
-PAGE_ENTRIES = 256
-# steps of the best uniform quantisers of a Gaussian, in deviations, by bits (Max, 1960)
-STEPS = {1: 1.596, 2: 0.9957, 3: 0.586, 4: 0.3352}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sketch:
-    """What is kept of a key.
-
-    Args:
-        bits: of a channel that is coded.
-        share: of the channels that are coded; the others are at their mean.
-        asks: whether these are the ones with most energy in the question's queries times variance,
-            instead of variance alone.
-        candidates: tokens that the sketch finds for each that is taken by its exact key.
-    """
-
-    bits: int
-    share: float = 1.0
-    asks: bool = True
-    candidates: int = 1
-
-    def title(self) -> str:
-        channels = "all channels" if self.share == 1 else f"{self.share:g} of the channels"
-        how = "" if self.share == 1 else ", by energy" if self.asks else ", by variance"
-        exact = f", best of {self.candidates} by exact keys" if self.candidates > 1 else ""
-        return f"{self.bits} bits, {channels}{how}{exact}"
-
-    def of(self, keys: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
-        """The keys [n, D] as the sketch says them."""
-        step, levels = STEPS[self.bits], 2**self.bits
-        known = torch.empty_like(keys)
-        for first in range(0, len(keys), PAGE_ENTRIES):
-            part = keys[first : first + PAGE_ENTRIES]
-            variance, mean = torch.var_mean(part, dim=0, correction=0)
-            weight = variance * energy if self.asks else variance
-            channels = weight.topk(round(self.share * keys.shape[1])).indices
-            width = (step * variance[channels].sqrt()).clamp(min=1e-12)
-            code = ((part[:, channels] - mean[channels]) / width + levels / 2).floor()
-            code = code.clamp(0, levels - 1)
-            said = mean.expand_as(part).clone()
-            said[:, channels] = mean[channels] + width * (code - (levels - 1) / 2)
-            known[first : first + PAGE_ENTRIES] = said
-        return known
-
 
 SKETCHES = (
     Sketch(bits=1),
@@ -92,6 +47,12 @@ SKETCHES = (
     Sketch(bits=4, share=0.25),
     Sketch(bits=4, share=0.25, candidates=2),
     Sketch(bits=2, candidates=4),
+    Sketch(bits=4, share=0.125),
+    *(
+        Sketch(bits=4, share=0.25, tokens=tokens, candidates=candidates)
+        for tokens in (2, 4, 8)
+        for candidates in (1, 2, 4)
+    ),
 )
 
 
@@ -139,11 +100,10 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for sketch in SKETCHES:
         share = torch.cat(shares[sketch.title()])
-        channel_bits = sketch.bits * sketch.share
         rows.append(
             {
                 "sketch": sketch.title(),
-                "bits_per_channel": channel_bits,
+                "bits_per_channel": sketch.channel_bits,
                 "mean": round(float(share.mean()), 3),
                 "lowest_tenth": round(float(share.quantile(0.1)), 3),
             }

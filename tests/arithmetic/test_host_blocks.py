@@ -83,3 +83,16 @@ def test_nothing_is_found_once_all_is_forgotten() -> None:
     assert blocks.find("key") is None and blocks.is_held(block)
     blocks.release([block])
     assert blocks.num_unheld == 2
+
+
+def test_it_tells_what_is_held_and_what_may_be_found() -> None:
+    blocks = HostBlocks(10)
+    held = blocks.take(3)
+    assert held is not None
+    blocks.publish("a", held[0])
+    blocks.publish("b", held[0])
+    assert blocks.use == {"all": 10, "held": 3, "findable": 1}
+    blocks.release(held)
+    assert blocks.use == {"all": 10, "held": 0, "findable": 1}
+    blocks.take(10)
+    assert blocks.use == {"all": 10, "held": 10, "findable": 0}

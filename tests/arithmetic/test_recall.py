@@ -23,7 +23,8 @@ def quotas(draw: st.DrawFn) -> Quota:
         "recall": Recall(
             num_heads=draw(st.integers(1, all_heads)),
             all_heads=all_heads,
-            index_tokens=page_tokens * draw(st.integers(4, 32)),
+            page_words=page_tokens * draw(st.sampled_from([32, 64, 128, 256])),
+            code_words=draw(st.integers(1, 4)),
             slots_share=draw(st.floats(0.01, 1)),
             max_index_share=draw(st.floats(0.01, 1)),
         ),
@@ -44,7 +45,7 @@ def test_index_recalled_and_resident_tokens_are_the_budget_at_most(
     of_recalling = recall.num_heads * (room.index_pages + room.slot_pages) * quota.page_tokens
     total_tokens = recall.all_heads * room.resident_tokens + of_recalling
     assert total_tokens <= recall.all_heads * quota.budget_tokens
-    assert room.index_pages * recall.index_tokens >= prompt_tokens
+    assert room.index_pages * recall.index_tokens(room.entry_tokens) >= prompt_tokens
     assert room.resident_tokens >= 0
     most_index, most_slots = quota.most_recall_pages(prompt_tokens)
     assert room.index_pages <= most_index
@@ -77,7 +78,7 @@ def test_the_last_token_of_a_prompt_that_recalls_comes_by_itself(
         assert grown == [end_tokens + times * interval for times in (1, 2, 3)]
 
 
-def test_a_longer_index_leaves_less_until_it_is_too_large() -> None:
+def test_a_longer_index_leaves_less_until_it_is_coarser() -> None:
     """The arithmetic of a model of 28 layers and 4 KV heads of 128 in bfloat16, quota 3,072."""
     quota = Quota(
         blocks=192,
@@ -86,11 +87,17 @@ def test_a_longer_index_leaves_less_until_it_is_too_large() -> None:
         chunk_tokens=1024,
         decode_interval_tokens=64,
         recall=Recall(
-            num_heads=37, all_heads=112, index_tokens=256, slots_share=0.5, max_index_share=0.5
+            num_heads=37,
+            all_heads=112,
+            page_words=2048,
+            code_words=4,
+            slots_share=0.5,
+            max_index_share=0.5,
         ),
     )
     assert quota.budget_tokens == 2955
-    rooms = [quota.recall_room(n) for n in (8_192, 32_768, 65_536, 131_072)]
-    assert [room and room.index_pages for room in rooms] == [32, 128, 256, None]
-    assert [room and room.slot_pages for room in rooms] == [87, 71, 50, None]
-    assert [room and room.resident_tokens for room in rooms] == [2326, 1903, 1337, None]
+    rooms = [quota.recall_room(n) for n in (8_192, 65_536, 131_072, 262_144, 1_000_000, 2_000_000)]
+    assert [room and room.entry_tokens for room in rooms] == [1, 1, 1, 2, 8, None]
+    assert [room and room.index_pages for room in rooms] == [17, 131, 261, 261, 261, None]
+    assert [room and room.slot_pages for room in rooms] == [89, 70, 49, 49, 49, None]
+    assert [room and room.resident_tokens for room in rooms] == [2394, 1892, 1316, 1316, 1316, None]

@@ -91,7 +91,15 @@ class Replayed(Lab):
         tensors[-1].copy_(self.tensors[-1][:num_rows])
 
 
-RECALL = Recall(num_heads=3, all_heads=6, index_tokens=256, slots_share=0.5, max_index_share=0.5)
+# pages of 8 tokens of 32 channels in float32
+RECALL = Recall(
+    num_heads=3,
+    all_heads=6,
+    page_words=512,
+    code_words=1,
+    slots_share=0.5,
+    max_index_share=0.5,
+)
 RECALLING: dict[str, Any] = {
     "quota": replace(QUOTA, retrieves=True, recall=RECALL),
     "tier_blocks": 100,

@@ -45,6 +45,8 @@ class RecallLab(Lab):
         tier_blocks: of host memory.
     """
 
+    max_tokens = MAX_TOKENS
+
     def __init__(self, *args: Any, tier_blocks: int, **kwargs: Any) -> None:
         self.tier_blocks = tier_blocks
         self.num_checked = 0
@@ -56,15 +58,15 @@ class RecallLab(Lab):
         self.prompts = HostPrompts(HostBlocks(tier_blocks), self.quota.page_tokens, lambda _: False)
 
     def host_memory(self) -> dict[str, int]:
-        return {"max_model_tokens": MAX_TOKENS, "host_blocks": self.tier_blocks}
+        return {"max_model_tokens": self.max_tokens, "host_blocks": self.tier_blocks}
 
     # --- contents -------------------------------------------------------------------------------
 
     def content(self, name: str, layer: int) -> torch.Tensor:
-        """[MAX_TOKENS, G * H + 2 * H, D]: query, key and value of the tokens of a content."""
+        """[max_tokens, G * H + 2 * H, D]: query, key and value of the tokens of a content."""
         if (name, layer) not in self.contents:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{name}/{layer}".encode()))
-            shape = (MAX_TOKENS, (self.group + 2) * self.heads, self.head_size)
+            shape = (self.max_tokens, (self.group + 2) * self.heads, self.head_size)
             self.contents[name, layer] = torch.randn(shape, generator=generator)
         return self.contents[name, layer]
 
@@ -204,7 +206,8 @@ def make_lab(seed: int, kind: type[AnyLab] = RecallLab) -> AnyLab:
         "recall": Recall(
             num_heads=chance.randint(1, num_layers * heads),
             all_heads=num_layers * heads,
-            index_tokens=PageLayout(page_tokens, 32, torch.float32).index_tokens,
+            page_words=PageLayout(page_tokens, 32, torch.float32).page_words,
+            code_words=1,
             slots_share=chance.choice([0.2, 0.5, 1.0]),
             max_index_share=chance.choice([0.3, 0.9]),
         ),
@@ -246,7 +249,9 @@ NUMBERS: dict[str, Any] = {
     "retrieves": True,
 }
 HEADS = 2
-RECALL = Recall(num_heads=2, all_heads=6, index_tokens=256, slots_share=0.5, max_index_share=0.5)
+# pages of 8 tokens of 32 channels in float32
+PAGE: dict[str, Any] = {"page_words": 512, "code_words": 1}
+RECALL = Recall(num_heads=2, all_heads=6, **PAGE, slots_share=0.5, max_index_share=0.5)
 
 
 def small_lab(recall: Recall = RECALL, tier_blocks: int = 100, **kwargs: Any) -> RecallLab:
@@ -285,9 +290,7 @@ def test_a_head_that_recalls_reads_all_of_its_pages() -> None:
 
 def test_a_head_that_recalls_all_reads_as_if_nothing_had_been_dropped() -> None:
     """Kept and recalled tokens are the whole prompt, so the output is that of dense attention."""
-    greedy = Recall(
-        num_heads=1, all_heads=6, index_tokens=256, slots_share=1.0, max_index_share=0.9
-    )
+    greedy = Recall(num_heads=1, all_heads=6, **PAGE, slots_share=1.0, max_index_share=0.9)
     found = 0
     for prompt_tokens in range(97, 113):
         lab = small_lab(greedy, options=PolicyOptions(probe_tokens=4, retrieval_ratio=1.0))

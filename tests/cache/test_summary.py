@@ -58,10 +58,11 @@ def run(policy: str, prompt_tokens: int = PROMPT_TOKENS) -> tuple[WatchedLab, Su
     client = Client("r", prompt_tokens, [Feature(4, prompt_tokens - 14, 4)])
     while client.computed_tokens < prompt_tokens:
         lab.step({client: min(24, prompt_tokens - client.computed_tokens)})
-    summaries = lab.cache.reports.take_summaries()
-    assert list(summaries) == ["r"] and not lab.cache.reports.take_summaries()
+    counted = lab.cache.reports.take()
+    assert counted is not None and list(counted.summaries) == ["r"] and counted.recalled is None
+    assert lab.cache.reports.take() is None
     lab.step({}, finished=("r",))
-    return lab, summaries["r"]
+    return lab, counted.summaries["r"]
 
 
 @pytest.mark.parametrize("policy", ["hybrid", "window", "ada-snapkv", "keydiff"])
@@ -102,7 +103,7 @@ def test_a_policy_without_probe_has_none() -> None:
 def test_a_prompt_that_fits_needs_no_count() -> None:
     lab = WatchedLab("hybrid", Quota(**QUOTA), pool_blocks=30)
     lab.step({Client("r", 20): 20})
-    assert not lab.cache.reports.take_summaries()
+    assert lab.cache.reports.take() is None
 
 
 def test_nothing_is_counted_where_nobody_asks() -> None:
@@ -111,7 +112,7 @@ def test_nothing_is_counted_where_nobody_asks() -> None:
     while client.computed_tokens < PROMPT_TOKENS:
         lab.step({client: min(24, PROMPT_TOKENS - client.computed_tokens)})
     assert lab.state(client).retained_mass is None
-    assert not lab.cache.reports.take_summaries()
+    assert lab.cache.reports.take() is None
 
 
 def test_what_cannot_be_counted_ends_no_request(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +126,7 @@ def test_what_cannot_be_counted_ends_no_request(monkeypatch: pytest.MonkeyPatch)
     client = Client("r", PROMPT_TOKENS, [Feature(4, 144, 4)])
     while client.computed_tokens < PROMPT_TOKENS:
         lab.step({client: min(24, PROMPT_TOKENS - client.computed_tokens)})
-    assert not reports.take_summaries() and client.output_tokens == 1
+    assert reports.take() is None and client.output_tokens == 1
 
 
 def test_what_stands_behind_a_heads_tokens_is_not_counted() -> None:

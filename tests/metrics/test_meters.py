@@ -72,6 +72,22 @@ def test_one_that_dropped_nothing_counts_as_a_request_alone() -> None:
     assert moved == [1, 4, 1, 1, 0, 0, 0, 0, 0]
 
 
+def test_what_came_back_and_who_holds_host_memory() -> None:
+    names = [
+        ("recall_steps_total", {}),
+        ("recalled_tokens_total", {"kind": "kept"}),
+        ("recalled_tokens_total", {"kind": "moved"}),
+        ("moved_bytes_total", {}),
+    ]
+    before = [value(name, **labels) for name, labels in names]
+    recalled = {"steps": 5, "tokens": 100, "moved_tokens": 30, "moved_bytes": 7680}
+    use = {"all": 8, "held": 3, "findable": 2}
+    meters().ended(replace(MESSAGE, recalled=recalled, host_blocks=use), "stop")
+    after = [value(name, **labels) for name, labels in names]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [5, 70, 30, 7680]
+    assert {state: value("host_blocks", state=state) for state in use} == use
+
+
 def test_they_are_seen_again_after_vllm_cleared_its_own() -> None:
     """It does so whenever an engine starts in the process."""
     meters().has_quota("m", 64)

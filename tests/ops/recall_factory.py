@@ -43,6 +43,16 @@ class Remembered:
         recalls = RecallHeads(*(field.clone() for field in self.recalls))
         return Remembered(self.cache.clone(), tier, recalls, self.num_tokens, self.held)
 
+    @property
+    def entry_tokens(self) -> int:
+        """Tokens of an entry of every index."""
+        return int(self.recalls.entry_tokens[0, 0])
+
+    @property
+    def index_tokens(self) -> int:
+        """Tokens that an index page speaks for."""
+        return self.cache.pool.layout.index_tokens(self.entry_tokens)
+
     def token(self, slot: int, head: int, position: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value of a token as the tier has them."""
         block = int(self.tier.blocks[slot, position // self.tier.page_tokens])
@@ -62,6 +72,7 @@ def make_remembered(
     held_share: float = 0.3,
     recall_pages: int = 2,
     recalling: Sequence[Sequence[bool]] | None = None,
+    entry_tokens: int = 1,
     seed: int = 0,
 ) -> Remembered:
     """Slots whose heads hold a random share of `num_tokens` tokens, the last ones always.
@@ -73,6 +84,7 @@ def make_remembered(
         held_share: share of the tokens that a head holds.
         recall_pages: pages for recalled tokens of a head that recalls.
         recalling: which heads recall, [S][H]; all but the last head of each slot unless said.
+        entry_tokens: that an entry of the index speaks for.
         seed: of everything random.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -87,7 +99,7 @@ def make_remembered(
         [extra + len(positions) for extra, positions in zip(*pair, strict=True)]
         for pair in zip(recalled, held, strict=True)
     ]
-    index_pages = [ceil_div(count, layout.index_tokens) for count in num_tokens]
+    index_pages = [ceil_div(count, layout.index_tokens(entry_tokens)) for count in num_tokens]
     needed = max(index_pages) * num_heads * len(num_tokens)
     cache = make_cache(lens, layout, free_pages=needed, seed=seed)
     tier = _make_tier(num_tokens, layout, num_heads, generator)
@@ -98,7 +110,8 @@ def make_remembered(
                 first = head * count
                 index[slot, head, :count] = cache.free_pages[slot, first : first + count]
     counts = torch.tensor(num_tokens)[:, None] * torch.tensor(recalling)
-    recalls = RecallHeads(index, counts.int(), torch.tensor(recalled).int())
+    grain = torch.full_like(counts, entry_tokens).int()
+    recalls = RecallHeads(index, counts.int(), torch.tensor(recalled).int(), grain)
     made = Remembered(cache, tier, recalls, num_tokens, held)
     _fill(made)
     return made

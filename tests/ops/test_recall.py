@@ -12,7 +12,7 @@ from tests.ops.recall_factory import Remembered, make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import TierLayer, encode, load, mark, recall, store
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
-from vllm_budgetkv.ops.reference.encode import read_digest, unpack
+from vllm_budgetkv.ops.reference.index_pages import read_codes, read_digest, read_marks
 from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
@@ -44,13 +44,20 @@ def prepare(made: Remembered) -> None:
 def known_keys(made: Remembered, slot: int, head: int) -> torch.Tensor:
     """float64 [n, D]: what the index says of the keys of a head."""
     pool, count = made.cache.pool, int(made.recalls.num_tokens[slot, head])
-    entries = pool.layout.index_tokens
-    pages = made.recalls.table[slot, head, : -(-count // entries)].long()
+    entry_tokens = int(made.recalls.entry_tokens[slot, head])
+    pages = made.recalls.table[slot, head, : -(-count // made.index_tokens)].long()
     mean, step, channels = read_digest(pool.digests[pages], pool.layout.coded_channels)
-    known = mean.double()[:, None].repeat(1, entries, 1)
-    deviation = step.double()[:, None] * (unpack(pool.codes[pages]).double() - 7.5)
+    codes = read_codes(pool, pages, entry_tokens).double()
+    known = mean.double()[:, None].repeat(1, codes.shape[1], 1)
+    deviation = step.double()[:, None] * (codes - 7.5)
     known.scatter_add_(2, channels[:, None].expand_as(deviation), deviation)
-    return known.flatten(0, 1)[:count]
+    return known.flatten(0, 1).repeat_interleave(entry_tokens, dim=0)[:count]
+
+
+def averaged(made: Remembered, keys: torch.Tensor) -> torch.Tensor:
+    """float64 [e, D]: means of the keys [n, D] of each entry, in the cache's dtype."""
+    groups = keys.float().split(made.entry_tokens)
+    return torch.stack([group.mean(0) for group in groups]).to(keys.dtype).double()
 
 
 # --- store --------------------------------------------------------------------------------------
@@ -133,21 +140,22 @@ def test_load_leaves_what_has_no_block(op: Callable[..., None]) -> None:
 
 @pytest.mark.parametrize("op", [encode_reference, encode], ids=["reference", "op"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 128])
+@pytest.mark.parametrize(("head_size", "entry_tokens"), [(32, 1), (40, 2), (128, 1), (64, 8)])
 def test_a_code_is_the_nearest_level(
-    op: Callable[..., None], head_size: int, dtype: torch.dtype
+    op: Callable[..., None], head_size: int, entry_tokens: int, dtype: torch.dtype
 ) -> None:
     """Of the channels that move logits most; the others are at their mean."""
-    made = make_remembered((1500, 333), PageLayout(16, head_size, dtype))
+    layout = PageLayout(16, head_size, dtype)
+    made = make_remembered((2500, 333), layout, entry_tokens=entry_tokens)
     energy = energy_of(made)
     for slot, count in enumerate(made.num_tokens):
         op(slot, made.tier, made.recalls, made.cache.pool, energy)
-        entries = made.cache.pool.layout.index_tokens
-        keys, known = made.keys(slot, 0).double(), known_keys(made, slot, 0)
-        for number, first in enumerate(range(0, count, entries)):
-            part = slice(first, first + entries)
+        keys, known = made.keys(slot, 0), known_keys(made, slot, 0)
+        for number, first in enumerate(range(0, count, made.index_tokens)):
+            part = slice(first, first + made.index_tokens)
             page = int(made.recalls.table[slot, 0, number])
-            check_page(made, page, keys[part], known[part], energy[0].double())
+            of_entries = averaged(made, keys[part]), known[part][::entry_tokens]
+            check_page(made, page, *of_entries, energy[0].double())
 
 
 def check_page(
@@ -162,16 +170,23 @@ def check_page(
     others[channels] = 0
     assert weight[channels].min() >= others.max() * (1 - 1e-4)
     rounding = 2 * torch.finfo(digests.dtype).eps
-    torch.testing.assert_close(mean, keys.mean(0), rtol=rounding, atol=1e-5)
+    # means of entries are rounded to the cache's type, where Triton's interpreter rounds down
+    blur = (made.entry_tokens > 1) * torch.finfo(digests.dtype).eps * float(keys.abs().max())
+    torch.testing.assert_close(mean, keys.mean(0), rtol=rounding, atol=1e-5 + blur)
     deviation = 0.3352 * keys[:, channels].std(0, correction=0)
-    torch.testing.assert_close(step, deviation, rtol=rounding, atol=1e-5)
+    torch.testing.assert_close(step, deviation, rtol=rounding, atol=1e-5 + blur)
     is_coded = torch.zeros_like(energy, dtype=torch.bool)
     is_coded[channels] = True
     assert torch.equal(known[:, ~is_coded], mean[~is_coded].expand(len(keys), -1))
     levels = mean[channels, None] + step[:, None] * (torch.arange(16) - 7.5)
-    keys, known = keys[:, channels], known[:, channels]
+    keys, known, largest = keys[:, channels], known[:, channels], keys.abs().max()
     nearest = (levels - keys[..., None]).abs().amin(-1)
     slack = 8 * torch.finfo(torch.float32).eps * (keys.abs() + mean[channels].abs() + 8 * step)
+    if made.entry_tokens > 1:
+        # a mean between two numbers of the cache's type may be rounded to either, which moves the
+        # key and its nearest level; and it is a sum of terms that may cancel
+        slack += 2 * torch.finfo(digests.dtype).eps * keys.abs()
+        slack += 2 * made.entry_tokens * torch.finfo(torch.float32).eps * largest
     assert ((known - keys).abs() <= nearest + slack).all()
 
 
@@ -194,8 +209,9 @@ def test_a_channel_without_deviation_is_its_mean(op: Callable[..., None]) -> Non
 
 def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
     """Digests to the rounding of their type; codes differ where a key is between two levels."""
-    for head_size in (40, 64):
-        made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, torch.bfloat16))
+    for head_size, entry_tokens in ((40, 1), (64, 4)):
+        layout = PageLayout(16, head_size, torch.bfloat16)
+        made = make_remembered(NUM_TOKENS, layout, entry_tokens=entry_tokens)
         twin, energy = made.clone(), energy_of(made)
         for slot in range(2):
             encode_reference(slot, made.tier, made.recalls, made.cache.pool, energy)
@@ -209,12 +225,14 @@ def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
 
 
 @pytest.mark.parametrize("op", [mark_reference, mark], ids=["reference", "op"])
+@pytest.mark.parametrize("entry_tokens", [1, 2, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_marks_are_the_positions_behind_the_recall_pages(
-    op: Callable[..., None], dtype: torch.dtype
+    op: Callable[..., None], dtype: torch.dtype, entry_tokens: int
 ) -> None:
-    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype), num_heads=3)
-    pool, entries = made.cache.pool, made.cache.pool.layout.index_tokens
+    layout = PageLayout(16, 40, dtype)
+    made = make_remembered((2500, 333), layout, num_heads=3, entry_tokens=entry_tokens)
+    pool = made.cache.pool
     # decode appended a token that no index knows
     table, place = made.cache.table[0, 0], int(made.cache.lens[0, 0]) - 1
     pool.positions[int(table[place // 16]), place % 16] = 5000
@@ -222,13 +240,10 @@ def test_marks_are_the_positions_behind_the_recall_pages(
     for slot in range(2):
         op(slot, made.cache.heads, made.recalls)
         for head in range(2):
-            found = set()
-            for number, page in enumerate(made.recalls.table[slot, head].tolist()):
-                if page >= pool.num_pages:
-                    break
-                words = pool.positions[page].long() & 0xFFFFFFFF
-                bits = (words[:, None] >> torch.arange(32) & 1).flatten()
-                found |= {number * entries + int(bit) for bit in bits.nonzero()}
+            pages = made.recalls.table[slot, head].long()
+            pages = pages[pages < pool.num_pages]
+            bits = read_marks(pool, pages, entry_tokens).flatten()
+            found = set(bits.nonzero().flatten().tolist())
             assert found == set(made.held[slot][head].tolist())
 
 
@@ -319,12 +334,13 @@ def check_steps(
 
 @pytest.mark.parametrize("op", [recall_reference, recall], ids=["reference", "op"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 128])
+@pytest.mark.parametrize(("head_size", "entry_tokens"), [(32, 1), (40, 1), (128, 1), (64, 4)])
 def test_the_best_tokens_come_back(
-    op: Callable[..., None], head_size: int, dtype: torch.dtype
+    op: Callable[..., None], head_size: int, entry_tokens: int, dtype: torch.dtype
 ) -> None:
     """The last head of each slot recalls nothing."""
-    made = make_remembered(NUM_TOKENS, PageLayout(16, head_size, dtype), num_heads=3)
+    layout = PageLayout(16, head_size, dtype)
+    made = make_remembered(NUM_TOKENS, layout, num_heads=3, entry_tokens=entry_tokens)
     check_steps(op, made, [1, 0], group=2)
 
 
@@ -372,7 +388,7 @@ def test_recall_refuses_what_would_read_outside() -> None:
     with pytest.raises(IndexError, match="host block"):
         run(recall, lost, query, [0])
     lost = made.clone()
-    lost.recalls.table[0, 0, 1] = lost.cache.pool.num_pages
+    lost.recalls.table[0, 0, 0] = lost.cache.pool.num_pages
     with pytest.raises(IndexError, match="index"):
         run(recall, lost, query, [0])
     greedy = make_remembered([40], LAYOUT, held_share=0.9, recall_pages=2)

@@ -57,6 +57,12 @@ class HostBlocks:
         """Blocks that nobody holds, whether they keep anything or not."""
         return len(self._unheld)
 
+    @property
+    def use(self) -> dict[str, int]:
+        """All blocks, those that requests hold, and those that a prompt may find."""
+        held = self.num_blocks - len(self._unheld)
+        return {"all": self.num_blocks, "held": held, "findable": len(self._keys)}
+
     def is_held(self, block: int) -> bool:
         return self._holders[block] > 0
 

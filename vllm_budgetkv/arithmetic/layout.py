@@ -11,14 +11,14 @@ K, V, centre and radius have the cache dtype. `centre` and `radius` are the page
 `position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
 every field starts on a 16-byte boundary.
 
-A head-page may hold an index instead, what the device knows of E consecutive tokens in host memory,
-by R of the D channels of their keys:
+A head-page may hold an index instead, what the device knows of consecutive tokens in host memory,
+by R of the D channels of their keys, in E entries for g neighbouring tokens each:
 
-    codes int32 [E, R / 8] over K and V | mean [D] | step [R] channel [R] | held: a bit a token
+    codes int32 [E, R / 8] marks int32 [E g / 32] over K and V | mean [D] | step [R] channel [R]
 
-A code is 4 bits, that of channel r at bit 4 (r % 8) of word r / 8 of its token; a code c says that
-channel `channel[r]` of the key is `mean + step (c - 7.5)`. The other channels are at their mean.
-`held` says which of the tokens the head holds on the device.
+A code is 4 bits, that of channel r at bit 4 (r % 8) of word r / 8 of its entry; a code c says that
+channel `channel[r]` of the key, with g > 1 of the mean of the keys, is `mean + step (c - 7.5)`. The
+other channels are at their mean. A mark is a bit a token: whether the head holds it on the device.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
+from vllm_budgetkv.arithmetic.index_page import entries_of_page
 
 PAGE_ALIGNMENT_BYTES = 256
 SUPPORTED_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
@@ -85,7 +87,7 @@ class PageLayout:
 
     @property
     def code_words(self) -> int:
-        """Words of a token's codes, 4 bits for each channel that is coded."""
+        """Words of an entry's code, 4 bits for each channel that is coded."""
         return -(-self.head_size // (CODED_SHARE * CODES_PER_WORD))
 
     @property
@@ -94,9 +96,17 @@ class PageLayout:
         return CODES_PER_WORD * self.code_words
 
     @property
-    def index_tokens(self) -> int:
-        """Tokens that a page speaks for as an index (E): its codes fit, and their marks."""
-        return min(self.digest_offset_bytes // (4 * self.code_words), 32 * self.page_tokens)
+    def page_words(self) -> int:
+        """Words of 32 bits that keys and values of a page take."""
+        return self.digest_offset_bytes // 4
+
+    def index_entries(self, entry_tokens: int) -> int:
+        """Entries of an index page, of so many tokens each (E)."""
+        return entries_of_page(self.page_words, self.code_words, entry_tokens)
+
+    def index_tokens(self, entry_tokens: int) -> int:
+        """Tokens that a page speaks for as an index, with so many to an entry (g E)."""
+        return entry_tokens * self.index_entries(entry_tokens)
 
     @property
     def page_bytes(self) -> int:
@@ -157,10 +167,9 @@ class PagePool:
         return self._field(layout.position_offset_bytes, (layout.page_tokens,), torch.int32)
 
     @cached_property
-    def codes(self) -> torch.Tensor:
-        """int32 [P, E, R / 8]: what a page of an index says of its tokens."""
-        layout = self.layout
-        return self._field(0, (layout.index_tokens, layout.code_words), torch.int32)
+    def index_words(self) -> torch.Tensor:
+        """int32 [P, W]: codes and marks of a page of an index."""
+        return self._field(0, (self.layout.page_words,), torch.int32)
 
     def _field(self, offset_bytes: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size_bytes = dtype.itemsize

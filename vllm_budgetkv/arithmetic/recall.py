@@ -1,14 +1,17 @@
 """What recall takes of a quota: pages of an index, and pages for what comes back.
 
-Behind the prompt, K of the L * H heads of a request get an index of its n prompt tokens, a page for
-E of them, and C pages for recalled tokens. What is left of the budget is shared as ever:
+Behind the prompt, K of the L * H heads of a request get an index of its n prompt tokens and C pages
+for recalled tokens. An entry of the index speaks for g tokens, the fewest with which it takes no
+more than its share, and a page holds E of them. What is left of the budget is shared as ever:
 
-    L * H * (B - resident) >= K * (ceil(n / E) + C) * N
+    L * H * (B - resident) >= K * (ceil(n / (g E)) + C) * N
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from vllm_budgetkv.arithmetic.index_page import ENTRY_TOKENS, entries_of_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,11 +19,13 @@ class RecallRoom:
     """Pages that recall takes of one request, of each head that recalls.
 
     Args:
+        entry_tokens: that an entry of the index speaks for (g).
         index_pages: of the index.
         slot_pages: for recalled tokens (C / N).
         resident_tokens: tokens per head, on average, that stay beside them.
     """
 
+    entry_tokens: int
     index_pages: int
     slot_pages: int
     resident_tokens: int
@@ -33,16 +38,23 @@ class Recall:
     Args:
         num_heads: heads that recall, of all layers (K).
         all_heads: KV heads of all layers (L * H).
-        index_tokens: tokens that a page speaks for as an index (E).
+        page_words: words of 32 bits that keys and values of a page take.
+        code_words: words of an entry's code.
         slots_share: recalled tokens as a share of what is left of the budget beside the index.
-        max_index_share: most of the budget that the index may take; a longer prompt does without.
+        max_index_share: most of the budget that the index may take; a prompt whose coarsest index
+            takes more does without.
     """
 
     num_heads: int
     all_heads: int
-    index_tokens: int
+    page_words: int
+    code_words: int
     slots_share: float
     max_index_share: float
+
+    def index_tokens(self, entry_tokens: int) -> int:
+        """Tokens that a page speaks for as an index, with so many to an entry."""
+        return entry_tokens * entries_of_page(self.page_words, self.code_words, entry_tokens)
 
     def room(self, prompt_tokens: int, budget_tokens: int, page_tokens: int) -> RecallRoom | None:
         """What a prompt leaves; None if its index would take too much.
@@ -52,15 +64,19 @@ class Recall:
             budget_tokens: tokens per head, on average, that survive a compression (B).
             page_tokens: N.
         """
-        index_pages = -(-prompt_tokens // self.index_tokens)
-        index_tokens = self._average(index_pages * page_tokens)
-        if index_tokens > self.max_index_share * budget_tokens:
+        for entry_tokens in ENTRY_TOKENS:
+            index_pages = -(-prompt_tokens // self.index_tokens(entry_tokens))
+            index_tokens = self._average(index_pages * page_tokens)
+            if index_tokens <= self.max_index_share * budget_tokens:
+                break
+        else:
             return None
         slot_pages = int(self.slots_share * (budget_tokens - index_tokens)) // page_tokens
         if slot_pages == 0:
             return None
         taken_tokens = self._average((index_pages + slot_pages) * page_tokens)
         return RecallRoom(
+            entry_tokens=entry_tokens,
             index_pages=index_pages,
             slot_pages=slot_pages,
             resident_tokens=budget_tokens - taken_tokens,
@@ -69,7 +85,7 @@ class Recall:
     def most_index_pages(self, longest_tokens: int, budget_tokens: int, page_tokens: int) -> int:
         """Most index pages of a head, of prompts of at most so many tokens; see `room`."""
         allowed_tokens = self.max_index_share * budget_tokens * self.all_heads / self.num_heads
-        return min(-(-longest_tokens // self.index_tokens), int(allowed_tokens) // page_tokens)
+        return min(-(-longest_tokens // self.index_tokens(1)), int(allowed_tokens) // page_tokens)
 
     def _average(self, tokens: int) -> int:
         """Tokens of each head that recalls, spread over all heads and rounded up."""

@@ -40,6 +40,7 @@ class Recaller:
         slots: int32 [S, L, H, C / N], pages for recalled tokens.
         num_tokens: int32 [S, L, H], tokens that the index speaks for; 0 where nothing recalls.
         num_recalled: int32 [S, L, H], recalled tokens, whole pages.
+        entry_tokens: int32 [S, L, H], tokens that an entry of the index speaks for.
         moved: int32 [S, L, H], tokens fetched so far.
         writes: where writes to host memory run.
     """
@@ -52,6 +53,7 @@ class Recaller:
     slots: torch.Tensor
     num_tokens: torch.Tensor
     num_recalled: torch.Tensor
+    entry_tokens: torch.Tensor
     moved: torch.Tensor
     writes: SideStream
 
@@ -86,6 +88,7 @@ class Recaller:
             slots=ids(slot_pages),
             num_tokens=torch.zeros_like(tables.lens),
             num_recalled=torch.zeros_like(tables.lens),
+            entry_tokens=torch.ones_like(tables.lens),
             moved=torch.zeros_like(tables.lens),
             writes=SideStream(tables.lens.device),
         )
@@ -99,14 +102,15 @@ class Recaller:
     @property
     def slot_bytes(self) -> int:
         """Bytes of all tables of one slot."""
-        counts = (self.num_tokens, self.num_recalled, self.moved)
+        counts = (self.num_tokens, self.num_recalled, self.entry_tokens, self.moved)
         tensors = (self.index, self.slots, *counts, self.tier.blocks)
         return sum(tensor[0].numel() * tensor.element_size() for tensor in tensors)
 
     @cached_property
     def _layers(self) -> list[ops.RecallHeads]:
         """Made once: a decode step asks for them in every layer."""
-        fields = (tensor.unbind(1) for tensor in (self.index, self.num_tokens, self.num_recalled))
+        counts = (self.num_tokens, self.num_recalled, self.entry_tokens)
+        fields = (tensor.unbind(1) for tensor in (self.index, *counts))
         return [ops.RecallHeads(*found) for found in zip(*fields, strict=True)]
 
     @cached_property
@@ -153,7 +157,9 @@ class Recaller:
         room = request.quota.recall_room(request.prompt_tokens)
         assert room is not None
         chosen = self.tables.concentration[slot].flatten().topk(self.plan.num_heads).indices
-        self._take(self.index, slot, chosen, ceil_div(num_tokens, self.plan.index_tokens))
+        index_tokens = self.plan.index_tokens(room.entry_tokens)
+        self._take(self.index, slot, chosen, ceil_div(num_tokens, index_tokens))
+        self.entry_tokens[slot] = room.entry_tokens
         empty = self._take(self.slots, slot, chosen, room.slot_pages)
         self.tables.pool.positions[empty.long()] = EMPTY
         self.num_tokens[slot].flatten()[chosen] = num_tokens

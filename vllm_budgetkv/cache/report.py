@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.arithmetic.recalled import Recalled
 from vllm_budgetkv.cache.notices import warn_once
 from vllm_budgetkv.cache.report_file import append_line
 from vllm_budgetkv.cache.summary import CLASSES, Summary
@@ -39,6 +40,7 @@ class RequestRecord:
         compression_seconds: of the host; on a GPU the time that launching takes.
         recall: "off" without host memory; "not needed" for a prompt inside the quota; "index too
             large" or "no room" where it was served without; "not reached" if it ended before; "on".
+        recall_entry_tokens: tokens that an entry of its index speaks for; 0 without one.
         host_bytes: of host memory that keep its prompt.
         reused_tokens: of the prompt, that host memory had, so that the model did not compute them.
         recall_steps: decode steps in which heads brought tokens back.
@@ -61,6 +63,7 @@ class RequestRecord:
     compression_seconds: float = 0.0
     preemptions: int = 0
     recall: str = "off"
+    recall_entry_tokens: int = 0
     host_bytes: int = 0
     reused_tokens: int = 0
     recall_steps: int = 0
@@ -82,6 +85,18 @@ class RequestRecord:
             warn_once(f"--kv-report-file {path} cannot be written: requests go unreported")
 
 
+class Counted(NamedTuple):
+    """What is told of requests since the last time.
+
+    Attributes:
+        summaries: of prompts that have been read, by request id.
+        recalled: of requests that gave up their slots; None if none brought anything back.
+    """
+
+    summaries: dict[str, Summary]
+    recalled: Recalled | None
+
+
 @dataclass
 class Reports:
     """The records of unfinished client requests. Every number of a record is written here.
@@ -94,6 +109,7 @@ class Reports:
         summarizes: whether it is counted what requests keep of their prompts.
         records: by request id.
         summaries: of prompts that have been read since somebody took them, by request id.
+        recalled: of requests that gave up their slots since then; None if none brought tokens back.
         is_paused: whether new requests are no client's, as while the worker warms up.
     """
 
@@ -104,6 +120,7 @@ class Reports:
     summarizes: bool = False
     records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
     summaries: dict[str, Summary] = field(default_factory=dict, init=False)
+    recalled: Recalled | None = field(default=None, init=False)
     is_paused: bool = field(default=False, init=False)
 
     @contextmanager
@@ -133,6 +150,7 @@ class Reports:
 
     def left(self, request: RequestState, *, is_preempted: bool) -> None:
         """A request gives up its slot; the blocks that it holds now are the most it had there."""
+        recalled = self._count_recalled(request)
         record = self.records.get(request.request_id)
         if record is None:
             return
@@ -147,11 +165,24 @@ class Reports:
         record.compressions += request.compressions
         record.compression_seconds += request.compression_seconds
         record.preemptions += is_preempted
+        if self.recaller is not None:
+            _note_host(record, request, recalled, self.recaller)
+
+    def _count_recalled(self, request: RequestState) -> Recalled:
+        """What a request that gives up its slot brought back. Never raises."""
+        recalled = Recalled()
+        is_asked = self.summarizes or request.request_id in self.records
+        if self.recaller is None or not request.recalls or not is_asked or self.is_paused:
+            return recalled
         try:
-            _count_recalled(record, request, self.recaller)
+            recalled = recalled_of(request, self.recaller)
         except Exception:  # noqa: BLE001
             # what only reports does not end a request
             warn_once("what requests bring back cannot be counted: their report lacks it")
+        if self.summarizes:
+            self.recalled = self.recalled or Recalled()
+            self.recalled.add(recalled)
+        return recalled
 
     def prefilled(self, request: RequestState) -> None:
         """The prompt of a request is in the cache. Never raises; a record reads the device."""
@@ -170,9 +201,12 @@ class Reports:
             # what only reports does not end a request
             warn_once("what requests keep cannot be counted: their report lacks it")
 
-    def take_summaries(self) -> dict[str, Summary]:
-        """What was counted since the last time, which is forgotten here."""
-        taken, self.summaries = self.summaries, {}
+    def take(self) -> Counted | None:
+        """What was counted since the last time, which is forgotten here; None if nothing was."""
+        if not self.summaries and self.recalled is None:
+            return None
+        taken = Counted(self.summaries, self.recalled)
+        self.summaries, self.recalled = {}, None
         return taken
 
     def close(self, request_id: str) -> None:
@@ -206,22 +240,32 @@ def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables
         record.heads[name] = int(chosen.sum())
 
 
-def _count_recalled(
-    record: RequestRecord, request: RequestState, recaller: Recaller | None
+def recalled_of(request: RequestState, recaller: Recaller) -> Recalled:
+    """What a request brought back since its prompt was read. Reads the device."""
+    slot = request.slot
+    steps = request.computed_tokens - request.quota.chunks_end(request.prompt_tokens)
+    moved_tokens = int(recaller.moved[slot].sum())
+    return Recalled(
+        steps=steps,
+        tokens=steps * int(recaller.num_recalled[slot].sum()),
+        moved_tokens=moved_tokens,
+        moved_bytes=moved_tokens * recaller.token_bytes,
+    )
+
+
+def _note_host(
+    record: RequestRecord, request: RequestState, recalled: Recalled, recaller: Recaller
 ) -> None:
-    """Add what a request that gives up its slot brought back. Reads the device."""
-    if recaller is None:
-        return
+    """Add what a request that gives up its slot had of host memory."""
     record.recall = request.recall
     if request.recall == "on" and not request.recalls:
         record.recall = "not reached"
-    elif request.recalls:
-        steps = request.computed_tokens - request.quota.chunks_end(request.prompt_tokens)
-        moved_tokens = int(recaller.moved[request.slot].sum())
-        record.recall_steps += steps
-        record.recalled_tokens += steps * int(recaller.num_recalled[request.slot].sum())
-        record.moved_tokens += moved_tokens
-        record.moved_bytes += moved_tokens * recaller.token_bytes
+    if (room := request.recall_room) is not None:
+        record.recall_entry_tokens = room.entry_tokens
+    record.recall_steps += recalled.steps
+    record.recalled_tokens += recalled.tokens
+    record.moved_tokens += recalled.moved_tokens
+    record.moved_bytes += recalled.moved_bytes
     if request.host is not None:
         record.host_bytes = len(request.host.blocks) * recaller.tier.block_bytes
         record.reused_tokens += request.host.num_tokens

@@ -41,6 +41,9 @@ class Message:
         evicted_tokens: of the prompt, summed over heads of one rank, by class; None if nothing was.
         retained_mass: see the report.
         compression_seconds: of the host, for its prompt.
+        host_blocks: blocks of host memory now, by state; None without any.
+        recalled: what the heads of one rank brought back of requests that left since the last
+            message, fields of `Recalled`; None without host memory.
         grows: of a request that goes on; None of one that ended.
     """
 
@@ -53,6 +56,8 @@ class Message:
     evicted_tokens: Mapping[str, int] | None = None
     retained_mass: float | None = None
     compression_seconds: float | None = None
+    host_blocks: Mapping[str, int] | None = None
+    recalled: Mapping[str, int] | None = None
     grows: Growth | None = None
 
     def as_params(self) -> dict[str, Any]:

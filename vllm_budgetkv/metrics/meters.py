@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 
+from vllm_budgetkv.arithmetic.recalled import Recalled
+
 if TYPE_CHECKING:
     from vllm_budgetkv.metrics.message import Message
 
@@ -26,6 +28,7 @@ class Meters:
     """Counts requests of this process, whichever engines it has."""
 
     def __init__(self) -> None:
+        self._meter_host_memory()
         self.requests = Counter(
             f"{PREFIX}requests",
             "Requests that ended, by policy and by how.",
@@ -71,6 +74,30 @@ class Meters:
             multiprocess_mode="mostrecent",
         )
 
+    def _meter_host_memory(self) -> None:
+        self.host_blocks = Gauge(
+            f"{PREFIX}host_blocks",
+            "Blocks of host memory: all, those held by requests, those that a prompt may find.",
+            (*LABELS, "state"),
+            multiprocess_mode="mostrecent",
+        )
+        self.recall_steps = Counter(
+            f"{PREFIX}recall_steps",
+            "Decode steps of requests in which heads looked for tokens in host memory.",
+            LABELS,
+        )
+        self.recalled_tokens = Counter(
+            f"{PREFIX}recalled_tokens",
+            "Tokens that heads of one rank had brought back, a step each: those that stood there "
+            "from the step before (kept) and those that were fetched (moved).",
+            (*LABELS, "kind"),
+        )
+        self.moved_bytes = Counter(
+            f"{PREFIX}moved_bytes",
+            "Bytes that heads of one rank fetched from host memory in decode.",
+            LABELS,
+        )
+
     def ended(self, message: Message, outcome: str) -> None:
         """Count a request that ended."""
         labels = {"model_name": message.model_name, "engine": message.engine}
@@ -85,6 +112,19 @@ class Meters:
             self.retained_mass.labels(**labels).observe(message.retained_mass)
         if message.compression_seconds is not None:
             self.compression_seconds.labels(**labels).observe(message.compression_seconds)
+
+        for state, blocks in (message.host_blocks or {}).items():
+            self.host_blocks.labels(**labels, state=state).set(blocks)
+        if message.recalled is not None:
+            self._brought_back(Recalled(**message.recalled), labels)
+
+    def _brought_back(self, recalled: Recalled, labels: dict[str, str]) -> None:
+        self.recall_steps.labels(**labels).inc(recalled.steps)
+        kept_tokens = recalled.tokens - recalled.moved_tokens
+        for kind, tokens in (("kept", kept_tokens), ("moved", recalled.moved_tokens)):
+            # the last step of a request may have fetched what no step is counted for
+            self.recalled_tokens.labels(**labels, kind=kind).inc(max(0, tokens))
+        self.moved_bytes.labels(**labels).inc(recalled.moved_bytes)
 
     def has_quota(self, model_name: str, quota_blocks: int) -> None:
         """Note what a request may hold that asks for nothing else."""

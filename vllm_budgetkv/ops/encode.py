@@ -20,11 +20,13 @@ def encode(
 ) -> None:
     """Write four bits for a quarter of the channels of the keys that heads recall, in one layer.
 
-    A page speaks for E consecutive tokens, by the R channels that move their logits most: those
-    with the largest energy times variance over these tokens, of equals the lower ones. With the
-    mean m of a channel, and its step s of 0.3352 deviations (the best of a uniform quantiser of 16
-    levels for a Gaussian: Max, 1960, https://doi.org/10.1109/TIT.1960.1057548), both rounded to the
-    cache's dtype, the code of k is floor((k - m) / s + 8), from 0 to 15. Arithmetic is float32.
+    A page has E entries for `entry_tokens` consecutive tokens each, which stand for the mean of
+    their keys, summed from the first on and rounded to the cache's dtype. It tells those R channels
+    apart that move logits most: with the largest energy times variance over its entries, of equals
+    the lower ones. With the mean m of a channel, and its step s of 0.3352 deviations (the best of a
+    uniform quantiser of 16 levels for a Gaussian: Max, 1960,
+    https://doi.org/10.1109/TIT.1960.1057548), both rounded to the cache's dtype, the code of k is
+    floor((k - m) / s + 8), from 0 to 15. Arithmetic is float32.
 
     Keys that were rotated to their positions differ most where queries hardly look, in fast pairs
     of channels, so a few channels of many bits say more than all with few.
@@ -54,7 +56,8 @@ def encode(
             encode_triton(slot, tier, recalls, pool, energy)
         case "cpp":
             extension.load()
-            known = (recalls.table[slot], recalls.num_tokens[slot])
+            known = (recalls.table, recalls.num_tokens, recalls.entry_tokens)
             torch.ops.budgetkv.encode(
-                tier.tokens, tier.blocks[slot], *known, pool.codes, pool.digests, energy
+                *(tier.tokens, tier.blocks[slot], *(field[slot] for field in known)),
+                *(pool.index_words, pool.layout.code_words, pool.digests, energy),
             )

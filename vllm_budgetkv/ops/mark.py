@@ -21,7 +21,7 @@ def mark(slot: int, heads: PagedHeads, recalls: RecallHeads) -> None:
 
     Args:
         slot: of the request.
-        heads: one layer of all slots; positions of the index pages are mutated.
+        heads: one layer of all slots; marks of the index pages are mutated.
         recalls: of the same layer.
 
     Raises:
@@ -39,7 +39,8 @@ def mark(slot: int, heads: PagedHeads, recalls: RecallHeads) -> None:
             mark_triton(slot, heads, recalls)
         case "cpp":
             extension.load()
-            pool, entries = heads.pool, heads.pool.layout.index_tokens
-            tables = (heads.table[slot], heads.lens[slot])
+            pool, tables = heads.pool, (heads.table[slot], heads.lens[slot])
             known = (field[slot] for field in recalls)
-            torch.ops.budgetkv.mark(pool.positions, *tables, *known, entries)
+            torch.ops.budgetkv.mark(
+                pool.positions, pool.index_words, *tables, *known, pool.layout.code_words
+            )

@@ -25,7 +25,8 @@ def recall(
 ) -> None:
     """Fill the recall pages of every head that recalls for the query of each row, in one layer.
 
-    The index says a key of each of n tokens (`encode`). Of those that the head does not hold
+    The index says a key of each of n tokens (`encode`), with `entry_tokens` > 1 the same of
+    neighbours. Of those that the head does not hold
     (`mark`), the `num_recalled` with the largest sum, over the group's query heads, of
     softmax(scale q.k) over all n, in float32, stand in the head's first pages behind it; of equals
     the later one is taken. A token that stands there already stays at its place; the others of
@@ -70,7 +71,9 @@ def recall(
         case "cpp":
             extension.load()
             pool = heads.pool
-            fields = (pool.keys, pool.values, pool.positions, pool.codes, pool.digests)
+            fields = (pool.keys, pool.values, pool.positions, pool.index_words, pool.digests)
             batch = (rows.slots, rows.query_start)
             tables = (heads.table, *recalls, *tier)
-            torch.ops.budgetkv.recall(query, *fields, *batch, *tables, scale, moved)
+            torch.ops.budgetkv.recall(
+                query, *fields, layout.code_words, *batch, *tables, scale, moved
+            )

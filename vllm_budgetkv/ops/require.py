@@ -93,8 +93,8 @@ def require_recalls(recalls: RecallHeads, slots_and_heads: tuple[int, ...]) -> N
         ValueError: a shape or dtype does not fit.
     """
     require("index", recalls.table, torch.int32, (*slots_and_heads, None))
-    require("num_tokens", recalls.num_tokens, torch.int32, slots_and_heads)
-    require("num_recalled", recalls.num_recalled, torch.int32, slots_and_heads)
+    for name in ("num_tokens", "num_recalled", "entry_tokens"):
+        require(name, getattr(recalls, name), torch.int32, slots_and_heads)
 
 
 def require_width(max_tokens: int, heads: PagedHeads) -> None:

@@ -107,11 +107,13 @@ class RecallHeads(NamedTuple):
         table: int32 [S, H, I], index pages of each head; -1 behind the last one.
         num_tokens: int32 [S, H], tokens that they speak for; 0 for a head that recalls nothing.
         num_recalled: int32 [S, H], tokens of the head's first pages that are recalled: whole pages.
+        entry_tokens: int32 [S, H], tokens that an entry of the index speaks for (g).
     """
 
     table: torch.Tensor
     num_tokens: torch.Tensor
     num_recalled: torch.Tensor
+    entry_tokens: torch.Tensor
 
 
 class PageChoice(NamedTuple):

@@ -229,8 +229,9 @@ class PolicyOptions(PolicyFlags):
     )
     recall_index_share: float = knob(
         0.5,
-        "Most of the budget that the index of the prompt may take; a longer prompt is served "
-        "without recall.",
+        "Most of the budget that the index of the prompt may take. An entry speaks for one token, "
+        "or for 2, 4 or 8 neighbours where it would take more; a prompt that is too long even so "
+        "is served without recall.",
         metavar="SHARE",
         within=POSITIVE_SHARE,
     )

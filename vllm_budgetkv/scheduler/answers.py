@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorWorkerMetadata
 
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.arithmetic.recalled import Recalled
 from vllm_budgetkv.metrics.message import REPORT, Growth, Message
 
 if TYPE_CHECKING:
-    from collections.abc import Container
+    from collections.abc import Callable, Container
 
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -31,10 +32,12 @@ class Told(KVConnectorWorkerMetadata):
     Args:
         fields: of their answers.
         evicted_tokens: by class of head, summed over the heads of the rank.
+        recalled: of requests that left; None without host memory.
     """
 
     fields: dict[str, dict[str, Any]]
     evicted_tokens: dict[str, dict[str, int]]
+    recalled: Recalled | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         return self
@@ -52,12 +55,15 @@ class Answers:
         says: whether answers say it.
         meters: whether the front end counts it.
         model_name, engine: labels of its metrics.
+        host_blocks: blocks of host memory by state, when asked; None without any.
     """
 
     says: bool
     meters: bool
     model_name: str
     engine: str
+    host_blocks: Callable[[], dict[str, int]] | None = None
+    _recalled: Recalled = field(default_factory=Recalled, init=False)
     _fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _evicted_tokens: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _followed: set[str] = field(default_factory=set, init=False)
@@ -67,6 +73,8 @@ class Answers:
         meta = getattr(output.kv_connector_output, "kv_connector_worker_meta", None)
         if not isinstance(meta, Told):
             return
+        if meta.recalled is not None:
+            self._recalled.add(meta.recalled)
         for request_id in filter(alive.__contains__, meta.fields):
             self._fields[request_id] = meta.fields[request_id]
             self._evicted_tokens[request_id] = meta.evicted_tokens[request_id]
@@ -120,6 +128,10 @@ class Answers:
         }
 
     def _message(self, request_id: str, said: dict[str, Any]) -> Message:
+        host_blocks = recalled = None
+        if self.host_blocks is not None:
+            host_blocks = self.host_blocks()
+            recalled, self._recalled = asdict(self._recalled), Recalled()
         milliseconds = said.get("compression_ms")
         return Message(
             counts=self.meters,
@@ -131,4 +143,6 @@ class Answers:
             evicted_tokens=self._evicted_tokens.get(request_id),
             retained_mass=said.get("retained_mass"),
             compression_seconds=None if milliseconds is None else milliseconds / 1000,
+            host_blocks=host_blocks,
+            recalled=recalled,
         )

@@ -101,6 +101,11 @@ class HostConnector(KVConnectorBase_V1):
         )
         return cls(config, KVConnectorRole.SCHEDULER, kv_cache_config, **own)
 
+    @property
+    def use(self) -> dict[str, int]:
+        """Blocks of host memory, by state."""
+        return self._prompts.blocks.use
+
     # --- admission -------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(

@@ -49,7 +49,6 @@ class BudgetScheduler(AsyncScheduler):
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
-        self._answers = self._make_answers()
         self.encoder_limits = EncoderLimits(
             embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
@@ -63,6 +62,7 @@ class BudgetScheduler(AsyncScheduler):
             self.connector = self._make_connector()
             if self.log_stats:
                 self.connector_prefix_cache_stats = PrefixCacheStats()
+        self._answers = self._make_answers()
         self._log_banner()
 
     def _make_answers(self) -> Answers | None:
@@ -74,7 +74,13 @@ class BudgetScheduler(AsyncScheduler):
             meters=self.log_stats,
             model_name=self.vllm_config.model_config.served_model_name,
             engine=str(self.vllm_config.parallel_config.data_parallel_index),
+            host_blocks=self._host_use if self.connector is not None else None,
         )
+
+    def _host_use(self) -> dict[str, int]:
+        """Blocks of host memory, by state."""
+        assert isinstance(self.connector, HostConnector)
+        return self.connector.use
 
     def _make_connector(self) -> HostConnector:
         rules = ReuseRules(

@@ -62,11 +62,13 @@ def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
         return None
     model, parallel = engine.model_config, engine.parallel_config
     options = config.policy_options()
+    layout = layout_of(engine)
     all_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
     return Recall(
         num_heads=max(1, round(options.recall_heads_share * all_heads)),
         all_heads=all_heads,
-        index_tokens=layout_of(engine).index_tokens,
+        page_words=layout.page_words,
+        code_words=layout.code_words,
         slots_share=options.recall_share,
         max_index_share=options.recall_index_share,
     )

@@ -10,41 +10,40 @@ from vllm_budgetkv.cache.notices import warn_once
 from vllm_budgetkv.scheduler.answers import Told
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from vllm.v1.outputs import ModelRunnerOutput
 
-    from vllm_budgetkv.cache.summary import Summary
+    from vllm_budgetkv.cache.report import Counted
 
 
 class ToldOutput(AsyncModelRunnerOutput):
     """A step's output that is not there yet, and what is told with it."""
 
-    def __init__(self, output: AsyncModelRunnerOutput, summaries: Mapping[str, Summary]) -> None:
+    def __init__(self, output: AsyncModelRunnerOutput, counted: Counted) -> None:
         self._output = output
-        self._summaries = summaries
+        self._counted = counted
 
     def get_output(self) -> ModelRunnerOutput:
         output = self._output.get_output()
-        _add(output, self._summaries)
+        _add(output, self._counted)
         return output
 
 
 def tell(
-    output: ModelRunnerOutput | AsyncModelRunnerOutput, summaries: Mapping[str, Summary]
+    output: ModelRunnerOutput | AsyncModelRunnerOutput, counted: Counted
 ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
     """The output of a step together with what was counted in it. May mutate `output`."""
     if isinstance(output, AsyncModelRunnerOutput):
-        return ToldOutput(output, summaries)
-    _add(output, summaries)
+        return ToldOutput(output, counted)
+    _add(output, counted)
     return output
 
 
-def _add(output: ModelRunnerOutput, summaries: Mapping[str, Summary]) -> None:
+def _add(output: ModelRunnerOutput, counted: Counted) -> None:
     try:
         told = Told(
-            {name: summary.as_fields() for name, summary in summaries.items()},
-            {name: summary.evicted_tokens for name, summary in summaries.items()},
+            {name: summary.as_fields() for name, summary in counted.summaries.items()},
+            {name: summary.evicted_tokens for name, summary in counted.summaries.items()},
+            counted.recalled,
         )
     except Exception:  # noqa: BLE001
         # what only reports does not end a request

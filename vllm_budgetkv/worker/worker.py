@@ -199,5 +199,5 @@ class BudgetWorker(Worker):
         self, grammar_output: GrammarOutput | None
     ) -> ModelRunnerOutput | AsyncModelRunnerOutput:
         output = super().sample_tokens(grammar_output)
-        summaries = self.budget_cache.reports.take_summaries()
-        return tell(output, summaries) if summaries else output
+        counted = self.budget_cache.reports.take()
+        return output if counted is None else tell(output, counted)

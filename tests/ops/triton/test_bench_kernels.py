@@ -164,7 +164,7 @@ def late(op: Callable[..., None], key: Any, value: Any, rows: Any, tier: Any) ->
 def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
     """One code is two levels off."""
     encode_reference(slot, tier, recalls, pool, energy)
-    pool.codes[int(recalls.table[slot, 0, 0]), 3, 0] ^= 2
+    pool.index_words[int(recalls.table[slot, 0, 0]), 3 * pool.layout.code_words] ^= 2
 
 
 def encode_others(*arguments: Any) -> None:

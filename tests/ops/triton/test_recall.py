@@ -44,26 +44,27 @@ def test_load_leaves_what_has_no_place() -> None:
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 80])
-def test_codes(head_size: int, dtype: torch.dtype) -> None:
-    naive.test_a_code_is_the_nearest_level(encode, head_size, dtype)
+@pytest.mark.parametrize(("head_size", "entry_tokens"), [(32, 1), (40, 2), (80, 8)])
+def test_codes(head_size: int, entry_tokens: int, dtype: torch.dtype) -> None:
+    naive.test_a_code_is_the_nearest_level(encode, head_size, entry_tokens, dtype)
 
 
 def test_a_channel_without_deviation() -> None:
     naive.test_a_channel_without_deviation_is_its_mean(encode)
 
 
+@pytest.mark.parametrize("entry_tokens", [1, 2, 8])
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-def test_marks(dtype: torch.dtype) -> None:
-    naive.test_marks_are_the_positions_behind_the_recall_pages(mark, dtype)
+def test_marks(dtype: torch.dtype, entry_tokens: int) -> None:
+    naive.test_marks_are_the_positions_behind_the_recall_pages(mark, dtype, entry_tokens)
 
 
 def test_marks_of_several_runs() -> None:
     """Of more index pages than one program has, with older marks in them and recalled tokens."""
     made = make_remembered([5300], PageLayout(8, 40, torch.bfloat16), held_share=0.1)
-    num_pages = -(-5300 // made.cache.pool.layout.index_tokens)
+    num_pages = -(-5300 // made.index_tokens)
     assert num_pages > RUN_PAGES
-    made.cache.pool.positions[made.recalls.table[0, 0, :num_pages].long()] = -1
+    made.cache.pool.index_words[made.recalls.table[0, 0, :num_pages].long()] = -1
     recalled = made.cache.table[0, 0, :2].long()
     made.cache.pool.positions[recalled] = torch.arange(16, dtype=torch.int32).view(2, 8)
     twin = made.clone()
@@ -73,9 +74,10 @@ def test_marks_of_several_runs() -> None:
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-@pytest.mark.parametrize("head_size", [32, 40, 80])
-def test_recall_head_sizes(head_size: int, dtype: torch.dtype) -> None:
-    made = make_remembered((300, 133), PageLayout(16, head_size, dtype))
+@pytest.mark.parametrize(("head_size", "entry_tokens"), [(32, 1), (40, 2), (80, 8)])
+def test_recall_head_sizes(head_size: int, entry_tokens: int, dtype: torch.dtype) -> None:
+    layout = PageLayout(16, head_size, dtype)
+    made = make_remembered((300, 133), layout, entry_tokens=entry_tokens)
     naive.check_steps(recall, made, [1, 0], group=2)
     assert (counters(4, torch.device("cpu")) == 0).all()
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops.reference.encode import LEVELS, read_digest, unpack
-from vllm_budgetkv.ops.reference.mark import unpack_bits
+from vllm_budgetkv.ops.reference.index_pages import LEVELS, read_codes, read_digest, read_marks
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
@@ -32,40 +31,40 @@ def recall(
             if count == 0 or rows.query_start[row] == rows.query_start[row + 1]:
                 continue
             num_tokens = int(recalls.num_tokens[slot, head])
-            mass, is_held = look_up(
-                queries[row, head], pool, recalls.table[slot, head], num_tokens, scale
-            )
+            entry_tokens = int(recalls.entry_tokens[slot, head])
+            num_pages = -(-num_tokens // pool.layout.index_tokens(entry_tokens))
+            index = recalls.table[slot, head, :num_pages].long()
+            found = look_up(queries[row, head], pool, index, entry_tokens, scale)
+            mass, is_held = (of_pages[..., :num_tokens] for of_pages in found)
+            mass = mass.softmax(dim=-1).sum(dim=0)
             wanted = best(mass.masked_fill(is_held, -1.0), count)
             pages = heads.table[slot, head, : count // page_tokens].long()
             moved[slot, head] += swap(pool, pages, wanted, tier, slot, head)
 
 
 def look_up(
-    queries: torch.Tensor, pool: PagePool, index: torch.Tensor, num_tokens: int, scale: float
+    queries: torch.Tensor, pool: PagePool, pages: torch.Tensor, entry_tokens: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What an index says of its n tokens.
+    """What an index says of the n tokens that its pages have room for.
 
     Args:
         queries: float32 [G, D], of the query heads of one KV head.
         pool: with the index pages.
-        index: int32 [I], the head's index pages.
-        num_tokens: n.
+        pages: int64 [I], the head's index pages.
+        entry_tokens: tokens of an entry.
         scale: of the logits.
 
     Returns:
-        mass: float32 [n], attention of the queries, summed.
+        logits: float32 [G, n]; tokens of an entry have the same.
         is_held: bool [n], tokens that the head holds on the device.
     """
-    layout = pool.layout
-    pages = index[: -(-num_tokens // layout.index_tokens)].long()
-    mean, step, channels = read_digest(pool.digests[pages], layout.coded_channels)
-    deviation = step[:, None] * (unpack(pool.codes[pages]).float() - (LEVELS - 1) / 2)
-    asked = queries[:, channels]
-    logits = torch.einsum("gpr,per->gpe", asked, deviation)
+    mean, step, channels = read_digest(pool.digests[pages], pool.layout.coded_channels)
+    codes = read_codes(pool, pages, entry_tokens).float()
+    deviation = step[:, None] * (codes - (LEVELS - 1) / 2)
+    logits = torch.einsum("gpr,per->gpe", queries[:, channels], deviation)
     logits += torch.einsum("gd,pd->gp", queries, mean)[..., None]
-    logits = logits.flatten(1)[:, :num_tokens] * scale
-    is_held = unpack_bits(pool.positions[pages], layout.index_tokens).flatten()[:num_tokens]
-    return logits.softmax(dim=-1).sum(dim=0), is_held
+    logits = logits.flatten(1).repeat_interleave(entry_tokens, dim=1) * scale
+    return logits, read_marks(pool, pages, entry_tokens).flatten()
 
 
 def best(mass: torch.Tensor, count: int) -> torch.Tensor:

@@ -15,6 +15,7 @@ from vllm_budgetkv.ops.triton.index import (
     Index,
     count_tokens,
     find_page,
+    find_shape,
     load_coded,
 )
 from vllm_budgetkv.ops.triton.tier import Tier, find_keys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 # elements of a tile of keys
 TILE_SIZE = 8192
-MAX_BLOCK_TOKENS = 64
+MAX_BLOCK_ENTRIES = 64
 # of the best uniform quantiser of 16 levels, in deviations: see the op
 STEP: tl.constexpr = tl.constexpr(0.3352)
 # below it a number of float32 is not normal
@@ -54,12 +55,12 @@ def encode(
         energy.stride(0),
         slot,
         TIER_TOKENS=tier.page_tokens,
-        INDEX_TOKENS=layout.index_tokens,
+        PAGE_WORDS=layout.page_words,
         HEAD_SIZE=layout.head_size,
         NUM_WORDS=layout.code_words,
         BLOCK_SIZE=block_size,
         BLOCK_WORDS=triton.next_power_of_2(layout.code_words),
-        BLOCK_TOKENS=min(MAX_BLOCK_TOKENS, TILE_SIZE // block_size),
+        BLOCK_ENTRIES=min(MAX_BLOCK_ENTRIES, TILE_SIZE // block_size),
         num_warps=4,
     )
 
@@ -72,26 +73,23 @@ def encode_kernel(
     energy_stride: tl.tensor,
     slot: tl.tensor,
     TIER_TOKENS: tl.constexpr,
-    INDEX_TOKENS: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
 ) -> None:
     """Grid [I, H]: reads the keys of a page for the digest, then what is coded of them."""
-    entry, head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cast(slot, tl.int64)
-    first = entry * INDEX_TOKENS
-    count = tl.minimum(count_tokens(index, slot, head, INDEX_TOKENS) - first, INDEX_TOKENS)
-    page, is_page = find_page(index, slot, head, entry, count > 0)
-    count = tl.where(is_page, count, 0)
-    if count <= 0:
+    number, head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cast(slot, tl.int64)
+    entry_tokens, _, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
+    first = number * page_tokens
+    count = tl.minimum(count_tokens(index, slot, head, page_tokens) - first, page_tokens)
+    page, is_page = find_page(index, slot, head, number, count > 0)
+    if (count <= 0) | (is_page == 0):
         return
-    # fmt: off
-    mean, variance = _measure(
-        tier, slot, head, first, count, TIER_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_TOKENS
-    )
-    # fmt: on
+    entries = (slot, head, first, count, entry_tokens)
+    mean, variance = _measure(tier, entries, TIER_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_ENTRIES)
     channel = tl.arange(0, BLOCK_SIZE)
     is_channel = channel < HEAD_SIZE
     weight = tl.load(energy + head * energy_stride + channel, mask=is_channel, other=0.0) * variance
@@ -99,45 +97,68 @@ def encode_kernel(
     _write_digest(digest, mean, variance, weight, HEAD_SIZE, NUM_WORDS, BLOCK_SIZE)
     # every thread reads what others wrote
     tl.debug_barrier()
-    codes = index.codes + page * index.word_stride
+    codes = index.words + page * index.word_stride
     # fmt: off
     _write_codes(
-        tier, digest, codes, slot, head, first, count, TIER_TOKENS, HEAD_SIZE, NUM_WORDS,
-        BLOCK_WORDS, BLOCK_TOKENS,
+        tier, digest, codes, entries, TIER_TOKENS, HEAD_SIZE, NUM_WORDS, BLOCK_WORDS, BLOCK_ENTRIES
     )
     # fmt: on
 
 
 @triton.jit
+def _average_keys(
+    tier: tl.tuple,
+    entries: tl.tuple,
+    entry: tl.tensor,
+    channel: tl.tensor,
+    is_channel: tl.tensor,
+    TIER_TOKENS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """float32 [entries, channels] of the mean of each entry's keys, and which entries have keys.
+
+    `entries` are slot and head, the first token of a page, its tokens, and those of an entry.
+    """
+    slot, head, first, count, entry_tokens = entries
+    total = tl.zeros([entry.shape[0], channel.shape[0]], tl.float32)
+    num_keys = tl.zeros([entry.shape[0]], tl.float32)
+    for neighbour in range(0, entry_tokens):
+        token = entry * entry_tokens + neighbour
+        place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
+        mask = held[:, None] & is_channel[None, :]
+        where = tier.data + place[:, None] + channel[None, :]
+        total += tl.load(where, mask=mask, other=0.0).to(tl.float32)
+        num_keys += held.to(tl.float32)
+    divisor = tl.broadcast_to(tl.maximum(num_keys, 1.0)[:, None], total.shape)
+    mean = tl.div_rn(total, divisor)
+    return mean.to(tier.data.dtype.element_ty).to(tl.float32), num_keys > 0.0
+
+
+@triton.jit
 def _measure(
     tier: tl.tuple,
-    slot: tl.tensor,
-    head: tl.tensor,
-    first: tl.tensor,
-    count: tl.tensor,
+    entries: tl.tuple,
     TIER_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Mean and variance of each channel over some tokens.
+    """Mean and variance of each channel over the entries of a page.
 
     Host memory is far, so the keys are read once: each block's mean and squares are joined to those
     of the blocks before it (Chan et al., 1979).
     """
     channel = tl.arange(0, BLOCK_SIZE)
+    is_channel = channel < HEAD_SIZE
     so_far = tl.full([], 0.0, tl.float32)
     mean = tl.zeros([BLOCK_SIZE], tl.float32)
     squares = tl.zeros([BLOCK_SIZE], tl.float32)
-    for begin in range(0, count, BLOCK_TOKENS):
-        token = begin + tl.arange(0, BLOCK_TOKENS)
-        place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
-        mask = held[:, None] & (channel < HEAD_SIZE)[None, :]
-        where = tier.data + place[:, None] + channel[None, :]
-        keys = tl.load(where, mask=mask, other=0.0).to(tl.float32)
-        new = tl.sum(held.to(tl.float32))
+    for begin in range(0, tl.cdiv(entries[3], entries[4]), BLOCK_ENTRIES):
+        entry = begin + tl.arange(0, BLOCK_ENTRIES)
+        keys, has_keys = _average_keys(tier, entries, entry, channel, is_channel, TIER_TOKENS)
+        new = tl.sum(has_keys.to(tl.float32))
         total = tl.maximum(so_far + new, 1.0)
         block_mean = tl.sum(keys, 0) / tl.maximum(new, 1.0)
+        mask = has_keys[:, None] & is_channel[None, :]
         centred = tl.where(mask, keys - block_mean[None, :], 0.0)
         apart = block_mean - mean
         squares += tl.sum(centred * centred, 0) + apart * apart * (so_far * new / total)
@@ -179,33 +200,29 @@ def _write_codes(
     tier: tl.tuple,
     digest: tl.tensor,
     codes: tl.tensor,
-    slot: tl.tensor,
-    head: tl.tensor,
-    first: tl.tensor,
-    count: tl.tensor,
+    entries: tl.tuple,
     TIER_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
 ) -> None:
-    """The codes are of what the digest says: numbers of the cache's type.
-
-    Tiles of keys are [tokens, words, codes of a word].
-    """
-    lane, word = tl.arange(0, CODES_PER_WORD), tl.arange(0, BLOCK_WORDS)
-    number, is_coded = word[:, None] * CODES_PER_WORD + lane[None, :], word[:, None] < NUM_WORDS
+    """The codes are of what the digest says: numbers of the cache's type."""
+    NUM_CODED: tl.constexpr = NUM_WORDS * CODES_PER_WORD
+    BLOCK_CODED: tl.constexpr = BLOCK_WORDS * CODES_PER_WORD
+    number, word = tl.arange(0, BLOCK_CODED), tl.arange(0, BLOCK_WORDS)
+    is_coded = number < NUM_CODED
     step, channel = load_coded(digest, number, is_coded, HEAD_SIZE, NUM_WORDS)
-    mean = tl.load(digest + channel, mask=is_coded, other=0.0).to(tl.float32)[None, :, :]
-    step = tl.maximum(step, SMALLEST_STEP)[None, :, :]
-    for begin in range(0, count, BLOCK_TOKENS):
-        token = begin + tl.arange(0, BLOCK_TOKENS)
-        place, held = find_keys(tier, slot, head, first + token, token < count, TIER_TOKENS)
-        mask = held[:, None, None] & is_coded[None, :, :]
-        where = tier.data + place[:, None, None] + channel[None, :, :]
-        keys = tl.load(where, mask=mask, other=0.0).to(tl.float32)
+    mean = tl.load(digest + channel, mask=is_coded, other=0.0).to(tl.float32)[None, :]
+    step = tl.maximum(step, SMALLEST_STEP)[None, :]
+    for begin in range(0, tl.cdiv(entries[3], entries[4]), BLOCK_ENTRIES):
+        entry = begin + tl.arange(0, BLOCK_ENTRIES)
+        keys, has_keys = _average_keys(tier, entries, entry, channel, is_coded, TIER_TOKENS)
         level = tl.floor(tl.div_rn(keys - mean, tl.broadcast_to(step, keys.shape)) + 8.0)
         code = tl.minimum(tl.maximum(level, 0.0), 1.0 * MAX_CODE).to(tl.int32)
-        words = tl.sum(code << (lane * CODE_BITS)[None, None, :], 2)
-        to = codes + token[:, None] * NUM_WORDS + word[None, :]
-        tl.store(to, words, mask=held[:, None] & (word < NUM_WORDS)[None, :])
+        code = (
+            tl.where(is_coded[None, :], code, 0) << (number % CODES_PER_WORD * CODE_BITS)[None, :]
+        )
+        words = tl.sum(tl.reshape(code, (BLOCK_ENTRIES, BLOCK_WORDS, CODES_PER_WORD)), 2)
+        to = codes + entry[:, None] * NUM_WORDS + word[None, :]
+        tl.store(to, words, mask=has_keys[:, None] & (word < NUM_WORDS)[None, :])

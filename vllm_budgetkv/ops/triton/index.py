@@ -22,12 +22,11 @@ WORD_BITS: tl.constexpr = tl.constexpr(32)
 class Index(NamedTuple):
     """The fields of index pages, and the pages [S, H, I] and counts [S, H] of all heads.
 
-    `word_stride` leads from page to page in codes and marks, `stride` in digests.
+    `word_stride` leads from page to page in their words, `stride` in digests.
     """
 
-    codes: Any
+    words: Any
     digest: Any
-    marks: Any
     word_stride: Any
     stride: Any
     num_pages: Any
@@ -37,28 +36,48 @@ class Index(NamedTuple):
     width_pages: Any
     num_tokens: Any
     num_recalled: Any
+    entry_tokens: Any
     tokens_slot_stride: Any
     recalled_slot_stride: Any
+    entry_slot_stride: Any
 
     @classmethod
     def of(cls, pool: PagePool, recalls: RecallHeads) -> Index:
-        table, num_tokens, num_recalled = recalls
-        require_dense(index=table, num_tokens=num_tokens, num_recalled=num_recalled)
+        table, *counts = recalls
+        named = zip(("num_tokens", "num_recalled", "entry_tokens"), counts, strict=True)
+        require_dense(index=table, **dict(named))
         return cls(
-            *(pool.codes, pool.digests, pool.positions),
-            *(pool.codes.stride(0), pool.digests.stride(0), pool.num_pages),
-            *(table, table.stride(0), table.stride(1), table.shape[2]),
-            *(num_tokens, num_recalled, num_tokens.stride(0), num_recalled.stride(0)),
+            *(pool.index_words, pool.digests, pool.index_words.stride(0), pool.digests.stride(0)),
+            *(pool.num_pages, table, table.stride(0), table.stride(1), table.shape[2]),
+            *(*counts, *(count.stride(0) for count in counts)),
         )
 
 
 @triton.jit
+def find_shape(
+    index: tl.tuple,
+    slot: tl.tensor,
+    head: tl.tensor,
+    PAGE_WORDS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Tokens of an entry of a head's index, entries of a page and its tokens.
+
+    The arithmetic is that of `arithmetic/index_page.py`.
+    """
+    entry_tokens = tl.load(index.entry_tokens + slot * index.entry_slot_stride + head)
+    entry_tokens = tl.maximum(entry_tokens, 1)
+    entries = (WORD_BITS * PAGE_WORDS) // (WORD_BITS * NUM_WORDS + entry_tokens) // 8 * 8
+    return entry_tokens, entries, entries * entry_tokens
+
+
+@triton.jit
 def count_tokens(
-    index: tl.tuple, slot: tl.tensor, head: tl.tensor, INDEX_TOKENS: tl.constexpr
+    index: tl.tuple, slot: tl.tensor, head: tl.tensor, page_tokens: tl.tensor
 ) -> tl.tensor:
     """Tokens that a head's index speaks for, as far as it has room."""
     num_tokens = tl.load(index.num_tokens + slot * index.tokens_slot_stride + head)
-    return tl.minimum(num_tokens, index.width_pages * INDEX_TOKENS)
+    return tl.minimum(num_tokens, index.width_pages * page_tokens)
 
 
 @triton.jit

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.arguments import Tables
-from vllm_budgetkv.ops.triton.index import WORD_BITS, Index, count_tokens, find_page
+from vllm_budgetkv.arithmetic.index_page import ENTRY_TOKENS
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables
+from vllm_budgetkv.ops.triton.index import WORD_BITS, Index, count_tokens, find_page, find_shape
 
 if TYPE_CHECKING:
     from vllm_budgetkv.ops.views import PagedHeads, RecallHeads
@@ -24,14 +25,19 @@ def mark(slot: int, heads: PagedHeads, recalls: RecallHeads) -> None:
     if num_heads == 0 or width_pages == 0:
         return
     layout = heads.pool.layout
+    # marks of the coarsest entries
+    most_words = triton.cdiv(layout.index_tokens(ENTRY_TOKENS[-1]), WORD_BITS.value)
     mark_kernel[(triton.cdiv(width_pages, RUN_PAGES), num_heads)](
         Tables.of(heads),
+        Pages.of(heads.pool),
         Index.of(heads.pool, recalls),
         slot,
         heads.capacity_tokens,
         PAGE_TOKENS=layout.page_tokens,
-        INDEX_TOKENS=layout.index_tokens,
+        PAGE_WORDS=layout.page_words,
+        NUM_WORDS=layout.code_words,
         RUN_PAGES=RUN_PAGES,
+        BLOCK_WORDS=triton.next_power_of_2(most_words),
         BLOCK_TOKENS=BLOCK_TOKENS,
         num_warps=8,
     )
@@ -40,26 +46,33 @@ def mark(slot: int, heads: PagedHeads, recalls: RecallHeads) -> None:
 @triton.jit(do_not_specialize=["slot"])
 def mark_kernel(
     tables: tl.tuple,
+    pages: tl.tuple,
     index: tl.tuple,
     slot: tl.tensor,
     capacity_tokens: tl.tensor,
     PAGE_TOKENS: tl.constexpr,
-    INDEX_TOKENS: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
     RUN_PAGES: tl.constexpr,
+    BLOCK_WORDS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ) -> None:
     """Grid [runs of index pages, H]: clears the run's marks, then sets those of held tokens."""
     run, head, slot = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.cast(slot, tl.int64)
-    num_tokens = count_tokens(index, slot, head, INDEX_TOKENS)
+    _, entries, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
+    num_tokens = count_tokens(index, slot, head, page_tokens)
     first, stop = run * RUN_PAGES, (run + 1) * RUN_PAGES
-    num_tokens = tl.minimum(num_tokens, stop * INDEX_TOKENS)
-    if num_tokens <= first * INDEX_TOKENS:
+    num_tokens = tl.minimum(num_tokens, stop * page_tokens)
+    if num_tokens <= first * page_tokens:
         return
-    entry, word = first + tl.arange(0, RUN_PAGES), tl.arange(0, PAGE_TOKENS)
-    cleared, is_page = find_page(index, slot, head, entry, entry * INDEX_TOKENS < num_tokens)
-    words = index.marks + cleared[:, None] * index.word_stride + word[None, :]
-    nothing = tl.zeros([RUN_PAGES, PAGE_TOKENS], tl.int32)
-    tl.store(words, nothing, mask=is_page[:, None])
+    marks = index.words + entries * NUM_WORDS
+    word, num_words = tl.arange(0, BLOCK_WORDS), tl.cdiv(page_tokens, WORD_BITS)
+    num_pages = tl.minimum(stop, tl.cdiv(num_tokens, page_tokens))
+    for number in range(first, num_pages):
+        page, is_page = find_page(index, slot, head, number, number < num_pages)
+        nothing = tl.zeros([BLOCK_WORDS], tl.int32)
+        is_word = word < tl.where(is_page, num_words, 0)
+        tl.store(marks + page * index.word_stride + word, nothing, mask=is_word)
     # every thread has cleared its words
     tl.debug_barrier()
 
@@ -72,11 +85,11 @@ def mark_kernel(
         mask = (place >= skipped) & (place < held)
         page = tl.load(entries + place // PAGE_TOKENS, mask=mask, other=-1).to(tl.int64)
         mask = (page >= 0) & (page < index.num_pages)
-        where = index.marks + page * index.word_stride + place % PAGE_TOKENS
+        where = pages.position + page * pages.word_stride + place % PAGE_TOKENS
         token = tl.load(where, mask=mask, other=-1)
-        mask = (token >= first * INDEX_TOKENS) & (token < num_tokens)
-        page, mask = find_page(index, slot, head, token // INDEX_TOKENS, mask)
-        bit = token % INDEX_TOKENS
-        where = index.marks + page * index.word_stride + bit // WORD_BITS
+        mask = (token >= first * page_tokens) & (token < num_tokens)
+        page, mask = find_page(index, slot, head, token // page_tokens, mask)
+        bit = token % page_tokens
+        where = marks + page * index.word_stride + bit // WORD_BITS
         flag = tl.full([BLOCK_TOKENS], 1, tl.int32) << bit % WORD_BITS
         tl.atomic_or(where, flag, mask=mask, sem="relaxed")

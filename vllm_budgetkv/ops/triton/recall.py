@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MAX_RUNS = 64
 # elements of a tile of codes
 TILE_SIZE = 4096
-MAX_BLOCK_TOKENS = 128
+MAX_BLOCK_ENTRIES = 128
 # at least as many rows of a matrix product, and as many words of codes
 MIN_BLOCK_GROUP, MIN_BLOCK_WORDS = 16, 2
 # programs that fetch the tokens of a head, so that their reads of host memory overlap
@@ -53,13 +53,14 @@ def recall(
         return
     require_dense(slots=rows.slots, query_start=rows.query_start, moved=moved)
     layout, grid = heads.pool.layout, (num_heads, num_rows)
+    most_tokens = tier.blocks.shape[1] * tier.page_tokens
     recalling = Recalling(
         *(rows.slots, rows.query_start, recalls.table.shape[0], heads.capacity_tokens),
-        *(moved, moved.stride(0)),
+        *(most_tokens, moved, moved.stride(0)),
     )
     run_pages = triton.cdiv(width_pages, MAX_RUNS)
     num_runs, index = triton.cdiv(width_pages, run_pages), Index.of(heads.pool, recalls)
-    weights = _weights(query, grid, num_runs, width_pages * layout.index_tokens)
+    weights = _weights(query, grid, num_runs, most_tokens)
     pages, tables, host = Pages.of(heads.pool), Tables.of(heads), Tier.of(tier)
     common = (Tokens.of(query), index, recalling, weights, run_pages, num_runs)
     options = _options(layout, query.shape[1] // num_heads)
@@ -75,7 +76,8 @@ def recall(
     )
     fetch_kernel[(min(MAX_FETCHERS, triton.cdiv(heads.capacity_tokens, BLOCK_PLACES)), *grid)](
         *(index, recalling, pages, tables, host),
-        INDEX_TOKENS=layout.index_tokens,
+        PAGE_WORDS=layout.page_words,
+        NUM_WORDS=layout.code_words,
         TIER_TOKENS=tier.page_tokens,
         PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
@@ -105,13 +107,13 @@ def _options(layout: PageLayout, group: int) -> dict[str, Any]:
     block_codes = block_words * CODES_PER_WORD.value
     return {
         "GROUP": group,
-        "INDEX_TOKENS": layout.index_tokens,
+        "PAGE_WORDS": layout.page_words,
         "HEAD_SIZE": layout.head_size,
         "NUM_WORDS": layout.code_words,
         "BLOCK_SIZE": triton.next_power_of_2(layout.head_size),
         "BLOCK_GROUP": max(MIN_BLOCK_GROUP, triton.next_power_of_2(group)),
         "BLOCK_WORDS": block_words,
-        "BLOCK_TOKENS": min(MAX_BLOCK_TOKENS, TILE_SIZE // block_codes),
+        "BLOCK_ENTRIES": min(MAX_BLOCK_ENTRIES, TILE_SIZE // block_codes),
         "num_warps": 8,
     }
 
@@ -123,7 +125,8 @@ def fetch_kernel(
     pages: tl.tuple,
     tables: tl.tuple,
     tier: tl.tuple,
-    INDEX_TOKENS: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
     TIER_TOKENS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -132,7 +135,7 @@ def fetch_kernel(
 ) -> None:
     """Grid [fetchers, H, R]: copies the tokens that `choose_kernel` gave places to."""
     head, row = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    slot, _, num_places = find_task(recalling, index, head, row, INDEX_TOKENS)
+    slot, _, num_places = find_task(recalling, index, head, row, PAGE_WORDS, NUM_WORDS)
     table = tables.table + slot * tables.slot_stride + head * tables.head_stride
     channel = tl.arange(0, BLOCK_SIZE)
     stride = tl.num_programs(0) * BLOCK_PLACES

@@ -13,17 +13,22 @@ from vllm_budgetkv.ops.triton.index import (
     MAX_CODE,
     count_tokens,
     find_page,
+    find_shape,
     load_coded,
 )
 
 
 class Recalling(NamedTuple):
-    """The rows of a step, [R] and [R + 1], and the counts [S, H] of what they move."""
+    """The rows of a step, [R] and [R + 1], and the counts [S, H] of what they move.
+
+    A head holds at most `capacity_tokens` of the at most `most_tokens` in host memory.
+    """
 
     slots: Any
     query_start: Any
     num_slots: Any
     capacity_tokens: Any
+    most_tokens: Any
     moved: Any
     moved_stride: Any
 
@@ -33,13 +38,13 @@ class Weights(NamedTuple):
 
     peaks, totals: float32 [R, Hq, runs], of the logits of each run of index pages. Logits are in
         units of log 2; a total is relative to its peak.
-    keys: int32 [R, H, num_tokens], mass of each token as a sort key; that of a held one is lowest.
+    keys: int32 [R, H, n], mass of each token as a sort key; that of a held one is lowest.
     """
 
     peaks: Any
     totals: Any
     keys: Any
-    num_tokens: Any
+    keys_stride: Any
 
 
 @triton.jit
@@ -48,7 +53,8 @@ def find_task(
     index: tl.tuple,
     head: tl.tensor,
     row: tl.tensor,
-    INDEX_TOKENS: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
+    NUM_WORDS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Slot of a row, tokens of a head's index, and how many it recalls: 0 for nothing to do."""
     start = tl.load(recalling.query_start + row)
@@ -56,7 +62,8 @@ def find_task(
     is_active = tl.load(recalling.query_start + row + 1) > start
     is_active = is_active & (slot >= 0) & (slot < recalling.num_slots)
     slot = tl.where(is_active, slot, 0)
-    num_tokens = count_tokens(index, slot, head, INDEX_TOKENS)
+    _, _, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
+    num_tokens = tl.minimum(count_tokens(index, slot, head, page_tokens), recalling.most_tokens)
     count = tl.load(index.num_recalled + slot * index.recalled_slot_stride + head)
     count = tl.minimum(tl.minimum(count, recalling.capacity_tokens), num_tokens)
     return slot, num_tokens, tl.where(is_active, count, 0)
@@ -72,13 +79,13 @@ def weigh_kernel(
     num_runs: tl.tensor,
     scale: tl.tensor,
     GROUP: tl.constexpr,
-    INDEX_TOKENS: tl.constexpr,
+    PAGE_WORDS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     NUM_WORDS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
 ) -> None:
     """Grid [runs, H, R]: peak and sum of the logits of a run of index pages, for each query head.
 
@@ -86,15 +93,17 @@ def weigh_kernel(
     each query head of each row.
     """
     run, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    slot, num_tokens, count = find_task(recalling, index, head, row, INDEX_TOKENS)
-    num_pages = tl.cdiv(num_tokens, INDEX_TOKENS)
+    slot, num_tokens, count = find_task(recalling, index, head, row, PAGE_WORDS, NUM_WORDS)
+    entry_tokens, entries, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
+    num_pages = tl.cdiv(num_tokens, page_tokens)
     if (count <= 0) | (run * run_pages >= num_pages):
         return
     peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_GROUP], tl.float32)
-    for entry in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
-        page, is_page = find_page(index, slot, head, entry, entry < num_pages)
-        stop = tl.minimum(num_tokens - entry * INDEX_TOKENS, INDEX_TOKENS)
+    for number in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
+        page, is_page = find_page(index, slot, head, number, number < num_pages)
+        rest_tokens = num_tokens - number * page_tokens
+        stop = tl.minimum(tl.cdiv(rest_tokens, entry_tokens), entries)
         stop = tl.where(is_page, stop, 0)
         # fmt: off
         factors, base = prepare_page(
@@ -102,13 +111,14 @@ def weigh_kernel(
             GROUP, HEAD_SIZE, NUM_WORDS, BLOCK_SIZE, BLOCK_GROUP, BLOCK_WORDS,
         )
         # fmt: on
-        for first in range(0, stop, BLOCK_TOKENS):
-            token = first + tl.arange(0, BLOCK_TOKENS)
-            codes = load_codes(index, page, token, token < stop, NUM_WORDS, BLOCK_WORDS)
+        for first in range(0, stop, BLOCK_ENTRIES):
+            entry = first + tl.arange(0, BLOCK_ENTRIES)
+            codes = load_codes(index, page, entry, entry < stop, NUM_WORDS, BLOCK_WORDS)
             logits = find_logits(factors, base, codes)
-            logits = tl.where((token < stop)[None, :], logits, float("-inf"))
+            logits = tl.where((entry < stop)[None, :], logits, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(logits, 1))
-            weight = tl.sum(tl.exp2(logits - new_peak[:, None]), 1)
+            tokens = tl.minimum(rest_tokens - entry * entry_tokens, entry_tokens).to(tl.float32)
+            weight = tl.sum(tl.exp2(logits - new_peak[:, None]) * tokens[None, :], 1)
             total = total * tl.exp2(peak - new_peak) + weight
             peak = new_peak
     member = tl.arange(0, BLOCK_GROUP)
@@ -174,22 +184,22 @@ def _load_queries(
 def load_codes(
     index: tl.tuple,
     page: tl.tensor,
-    token: tl.tensor,
+    entry: tl.tensor,
     mask: tl.tensor,
     NUM_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ) -> tl.tensor:
-    """float32 [tokens, codes]: the codes of some tokens of a page, 0 to 15."""
+    """float32 [entries, codes]: the codes of some entries of a page, 0 to 15."""
     word, lane = tl.arange(0, BLOCK_WORDS), tl.arange(0, CODES_PER_WORD)
-    where = index.codes + page * index.word_stride + token[:, None] * NUM_WORDS + word[None, :]
+    where = index.words + page * index.word_stride + entry[:, None] * NUM_WORDS + word[None, :]
     words = tl.load(where, mask=mask[:, None] & (word < NUM_WORDS)[None, :], other=0)
     codes = (words[:, :, None] >> (lane * CODE_BITS)[None, None, :]) & MAX_CODE
-    return tl.reshape(codes.to(tl.float32), (token.shape[0], BLOCK_WORDS * CODES_PER_WORD))
+    return tl.reshape(codes.to(tl.float32), (entry.shape[0], BLOCK_WORDS * CODES_PER_WORD))
 
 
 @triton.jit
 def find_logits(factors: tl.tensor, base: tl.tensor, codes: tl.tensor) -> tl.tensor:
-    """float32 [queries, tokens]: b + sum of a code, see `prepare_page`.
+    """float32 [queries, entries]: b + sum of a code, see `prepare_page`.
 
     Codes are exact in tf32, and the parts of a factor have 22 of its 24 bits.
     """
