@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -59,6 +60,9 @@ class RecallLab(Lab):
 
     def host_memory(self) -> dict[str, int]:
         return {"max_model_tokens": self.max_tokens, "host_blocks": self.tier_blocks}
+
+    def summarizes(self) -> bool:
+        return True
 
     # --- contents -------------------------------------------------------------------------------
 
@@ -349,6 +353,15 @@ def test_without_room_a_request_is_served_as_before_and_its_report_says_so() -> 
     assert 0 < record.moved_tokens <= record.recalled_tokens
     assert record.moved_bytes == record.moved_tokens * 2 * 32 * 4
     assert records["second"].host_bytes == records["second"].moved_tokens == 0
+    counted = lab.cache.reports.take()
+    assert counted is not None and counted.recalled is not None
+    assert asdict(counted.recalled) == {
+        "steps": record.recall_steps,
+        "tokens": record.recalled_tokens,
+        "moved_tokens": record.moved_tokens,
+        "moved_bytes": record.moved_bytes,
+    }
+    assert lab.cache.reports.take() is None
 
 
 def test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again() -> None:

@@ -26,9 +26,14 @@ OFFERS += ["--kv-retrieval-ratio", "1.0", "--kv-probe-tokens", "8"]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, vision_model: Path) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("metrics") / "server.log"
-    with Server(str(vision_model), [*ARGUMENTS, *OFFERS], log, dict(os.environ)) as running:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, vision_model: Path) -> Iterator[Server]:
+    arguments = [*ARGUMENTS, *OFFERS, "--kv-report-file", str(folder / "requests.jsonl")]
+    with Server(str(vision_model), arguments, folder / "server.log", dict(os.environ)) as running:
         yield running
 
 
@@ -80,6 +85,22 @@ def test_the_counters_are_the_sums_of_what_answers_say(server: Server, answers: 
     assert metric(server, "vllm:budgetkv_compression_seconds_count") == len(reports)
     assert metric(server, "vllm:budgetkv_retained_mass_count") == len(reports) - 1
     assert metric(server, "vllm:kv_cache_usage_perc") == 0
+
+
+@pytest.mark.usefixtures("answers")
+def test_what_came_back_is_that_of_the_records(server: Server, folder: Path) -> None:
+    """Of all requests but the last, which is counted with the next."""
+    lines = (folder / "requests.jsonl").read_text(encoding="utf-8").splitlines()
+    *records, last = map(json.loads, lines)
+    assert last["recall_steps"] > 0
+    steps, moved_bytes, moved_tokens, tokens = (
+        sum(record[name] for record in records)
+        for name in ("recall_steps", "moved_bytes", "moved_tokens", "recalled_tokens")
+    )
+    assert metric(server, "vllm:budgetkv_recall_steps_total") == steps > 0
+    assert metric(server, "vllm:budgetkv_moved_bytes_total") == moved_bytes > 0
+    assert metric(server, "vllm:budgetkv_recalled_tokens_total") == max(tokens, moved_tokens)
+    assert metric(server, "vllm:budgetkv_host_blocks") > 0
 
 
 def queries() -> list[str]:

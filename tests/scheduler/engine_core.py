@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_budgetkv.arithmetic.recalled import Recalled
+
 BLOCK_TOKENS = 8
 BUDGET = {"page_quota": 12, "chunk_tokens": 24, "decode_interval_tokens": 8, "window_tokens": 8}
 
@@ -105,6 +107,7 @@ class Core:
         self.cached_tokens: dict[str, int] = {}
         self.said: dict[str, dict[str, Any] | None] = {}
         self.tells: dict[str, dict[str, Any]] = {}
+        self.recalled: Recalled | None = None
         self.travels: dict[str, list[dict[str, Any] | None]] = {}
         self.outputs: list[SchedulerOutput] = []
 
@@ -166,7 +169,8 @@ class Core:
         ran = ModelRunnerOutput(req_ids=ids, req_id_to_index=index, sampled_token_ids=sampled)
         if told := {name: self.tells[name] for name in ids if name in self.tells}:
             evicted = {name: {"static": 3, "dynamic": 4} for name in told}
-            meta = Told(told, evicted)
+            meta = Told(told, evicted, self.recalled)
+            self.recalled = None
             ran.kv_connector_output = KVConnectorOutput(kv_connector_worker_meta=meta)
         for of_client in scheduler.update_from_output(scheduled, ran).values():
             for output in of_client.outputs:

@@ -9,6 +9,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.scheduler.engine_core import BLOCK_TOKENS, BUDGET, Core, configure
 from tests.scheduler.test_request_terms import add
+from vllm_budgetkv.arithmetic.recalled import Recalled
 from vllm_budgetkv.metrics.message import Followed, Message
 
 if TYPE_CHECKING:
@@ -110,6 +111,30 @@ def test_a_message_for_the_metrics_travels_along(qwen2: Path, says: bool) -> Non
     assert message.peak_blocks == BUDGET["page_quota"] < message.full_cache_blocks
     assert message.evicted_tokens == {"static": 3, "dynamic": 4}
     assert (message.retained_mass, message.compression_seconds) == (0.5, 0.02)
+
+
+def test_the_metrics_are_told_of_host_memory(qwen2: Path) -> None:
+    """Once of what came back: with the first request that ends behind the one that left."""
+    budget = {"host_memory": "1MiB", "retrieval_ratio": 1.0, "probe_tokens": 32}
+    core = Core(configure(qwen2, "hybrid", budget=budget), log_stats=True)
+    messages = []
+    for name in ("one", "two", "three"):
+        core.tells[name] = TOLD
+        if name == "two":
+            core.recalled = Recalled(steps=4, tokens=64, moved_tokens=9, moved_bytes=2304)
+        add(core, name, LONG)
+        core.run()
+        message = Message.take(core.said[name] or {})
+        assert message is not None and message.host_blocks is not None
+        messages.append(message)
+    nothing = {"steps": 0, "tokens": 0, "moved_tokens": 0, "moved_bytes": 0}
+    told = {"steps": 4, "tokens": 64, "moved_tokens": 9, "moved_bytes": 2304}
+    assert [message.recalled for message in messages] == [nothing, told, nothing]
+    one, two, _ = (message.host_blocks or {} for message in messages)
+    # a request that ends has let its blocks go
+    assert one["held"] == two["held"] == 0 and one["all"] == core.scheduler._host_blocks
+    # whole blocks of the prompt, found again by the second
+    assert one["findable"] == two["findable"] == LONG // BLOCK_TOKENS
 
 
 def test_what_comes_of_one_that_was_aborted_meanwhile_is_not_kept(config: VllmConfig) -> None:

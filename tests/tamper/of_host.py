@@ -107,4 +107,40 @@ OF_HOST = (
         "        self.places[target, :num_tokens] = self.places[source, :num_tokens]\n",
         "",
     ),
+    Mutation(
+        "index: a long prompt is never coarser",
+        "arithmetic/recall.py",
+        "for entry_tokens in ENTRY_TOKENS:",
+        "for entry_tokens in ENTRY_TOKENS[:1]:",
+    ),
+    Mutation(
+        "index: one entry more than a page has room for",
+        "arithmetic/index_page.py",
+        "// entry_bits // 8 * 8",
+        "// entry_bits // 8 * 8 + 8",
+    ),
+    Mutation(
+        "index: entries of a slot's last request",
+        "cache/recaller.py",
+        "        self.entry_tokens[slot] = room.entry_tokens\n",
+        "",
+    ),
+    Mutation(
+        "index: a mean of neighbours counts the first alone",
+        "ops/reference/encode.py",
+        "            total = total + key\n",
+        "            total = total + 0 * key\n",
+    ),
+    Mutation(
+        "metrics: what came back is counted again and again",
+        "scheduler/answers.py",
+        "recalled, self._recalled = asdict(self._recalled), Recalled()",
+        "recalled = asdict(self._recalled)",
+    ),
+    Mutation(
+        "metrics: bytes are told as tokens",
+        "cache/report.py",
+        "moved_bytes=moved_tokens * recaller.token_bytes",
+        "moved_bytes=moved_tokens",
+    ),
 )
