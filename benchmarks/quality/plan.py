@@ -235,6 +235,9 @@ ENGINE_VARIATIONS = (
     *(engine_variation(f"retrieve {x:.0%} of pages", retrieval_ratio=x) for x in (0.2, 1.0)),
 )
 
+# what was dropped comes back
+RECALL = replace(HYBRID, name="hybrid with recall", options={"host_memory": "256MiB"})
+
 # order has 80 % with the full cache at this length
 QUICK_TASKS = tuple(task for task in SOLVED_TASKS if task != "order")
 QUICK = {"length_tokens": 1024, "tasks": QUICK_TASKS, "count": 10}
@@ -252,5 +255,9 @@ PLANS: dict[str, list[Run]] = {
         *(run for probe in PROBES for run in at(probe, (0.025, TIGHT_SHARE), count=PROBE_COUNT)),
     ],
     "engine": [replace(SOLVED_FULL, count=ABLATION_COUNT), SHORT, *ENGINE_VARIATIONS],
+    "recall": [
+        SOLVED_FULL,
+        *(run for one in (HYBRID, RECALL) for run in at(one, (TIGHT_SHARE, 0.05))),
+    ],
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

@@ -192,6 +192,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "quality_ablations": ("ablations", variation_table),
     "quality_probe": ("probe", quota_table),
     "quality_engine": ("engine", variation_table),
+    "quality_recall": ("recall", quota_table),
     "quality_quick": ("quick", quota_table),
 }
 
