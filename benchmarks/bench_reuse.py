@@ -2,9 +2,10 @@
 
     python -m benchmarks.bench_reuse [--repeats 3] [--sizes 8000 30000] [--dtype float32]
 
-Three engines take turns: stock vLLM with its prefix cache, ours under a tenth of the longest
-prompt, and ours with host memory behind it. Each serves a video with a question, alone, and then
-another question on the same video. Every figure is the median over the repeats of a ratio.
+Four engines take turns: stock vLLM with its prefix cache, ours under a tenth of the longest
+prompt, ours with host memory behind it, and the same with a second look. Each serves a video with a
+question, alone, and then another question on the same video. Every figure is the median over the
+repeats of a ratio.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SIDES: dict[str, dict[str, Any]] = {
     "stock": {},
     "ours": {},
     "host": {"host_memory": HOST_MEMORY},
+    "look": {"host_memory": HOST_MEMORY, "tuning": {"second_look": True}},
 }
 # (figure, side and question above, side and question below)
 RATIOS = {
@@ -31,6 +33,8 @@ RATIOS = {
     "second question, host / stock": ("prefill_seconds", "host", 1, "stock", 1),
     "first question, host / ours": ("prefill_seconds", "host", 0, "ours", 0),
     "first question, host / stock": ("prefill_seconds", "host", 0, "stock", 0),
+    "first question, second look / host": ("prefill_seconds", "look", 0, "host", 0),
+    "second question, second look / host": ("prefill_seconds", "look", 1, "host", 1),
     "decode, host / stock": ("decode_ms", "host", 0, "stock", 0),
     "decode, host / ours": ("decode_ms", "host", 0, "ours", 0),
 }
