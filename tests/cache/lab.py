@@ -19,6 +19,8 @@ from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm_budgetkv.arithmetic.host_blocks import HostPlace
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.cache import BudgetCache
@@ -95,7 +97,8 @@ class Lab:
             summarizes=self.summarizes(),
             **self.host_memory(),
         )
-        return build_cache(model, rules, self._arrival_of, self.finished.append)
+        arguments = (model, rules, self._arrival_of, self.finished.append)
+        return build_cache(*arguments, self.trace_file())
 
     def offers(self, policy: str) -> list[Offer]:
         """The policies that clients may have; the first is that of all that have no own terms."""
@@ -117,6 +120,10 @@ class Lab:
     def summarizes(self) -> bool:
         """Whether it is counted what clients keep of their prompts."""
         return False
+
+    def trace_file(self) -> Path | None:
+        """Where the stories of clients go."""
+        return None
 
     def host_memory(self) -> dict[str, int]:
         """Fields of the rules that say what keeps dropped tokens."""
@@ -225,6 +232,7 @@ class Lab:
                     req_id=client.request_id,
                     prompt_len=client.prompt_tokens,
                     prefill_token_ids=None,
+                    prompt_token_ids=list(range(client.prompt_tokens)),
                     mm_features=client.features,
                     block_ids=(list(client.blocks),),
                     num_computed_tokens=client.computed_tokens,

@@ -15,7 +15,14 @@ from vllm.multimodal.inputs import (
 )
 
 from vllm_budgetkv.cache.spans import PromptSpans, VisionItem
-from vllm_budgetkv.cache.vision import FrameGrid, frame_grid, frame_records, spans_of, vision_items
+from vllm_budgetkv.cache.vision import (
+    FrameGrid,
+    frame_grid,
+    frame_records,
+    item_records,
+    spans_of,
+    vision_items,
+)
 
 if TYPE_CHECKING:
     from typing import Any
@@ -111,6 +118,24 @@ def test_timestamps_between_frames_are_text() -> None:
     expected = [p for s in (12, 20, 28) for p in range(s, s + 6)]
     assert is_vision.nonzero().flatten().tolist() == expected
     assert spans.trailing_frame_start(23) == 20, "the frame that is cut starts behind its stamp"
+
+
+def test_records_of_items_tell_positions_and_frames_apart() -> None:
+    stamped = feature(10, 3 * 8, grid=(3, 4, 6), is_embed=timestamped(3, 6, 2))
+    sizes = feature(40, 2 * 6 + 4, grid=[(1, 4, 6), (1, 4, 6), (1, 4, 4)])
+    plain = feature(60, 5, modality="image")
+    unreadable = feature(70, 50, grid=(8, 4, 6))
+    video, others, image, none = item_records([stamped, sizes, plain, unreadable])
+    assert video["ranges"] == [[12, 18], [20, 26], [28, 34]] and video["runs"] == [[3, 2, 3]]
+    assert others["ranges"] == [[40, 56]] and others["runs"] == [[2, 2, 3], [1, 2, 2]]
+    assert image == {
+        "modality": "image",
+        "offset": 60,
+        "length": 5,
+        "ranges": [[60, 65]],
+        "runs": [],
+    }
+    assert none["ranges"] == [[70, 120]] and none["runs"] == []
 
 
 def test_a_mask_that_cuts_frames_into_pieces() -> None:

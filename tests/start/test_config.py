@@ -20,7 +20,8 @@ FLAGS = {
     "--kv-lookahead-source", "--kv-template-tokens", "--kv-probe-tokens", "--kv-head-scores-file",
     "--kv-sink-tokens", "--kv-window-tokens", "--kv-static-threshold", "--kv-retrieval-ratio",
     "--kv-force-class", "--kv-merge", "--kv-tuning", "--kv-host-memory", "--kv-reuse",
-    "--no-kv-reuse", "--kv-report-file", "--kv-answer-report", "--no-kv-answer-report",
+    "--no-kv-reuse", "--kv-report-file", "--kv-trace-file",
+    "--kv-answer-report", "--no-kv-answer-report",
     "--kv-unproven-device", "--no-kv-unproven-device", "--kv-check-ledger",
     "--no-kv-check-ledger",
 }  # fmt: skip

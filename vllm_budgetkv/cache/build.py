@@ -18,9 +18,11 @@ from vllm_budgetkv.cache.slots import Slots
 from vllm_budgetkv.cache.step import Layers
 from vllm_budgetkv.cache.tables import HeadTables
 from vllm_budgetkv.cache.tier import HostTier
+from vllm_budgetkv.cache.trace import Traces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from pathlib import Path
 
     from vllm.v1.core.sched.output import NewRequestData
 
@@ -61,6 +63,7 @@ def build_cache(
     rules: Rules,
     arrival_of: Callable[[NewRequestData], Arrival],
     on_finished: Callable[[RequestRecord], None] | None,
+    trace_file: Path | None = None,
 ) -> BudgetCache:
     """Build the cache of one worker.
 
@@ -69,6 +72,7 @@ def build_cache(
         rules: what its requests may hold.
         arrival_of: what is known of a new request beside its prompt.
         on_finished: gets the record of every client request; None if nobody reads them.
+        trace_file: gets a line with the story of every client request; None for none.
 
     Raises:
         ValueError: the policy does not fit the model.
@@ -93,6 +97,7 @@ def build_cache(
         on_finished=on_finished,
         recaller=recaller,
         summarizes=rules.summarizes,
+        traces=None if trace_file is None else Traces(trace_file, tables),
     )
     if rules.check_ledger:
         model.pool.poison()

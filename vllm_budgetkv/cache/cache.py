@@ -202,6 +202,7 @@ class BudgetCache:
         if ends_prefill and request.parent_id is not None:
             assert request.bank is not None
             self.layers.probes.seed(request.parent_id, request.bank)
+        self.reports.stepped(request)
 
     def _open_recall(self, request: RequestState) -> None:
         """Let the heads of a request bring back what its prompt's compressions dropped."""

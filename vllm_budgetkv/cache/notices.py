@@ -5,6 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # a child of vLLM's logger, which alone has a handler
 logger = logging.getLogger("vllm.plugins.budgetkv")
@@ -20,3 +25,12 @@ def warn_once(message: str) -> None:
     error = sys.exception()
     reason = f" ({type(error).__name__}: {error})" if error is not None else ""
     logger.warning("budgetkv: %s%s; this is said once", message, reason)
+
+
+@contextmanager
+def reporting(failure: str) -> Iterator[None]:
+    """What only reports does not end a request: an error inside is said once, and is over."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001
+        warn_once(failure)

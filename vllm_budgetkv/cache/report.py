@@ -14,15 +14,19 @@ from vllm_budgetkv.arithmetic.recalled import Recalled
 from vllm_budgetkv.cache.notices import warn_once
 from vllm_budgetkv.cache.report_file import append_line
 from vllm_budgetkv.cache.summary import CLASSES, Summary
+from vllm_budgetkv.cache.vision import frame_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from vllm.v1.core.sched.output import NewRequestData
+
     from vllm_budgetkv.arithmetic.terms import Terms
     from vllm_budgetkv.cache.recaller import Recaller
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.tables import HeadTables
+    from vllm_budgetkv.cache.trace import Traces
 
 
 @dataclass
@@ -107,6 +111,7 @@ class Reports:
         on_finished: gets the record of every client request that ended; None if nobody reads them.
         recaller: brings tokens back; None without host memory.
         summarizes: whether it is counted what requests keep of their prompts.
+        traces: the story of every client request; None if nobody reads it.
         records: by request id.
         summaries: of prompts that have been read since somebody took them, by request id.
         recalled: of requests that gave up their slots since then; None if none brought tokens back.
@@ -118,6 +123,7 @@ class Reports:
     on_finished: Callable[[RequestRecord], None] | None
     recaller: Recaller | None = None
     summarizes: bool = False
+    traces: Traces | None = None
     records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
     summaries: dict[str, Summary] = field(default_factory=dict, init=False)
     recalled: Recalled | None = field(default=None, init=False)
@@ -132,21 +138,26 @@ class Reports:
         finally:
             self.is_paused = False
 
-    def open(
-        self, request_id: str, terms: Terms, prompt_tokens: int, frames: list[dict[str, Any]]
-    ) -> None:
+    def open(self, new: NewRequestData, terms: Terms) -> None:
         """A client's request arrived."""
-        if self.is_paused or self.on_finished is None:
+        if self.is_paused or (self.on_finished is None and self.traces is None):
             return
-        self.records[request_id] = RequestRecord(
-            request_id=request_id,
+        self.records[new.req_id] = RequestRecord(
+            request_id=new.req_id,
             policy=terms.policy,
             quota_blocks=terms.quota.blocks,
             page_tokens=terms.quota.page_tokens,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=new.prompt_len,
             block_bytes=self.block_bytes,
-            frames=frames,
+            frames=frame_records(new.mm_features),
         )
+        if self.traces is not None:
+            self.traces.open(new)
+
+    def stepped(self, request: RequestState) -> None:
+        """A step of a request ended."""
+        if self.traces is not None:
+            self.traces.stepped(request)
 
     def left(self, request: RequestState, *, is_preempted: bool) -> None:
         """A request gives up its slot; the blocks that it holds now are the most it had there."""
@@ -167,6 +178,8 @@ class Reports:
         record.preemptions += is_preempted
         if self.recaller is not None:
             _note_host(record, request, recalled, self.recaller)
+        if self.traces is not None:
+            self.traces.left(request)
 
     def _count_recalled(self, request: RequestState) -> Recalled:
         """What a request that gives up its slot brought back. Never raises."""
@@ -200,6 +213,8 @@ class Reports:
         except Exception:  # noqa: BLE001
             # what only reports does not end a request
             warn_once("what requests keep cannot be counted: their report lacks it")
+        if self.traces is not None:
+            self.traces.prefilled(request)
 
     def take(self) -> Counted | None:
         """What was counted since the last time, which is forgotten here; None if nothing was."""
@@ -212,8 +227,12 @@ class Reports:
     def close(self, request_id: str) -> None:
         """A request ended."""
         record = self.records.pop(request_id, None)
-        if record is not None and self.on_finished is not None:
+        if record is None:
+            return
+        if self.on_finished is not None:
             self.on_finished(record)
+        if self.traces is not None:
+            self.traces.close(request_id, asdict(record))
 
 
 def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables) -> None:

@@ -1,4 +1,4 @@
-"""The file of `--kv-report-file`: tried at start, and appended to without waiting for anyone."""
+"""Files of reports and traces: tried at start, and appended to without waiting for anyone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,12 @@ FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
 NEW_FILE_MODE = 0o666
 
 
-def check_report_file(path: str | Path) -> None:
+def check_report_file(path: str | Path, flag: str = "--kv-report-file") -> None:
     """Open the file as reports will; it is created if it is not there.
+
+    Args:
+        path: of the file.
+        flag: that names it.
 
     Raises:
         ValueError: nothing can be appended to it.
@@ -24,7 +28,7 @@ def check_report_file(path: str | Path) -> None:
         os.close(os.open(path, FLAGS, NEW_FILE_MODE))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--kv-report-file {path} cannot be written ({error}): name a file in a directory "
+            f"{flag} {path} cannot be written ({error}): name a file in a directory "
             "that exists and may be written to"
         ) from error
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.cache.requests import RequestState
-from vllm_budgetkv.cache.vision import frame_records, spans_of
+from vllm_budgetkv.cache.vision import spans_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -107,8 +107,7 @@ class Slots:
             spans, arrival = spans_of(new.prompt_len, new.mm_features, device), self.arrival_of(new)
             self.introduce(request_id, spans, arrival)
             if arrival.parent_id is None:
-                frames = frame_records(new.mm_features)
-                self.reports.open(request_id, arrival.terms, new.prompt_len, frames)
+                self.reports.open(new, arrival.terms)
         # runner V2 resumes a preempted request as a new one
         self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens, place)
 

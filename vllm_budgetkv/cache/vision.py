@@ -89,6 +89,32 @@ def frame_records(features: Sequence[Any]) -> list[dict[str, Any]]:
     return records
 
 
+def item_records(features: Sequence[Any]) -> list[dict[str, Any]]:
+    """What each item is and where its frames are, as plain data for the trace.
+
+    Returns:
+        Of each `modality`, `offset` and `length`; `ranges` [first, behind the last] of positions
+        that take an embedding; and `runs` [frames, rows, columns] that fill these in order, none
+        where the item has no frames or they cannot be read.
+    """
+    records = []
+    for feature in features:
+        place = _place_of(feature)
+        if place is None:
+            continue
+        runs = _frame_runs(feature, place)
+        records.append(
+            {
+                "modality": _modality(feature),
+                "offset": place.offset,
+                "length": place.length,
+                "ranges": [list(one) for one in place.ranges],
+                "runs": [[run.num_frames, run.grid.rows, run.grid.columns] for run in runs],
+            }
+        )
+    return records
+
+
 def frame_grid(feature: Any) -> FrameGrid | None:
     """The frame of an item whose frames are all equal, if it has any."""
     place = _place_of(feature)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.report_file import check_report_file
+from vllm_budgetkv.policy.option import flag_of
 from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
 from vllm_budgetkv.start.request_rules import RequestRules
@@ -56,6 +57,8 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         _select_backend(vllm_config, platform.backend_slot)
     if config.report_file is not None:
         check_report_file(config.report_file)
+    if config.trace_file is not None:
+        check_report_file(config.trace_file, flag_of("trace_file"))
 
 
 def _select_backend(vllm_config: VllmConfig, slot: str) -> None:

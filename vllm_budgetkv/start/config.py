@@ -128,6 +128,13 @@ class BudgetConfig(PolicyFlags):
     report_file: str | None = option(
         None, "Append one JSON line per finished request to this file.", metavar="PATH"
     )
+    trace_file: str | None = option(
+        None,
+        "Append one JSON line per finished request that tells how it went, for 'vllm-budgetkv "
+        "inspect': blocks and head classes behind each step, the prompt's token ids, and which of "
+        "them each head kept. Waits for the device after every step.",
+        metavar="PATH",
+    )
     unproven_device: bool = option(
         False, "Start on a kind of device on which no test has run: compare answers before use."
     )

@@ -219,8 +219,8 @@ READS = (
         "scheduled_cached_reqs",
         "scheduled_new_reqs")),
     Reads("vllm.v1.core.sched.output", "NewRequestData", "a request that is admitted", (
-        "block_ids", "mm_features", "num_computed_tokens", "prompt_len", "req_id",
-        "sampling_params")),
+        "block_ids", "mm_features", "num_computed_tokens", "prompt_len", "prompt_token_ids",
+        "req_id", "sampling_params")),
     Reads("vllm.v1.core.sched.output", "CachedRequestData", "requests that grow or resume", (
         "new_block_ids", "num_computed_tokens", "req_ids", "resumed_req_ids")),
     Reads("vllm.v1.engine", "EngineCoreOutputs", "take out what a look-ahead says", ("outputs",)),

@@ -125,7 +125,10 @@ class BudgetWorker(Worker):
         model = model_of(layers, self._largest_quota)
         if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
-        report = Path(config.report_file) if config.report_file and self.rank == 0 else None
+        report, trace = (
+            Path(name) if name and self.rank == 0 else None
+            for name in (config.report_file, config.trace_file)
+        )
         return build_cache(
             model,
             Rules(
@@ -140,6 +143,7 @@ class BudgetWorker(Worker):
             ),
             self._arrival_of,
             (lambda record: record.append_to(report)) if report else None,
+            trace,
         )
 
     def _offer(self, name: str) -> Offer:
