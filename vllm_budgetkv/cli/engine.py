@@ -70,10 +70,14 @@ class PlannedEngine:
         return BudgetConfig.from_mapping({**self.section, **options})
 
 
-def read_arguments(arguments: Sequence[str]) -> EngineArgs:
+def read_arguments(arguments: Sequence[str], command: str = "plan") -> EngineArgs:
     """The engine arguments of a `vllm serve` line, read by vLLM with the plugin's flags.
 
     A wrong argument ends the process with vLLM's message.
+
+    Args:
+        arguments: of the line.
+        command: of ours, that the message names.
 
     Raises:
         ValueError: a flag of ours contradicts `--additional-config`.
@@ -83,7 +87,9 @@ def read_arguments(arguments: Sequence[str]) -> EngineArgs:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(
-        prog="vllm-budgetkv plan", usage="see vllm-budgetkv plan --help", add_help=False
+        prog=f"vllm-budgetkv {command}",
+        usage=f"see vllm-budgetkv {command} --help",
+        add_help=False,
     )
     AsyncEngineArgs.add_cli_args(parser)
     return AsyncEngineArgs.from_cli_args(parser.parse_args(list(arguments)))

@@ -1,4 +1,4 @@
-"""The command line: `vllm-budgetkv plan` and `vllm-budgetkv doctor`.
+"""The command line: `vllm-budgetkv plan`, `inspect` and `doctor`.
 
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv import __version__
+from vllm_budgetkv.cli import inspecting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,13 +47,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line; None for those of this process.
 
     Returns:
-        The exit status: 1 where `doctor` found something wrong, 2 where `plan` was asked for what
-        no server would start with.
+        The exit status: 1 where `doctor` found something wrong or an engine failed, 2 where `plan`
+        or `inspect` was asked for what no server would start with.
     """
     parser, plan = _parsers()
     options, others = parser.parse_known_args(arguments)
     if options.command == "plan":
         return _plan(options, others, plan)
+    if options.command == "inspect":
+        return inspecting.run_inspect(
+            options, others, sys.argv[1:] if arguments is None else arguments
+        )
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     from vllm_budgetkv.cli.doctor import run_doctor
@@ -76,6 +81,17 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         allow_abbrev=False,
     )
     _add_plan_options(plan)
+    inspecting.add_options(
+        commands.add_parser(
+            "inspect",
+            help="a conversation, and a page that shows what was kept of it",
+            usage=inspecting.USAGE,
+            description=inspecting.STORY,
+            epilog=inspecting.EXAMPLE,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+    )
     doctor = commands.add_parser(
         "doctor",
         help="whether this installation works, and what to do if not",
