@@ -1,7 +1,8 @@
 """`make demo`: a long video through a real vLLM server whose requests hold a fixed quota of blocks.
 
 Starts `vllm serve` on loopback, asks one question about a rendered video with the OpenAI client,
-stops the server, prints what happened and writes a picture of what each class of head kept.
+stops the server, prints what happened, draws what each class of head kept and writes the page of
+`vllm-budgetkv inspect`.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from openai import OpenAIError
+from PIL import Image
 
 from benchmarks import demo_report
 from benchmarks.quality import reader
 from benchmarks.server import Server
+from vllm_budgetkv.inspection.conversation import Conversation
+from vllm_budgetkv.inspection.page import render
+from vllm_budgetkv.inspection.pictures import draw_kept
+from vllm_budgetkv.inspection.story import read_story
 from vllm_budgetkv.testing import frames
 from vllm_budgetkv.testing.shapes import FRAMES_PER_TOKEN
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from openai import OpenAI
 
 REPOSITORY = Path(__file__).parent.parent
 PICTURE = REPOSITORY / "benchmarks" / "results" / "demo.png"
 WORK = REPOSITORY / "build" / "demo"
+PAGE = WORK / "inspect.html"
 
 FRAME_PIXELS = (112, 112)
 SIGN_EVERY_FRAMES = 6
@@ -59,10 +66,12 @@ def main() -> int:
     model = options.model or str(reader.FOLDER)
     video = render_video(options.frames)
     WORK.mkdir(parents=True, exist_ok=True)
-    report_file = WORK / "requests.jsonl"
-    report_file.unlink(missing_ok=True)
+    report_file, trace_file = WORK / "requests.jsonl", WORK / "trace.jsonl"
+    for file in (report_file, trace_file):
+        file.unlink(missing_ok=True)
     print(f"starting vllm serve {model} (log: {WORK / 'server.log'})", flush=True)
     arguments = [*server_arguments(), *budget_arguments(options, report_file)]
+    arguments += ["--kv-trace-file", str(trace_file)]
     try:
         with Server(model, arguments, WORK / "server.log", environment()) as server:
             print(f"asking about {options.frames} frames at {server.url}", flush=True)
@@ -74,12 +83,33 @@ def main() -> int:
     except (RuntimeError, OpenAIError) as error:
         print(f"the demo failed: {error}; see {WORK / 'server.log'}", file=sys.stderr)
         return 1
-    demo_report.draw(record, video, PICTURE)
-    print(demo_report.describe(record, answer, PICTURE))
+    show(trace_file, Conversation(model, {"video": [pictures(video)]}, decoder(model), answer.text))
+    print(demo_report.describe(record, answer, PICTURE, PAGE))
     if answer.text.strip() != DIGIT:
         print(f"the right answer is {DIGIT}", file=sys.stderr)
         return 1
     return 0
+
+
+def pictures(video: np.ndarray) -> list[Image.Image]:
+    """The frames of a video, uint8 `[frames, height, width, 3]`."""
+    return [Image.fromarray(frame) for frame in video]
+
+
+def decoder(model: str) -> Callable[[list[int]], str]:
+    """Text of the tokens of a model."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return lambda token_ids: str(tokenizer.decode(token_ids))
+
+
+def show(trace_file: Path, conversation: Conversation) -> None:
+    """Writes the picture and the page of the last request."""
+    story = read_story(trace_file)
+    assert story is not None, f"no line in {trace_file}"
+    draw_kept(story, conversation, PICTURE)
+    PAGE.write_text(render(story, conversation), encoding="utf-8")
 
 
 def render_video(num_frames: int, shown: Mapping[str, str] | None = None) -> np.ndarray:
