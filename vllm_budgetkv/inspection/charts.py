@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # of a drawing; the page gives it any size
 WIDTH, HEIGHT = 1000.0, 100.0
 MOST_BINS = 320
-STATIC_RGB, DYNAMIC_RGB = (47, 109, 179), (201, 104, 30)
+STATIC_RGB, DYNAMIC_RGB = (47, 109, 179), (178, 84, 16)
 
 
 def binned(values: np.ndarray, most: int = MOST_BINS) -> np.ndarray:

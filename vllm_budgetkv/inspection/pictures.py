@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.inspection.story import HeadClass, Item, Story
     from vllm_budgetkv.inspection.words import Piece
 
-COLOURS = {"static": "#2f6db3", "dynamic": "#c9681e"}
+COLOURS = {"static": "#2f6db3", "dynamic": "#b25410"}
 INK, FAINT, TEXT_ZONE = "#1b1f23", "#59636e", "#3d9a50"
 COLUMNS, MOST_FRAMES = 16, 32
 WIDTH_INCHES, DPI = 16.0, 110
