@@ -122,7 +122,7 @@ def _loaded() -> Finding:
 
 
 def _touchpoints() -> Finding:
-    """What an engine's start needs of vLLM, and what `plan` needs beside it."""
+    """What an engine's start needs of vLLM, and what `plan` and `inspect` need beside it."""
     name, fix = "symbols of vLLM", f"install a released vLLM {upstream.SUPPORTED}"
     wrong = list(upstream.problems())
     count = len(upstream.TOUCHPOINTS) + len(READS)
@@ -131,6 +131,8 @@ def _touchpoints() -> Finding:
         return Finding(name, State.WRONG, told, fix)
     of_plan = list(upstream.problems_of(PLAN_READS))
     if of_plan:
-        told = "\n".join(["a server starts, but `vllm-budgetkv plan` misses:", *of_plan])
+        told = "\n".join(
+            ["a server starts, but `vllm-budgetkv plan` or `inspect` misses:", *of_plan]
+        )
         return Finding(name, State.NOTE, told, fix)
     return Finding(name, State.OK, f"all {count + len(PLAN_READS)} rows of docs/upstream.md fit")

@@ -15,7 +15,9 @@ from vllm_budgetkv.inspection.numbers import numbers_of
 from vllm_budgetkv.inspection.words import pieces_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from PIL import Image
 
     from vllm_budgetkv.inspection.conversation import Conversation
     from vllm_budgetkv.inspection.story import HeadClass, Item, Story
@@ -25,7 +27,9 @@ LEVELS = 8
 # items that are shown with pictures; of all, the numbers count
 MOST_ITEMS = 12
 # tiles of a page, for each class of heads
-MOST_TILES = 72
+MOST_TILES = 48
+# where there are no more, they are shown large
+FEW_TILES = 4
 # a table of them is shown folded beyond it
 MANY_HEADS = 64
 HEADS_PIXELS, MOST_ROW_PIXELS, LABEL_PIXELS = 420, 16, 15
@@ -96,33 +100,44 @@ def _items(story: Story, conversation: Conversation, shown: list[Item]) -> Itera
     for item in shown:
         pictures = conversation.pictures_of(item)
         frames = tiles.chosen_frames(item, story.share, most) if item.num_frames else []
-        rows = []
-        top = max((_of_frames(item, one).max() for one in story.classes), default=0.0)
-        for one in story.classes:
-            lit = tiles.tiles_of(item, one, frames, pictures, brightest(story)) if frames else []
-            rows.append(
-                TileRow(
-                    one,
-                    float(one.share[item.positions].mean()),
-                    [_tile(item, tile, one) for tile in lit],
-                    charts.area_path(charts.binned(_of_frames(item, one)), top),
-                    float(top),
-                )
-            )
-        plain = None
-        if not frames and pictures:
-            small = pictures[0].convert("RGB").copy()
-            small.thumbnail((tiles.LARGE_PIXELS, tiles.LARGE_PIXELS))
-            plain = tiles.jpeg_url(small)
+        is_large = len(shown) * len(frames) <= FEW_TILES
         yield {
             "item": item,
-            "rows": rows,
+            "rows": list(_rows(story, item, frames, pictures, is_large)),
             "num_shown": len(frames),
             "num_pictures": len(pictures),
-            "is_large": 0 < len(frames) <= tiles.FEW_FRAMES,
-            "plain": plain,
+            "is_large": is_large,
+            "plain": _plain(pictures[0]) if pictures and not frames else None,
             "grids": _grids(item),
         }
+
+
+def _rows(
+    story: Story,
+    item: Item,
+    frames: Sequence[int],
+    pictures: Sequence[Image.Image],
+    is_large: bool,
+) -> Iterator[TileRow]:
+    """One for each class of heads; their bars have one scale."""
+    pixels = tiles.LARGE_PIXELS if is_large else tiles.SMALL_PIXELS
+    top = max((_of_frames(item, one).max() for one in story.classes), default=0.0)
+    for one in story.classes:
+        lit = tiles.tiles_of(item, one, frames, pictures, brightest(story), pixels)
+        yield TileRow(
+            one,
+            float(one.share[item.positions].mean()),
+            [_tile(item, tile, one) for tile in lit],
+            charts.area_path(charts.binned(_of_frames(item, one)), top),
+            float(top),
+        )
+
+
+def _plain(picture: Image.Image) -> str:
+    """A picture as it was sent, as an address."""
+    small = picture.convert("RGB").copy()
+    small.thumbnail((tiles.LARGE_PIXELS, tiles.LARGE_PIXELS))
+    return tiles.jpeg_url(small)
 
 
 def _of_frames(item: Item, heads: HeadClass) -> np.ndarray:

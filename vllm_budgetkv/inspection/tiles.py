@@ -20,7 +20,6 @@ UNLIT = 0.2
 # shares are small: half of the light is reached at a quarter of the largest
 GAMMA = 0.5
 MOST_FRAMES = 24
-FEW_FRAMES = 3
 SMALL_PIXELS, LARGE_PIXELS = 168, 520
 JPEG_QUALITY = 82
 GREY = (150, 150, 150)
@@ -78,6 +77,7 @@ def tiles_of(
     frames: Sequence[int],
     pictures: Sequence[Image.Image],
     brightest: float,
+    pixels: int = SMALL_PIXELS,
 ) -> list[Tile]:
     """Frames of an item, lit by what the heads of one class kept.
 
@@ -87,9 +87,9 @@ def tiles_of(
         frames: which frames.
         pictures: what the client sent of the item; none if it is not at hand.
         brightest: the share that is shown in full light.
+        pixels: longest edge of a tile.
     """
     shares = frame_shares(item, heads)
-    pixels = LARGE_PIXELS if len(frames) <= FEW_FRAMES else SMALL_PIXELS
     found = []
     for frame in frames:
         source = source_of(frame, len(shares), len(pictures)) if pictures else None

@@ -340,7 +340,12 @@ def as_markdown() -> str:
     ]
     lines += [f"| `{p.place}` | {p.how} | {p.why} |" for p in TOUCHPOINTS]
     lines += ["", "## Fields that we read or set, methods that we call", "", *as_rows(READS)]
-    lines += ["", "## What `vllm-budgetkv plan` reads beside them", "", *as_rows(PLAN_READS)]
+    lines += [
+        "",
+        "## What `vllm-budgetkv plan` and `inspect` read beside them",
+        "",
+        *as_rows(PLAN_READS),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -255,13 +255,16 @@ READS = (
         "get_metadata_builder()",)),
 )
 
-# what `vllm-budgetkv plan` needs beside them; no start depends on it
+# what `vllm-budgetkv plan` and `inspect` need beside them; no start depends on it
 PLAN_READS = (
     Reads("vllm.engine.arg_utils", "EngineArgs", "the engine of a `vllm serve` line", (
-        "decode_context_parallel_size", "gpu_memory_utilization", "kv_cache_memory_bytes",
-        "max_model_len", "max_num_scheduled_tokens", "num_gpu_blocks_override",
-        "pipeline_parallel_size", "prefill_context_parallel_size", "skip_mm_profiling",
-        "tensor_parallel_size", "create_model_config()")),
+        "decode_context_parallel_size", "enforce_eager", "gpu_memory_utilization",
+        "kv_cache_memory_bytes", "max_model_len", "max_num_scheduled_tokens",
+        "num_gpu_blocks_override", "pipeline_parallel_size",
+        "prefill_context_parallel_size", "skip_mm_profiling", "tensor_parallel_size",
+        "create_model_config()")),
+    Reads("vllm.entrypoints.llm", "LLM", "ask an engine of its own", (
+        "chat(messages, sampling_params, use_tqdm)",)),
     Reads("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read such a line", (
         "parse_args(args)",)),
     Reads("vllm.config", "ModelConfig", "sizes of weights and activations", (
