@@ -98,10 +98,9 @@ def test_messages_that_are_none(
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--kv-page-quota", "2"], "--kv-page-quota"),
+        (["--kv-page-quota", "2"], "a quota of 2 blocks of 16 tokens is too small for chunks of"),
         ([], "--kv-policy hybrid needs exactly one of --kv-page-quota"),
-        (["--kv-policy", "hybrit", "--kv-page-quota", "9"], "hybrit"),
-        (["--kv-page-quota", "9", "--kv-trace-file", "no/t.jsonl"], "--kv-trace-file no/t.jsonl"),
+        (["--kv-page-quota", "64", "--kv-trace-file", "no/t.jsonl"], "--kv-trace-file no/t.jsonl"),
     ],
 )
 def test_options_are_refused_as_the_server_does(
@@ -109,6 +108,15 @@ def test_options_are_refused_as_the_server_does(
 ) -> None:
     said = refuse("--model", str(llama), "--question", "Hello", *options)
     assert told in said and len(said.splitlines()) <= 2, said
+
+
+def test_an_option_that_there_is_not_ends_with_the_help(
+    refuse: Callable[..., str], llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        refuse("--model", str(llama), "--question", "Hello", "--kv-policy", "hybrit")
+    assert stop.value.code == 2
+    assert "see vllm-budgetkv inspect --help" in capsys.readouterr().err
 
 
 def test_a_text_model_takes_no_picture(
