@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.cache.client import Client, Feature
 from tests.cache.lab import Lab
@@ -93,6 +95,24 @@ def test_every_step_is_what_the_ledger_counts(tmp_path: Path) -> None:
     assert item["runs"] == [[(PROMPT_TOKENS - 14) // 4, 1, 4]]
 
 
+def test_what_stands_behind_a_heads_tokens_is_not_kept(tmp_path: Path) -> None:
+    """The rest of its last page may hold what another request left there."""
+    lab, client = TracingLab(tmp_path, "ada-snapkv"), new_client()
+    lab.read_prompt(client)
+    state, tables = lab.state(client), lab.cache.tables
+    before = kept_positions(state, tables)
+    page_tokens, behind = lab.quota.page_tokens, 0
+    for layer, head in itertools.product(range(lab.layers), range(lab.heads)):
+        page, offset = divmod(int(tables.lens[state.slot, layer, head]), page_tokens)
+        if offset:
+            dropped = int((~before[layer, head]).nonzero()[0])
+            last = int(tables.page_table[state.slot, layer, head, page])
+            tables.pool.positions[last, offset:] = dropped
+            behind += page_tokens - offset
+    assert behind, "some head must end inside a page"
+    assert torch.equal(kept_positions(state, tables), before)
+
+
 def test_kept_tokens_are_those_of_the_record(tmp_path: Path) -> None:
     """The record sums over the heads of a class what the trace says of each."""
     lab, client = TracingLab(tmp_path), new_client()
@@ -107,22 +127,25 @@ def test_kept_tokens_are_those_of_the_record(tmp_path: Path) -> None:
 
 def test_a_preempted_request_begins_anew(tmp_path: Path) -> None:
     lab, client = TracingLab(tmp_path), new_client()
-    lab.step({client: 24})
-    lab.step({client: 24})
+    for _ in range(5):
+        lab.step({client: 24})
+    assert lab.state(client).compressions == 2
     lab.give_blocks(client)
     lab.step({}, preempted=("r",))
     lab.read_prompt(client)
     lab.step({}, finished=("r",))
     trace = lab.lines()[0]["trace"]
     seen = [step[1] for step in trace["steps"]]
-    assert seen == [24, 48, 48, *(step[0] for step in lab.steps), PROMPT_TOKENS]
+    before = [24, 48, 72, 96, 120, 120]
+    assert seen == [*before, *(step[0] for step in lab.steps), PROMPT_TOKENS]
     assert [step[2] for step in trace["steps"]].count(0) == 2
     assert trace["classes"][-len(lab.classes) :] == lab.classes
+    assert len(trace["classes"]) > len(lab.classes)
 
 
-def test_many_steps_share_entries_and_none_hides_the_most() -> None:
+@pytest.mark.parametrize("peak", [0, 1, 2, MOST_STEPS + 7, 3 * MOST_STEPS + 5, 5 * MOST_STEPS - 2])
+def test_many_steps_share_entries_and_none_hides_the_most(peak: int) -> None:
     trace = Trace((1, 2), 4, None, [])
-    peak = 3 * MOST_STEPS + 5
     for step in range(5 * MOST_STEPS):
         trace.step(step, 9 if step == peak else 3, 99 if step == peak + 1 else 3)
         trace.compressed(step, step + 1, [[True, step % 2 == 0]])

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "vllm", "numpy", "transformers", "rich")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "--help"], ["doctor", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "--help"], ["inspect", "--help"], ["doctor", "--help"]]
+)
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     program = (
         "import sys\n"

@@ -57,6 +57,11 @@ TESTS = (
     "tests/start/test_request_rules.py",
     "tests/cache/test_terms.py",
     "tests/cache/test_summary.py",
+    "tests/cache/test_trace.py",
+    "tests/inspection/test_story.py",
+    "tests/inspection/test_words.py",
+    "tests/inspection/test_tiles.py",
+    "tests/inspection/test_page.py",
     "tests/metrics/test_meters.py",
 )
 

@@ -28,8 +28,8 @@ OF_CACHE = (
     Mutation(
         "start: warm-up requests are reported",
         "cache/report.py",
-        "if self.is_paused or self.on_finished is None:",
-        "if self.on_finished is None:",
+        "if self.is_paused or (self.on_finished is None and self.traces is None):",
+        "if self.on_finished is None and self.traces is None:",
     ),
     Mutation(
         "rehearsal: keeps its slot",
