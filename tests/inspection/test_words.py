@@ -80,6 +80,16 @@ def test_time_stamps_stand_between_frames() -> None:
         ("vision", 7, 9),
         ("text", 9, 10),
     ]
+    names = [one.text for one in pieces if one.kind == "vision"]
+    assert names == ["video 1, frame 1", "video 1, frame 2"]
+
+
+def test_frames_between_two_texts_are_named() -> None:
+    """Frames 1 and 2 stand together, a stamp before frame 3."""
+    item = video(1, 3, 1, 2) | {"ranges": [[1, 5], [6, 8]], "length": 7}
+    pieces = pieces_of(telling([0, *[PAD] * 4, 1, PAD, PAD, 0], [item]).story(), decode)
+    names = [one.text for one in pieces if one.kind == "vision"]
+    assert names == ["video 1, frames 1–2", "video 1, frame 3"]
 
 
 def test_neighbouring_items_are_told_apart() -> None:

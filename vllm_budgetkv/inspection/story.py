@@ -61,6 +61,12 @@ class Item:
         return sum(frames for frames, _, _ in self.runs)
 
     @cached_property
+    def frame_ends(self) -> np.ndarray:
+        """int64 [frames]: how many of `positions` are those of a frame and all before it."""
+        sizes = [rows * columns for frames, rows, columns in self.runs for _ in range(frames)]
+        return np.cumsum(np.asarray(sizes, dtype=np.int64))
+
+    @cached_property
     def frame_positions(self) -> list[np.ndarray]:
         """Position of every patch of each frame, int64 [rows, columns]."""
         found, start = [], 0

@@ -80,7 +80,17 @@ def _vision_pieces(items: Sequence[Item], start: int, stop: int) -> Iterator[Pie
     for item in items:
         inside = item.positions[(item.positions >= start) & (item.positions < stop)]
         if inside.size:
-            yield Piece("vision", int(inside[0]), int(inside[-1]) + 1, item.name)
+            name = _name_of_part(item, inside)
+            yield Piece("vision", int(inside[0]), int(inside[-1]) + 1, name)
+
+
+def _name_of_part(item: Item, inside: np.ndarray) -> str:
+    """Name of the item, and which of its frames some of its positions are."""
+    if item.num_frames < 2 or inside.size == item.positions.size:
+        return item.name
+    places = np.searchsorted(item.positions, inside[[0, -1]])
+    first, last = (np.searchsorted(item.frame_ends, places, side="right") + 1).tolist()
+    return f"{item.name}, frame {first}" if first == last else f"{item.name}, frames {first}–{last}"
 
 
 def _text_pieces(
