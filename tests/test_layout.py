@@ -10,6 +10,7 @@ import torch
 from vllm_budgetkv.arithmetic.layout import (
     SUPPORTED_DTYPES,
     SUPPORTED_PAGE_TOKENS,
+    BlockLayout,
     PageLayout,
     PagePool,
 )
@@ -72,3 +73,27 @@ def test_poison_covers_whole_pages(all_pages: bool) -> None:
         assert torch.equal(field.isnan().flatten(1).all(1), poisoned)
     huge = torch.iinfo(torch.int32).max
     assert torch.equal((pool.positions == huge).all(1), poisoned)
+
+
+@pytest.mark.parametrize("unused_pages", [0, 5])
+@pytest.mark.parametrize("head_pages", [1, 3, 34])
+def test_blocks_are_pages_of_their_own(head_pages: int, unused_pages: int) -> None:
+    """By the formula, written out; no page belongs to two blocks, nor to none but the unused."""
+    blocks = BlockLayout(3, 2, head_pages, unused_pages)
+    ids = torch.tensor([4, 0, 1], dtype=torch.int32)
+    pages = blocks.pages_of(ids)
+    assert pages.shape == (3, 2, 3 * head_pages)
+    assert pages.dtype == torch.int32
+    stride_pages = 6 * head_pages + unused_pages
+    for layer, head, place in itertools.product(range(3), range(2), range(3 * head_pages)):
+        block, page = ids[place // head_pages], place % head_pages
+        expected = block * stride_pages + (layer * 2 + head) * head_pages + page
+        assert pages[layer, head, place] == expected
+    assert pages.unique().numel() == pages.numel()
+    assert (pages % stride_pages < 6 * head_pages).all()
+
+
+def test_a_block_of_one_page_is_as_it_was() -> None:
+    """Block, layer, head."""
+    pages = BlockLayout(2, 3).pages_of(torch.tensor([7], dtype=torch.int32))
+    assert pages.flatten().tolist() == [*range(42, 48)]

@@ -21,6 +21,7 @@ def quotas(draw: st.DrawFn) -> Quota:
         "num_layers": draw(st.integers(1, 6)),
         "chunk_tokens": draw(st.integers(1, 200)),
         "decode_interval_tokens": draw(st.integers(1, 80)),
+        "block_pages": draw(st.sampled_from([1, 1, 3, 22])),
     }
     smallest = Quota(blocks=10**6, **numbers).min_blocks
     return Quota(blocks=smallest + draw(st.integers(0, 20)), **numbers)
@@ -95,5 +96,6 @@ class PageSimulation:
         quota = self.quota
         self.lens[layer] = [held + new_tokens for held in self.lens[layer]]
         pages = [ceil_div(held, quota.page_tokens) for row in self.lens for held in row]
-        assert sum(pages) <= quota.blocks * quota.num_layers * len(self.lens[0])
+        most_pages = quota.blocks * quota.block_pages * quota.num_layers * len(self.lens[0])
+        assert sum(pages) <= most_pages
         assert max(pages) <= quota.table_width_pages

@@ -63,6 +63,20 @@ def test_blocks_for(num_tokens: int, prompt_tokens: int, blocks: int) -> None:
     assert make_quota().blocks_for(num_tokens, prompt_tokens) == blocks
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "prompt_tokens", "blocks"),
+    [(1, 1, 1), (544, 1, 1), (545, 1, 2), (2176, 1, 4), (9000, 1, 4), (1, 2176, 1), (1, 2177, 4)],
+)
+def test_blocks_of_many_pages(num_tokens: int, prompt_tokens: int, blocks: int) -> None:
+    """A block of 34 pages is a block, and N of the bound is still that of a page."""
+    quota = make_quota(blocks=4, block_pages=34)
+    assert quota.blocks_for(num_tokens, prompt_tokens) == blocks
+    assert quota.budget_tokens == 4 * 34 * 16 - 37 - 46 - 16
+    assert quota.min_blocks == 1
+    assert quota.next_stop(0, 5000) == 16
+    assert quota.table_width_pages >= 4 * 34
+
+
 def test_room_of_a_batch() -> None:
     assert least_batch_tokens(1024, 1) == 1024
     assert least_batch_tokens(1024, 256) == 1279
@@ -147,7 +161,7 @@ def test_a_policy_that_keeps_everything_never_compresses() -> None:
 @given(quotas(), st.integers(1, 4), st.data())
 def test_pages_never_exceed_the_quota(quota: Quota, heads: int, data: st.DataObject) -> None:
     """With any split of the budget over heads, beside tokens that all of them keep."""
-    most_pinned = (quota.blocks - quota.min_blocks) * quota.page_tokens
+    most_pinned = (quota.blocks - quota.min_blocks) * quota.block_tokens
     quota = replace(quota, pinned_tokens=data.draw(st.integers(0, most_pinned)))
     simulation = PageSimulation.drawn(quota, heads, data)
 

@@ -11,7 +11,7 @@ import torch
 
 from tests.cache.client import Client, parent_of
 from tests.policy.factories import head_scores_file
-from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import BlockLayout, PageLayout, PagePool
 from vllm_budgetkv.arithmetic.terms import Terms
 from vllm_budgetkv.cache.build import Model, build_cache
 from vllm_budgetkv.cache.probe.bank import Rotary
@@ -69,7 +69,10 @@ class Lab:
             scores_file = str(head_scores_file(self.layers, heads))
             self.options = replace(self.options, head_scores_file=scores_file)
         layout = PageLayout(quota.page_tokens, head_size, torch.float32)
-        num_pages = pool_blocks * self.layers * heads
+        # pages that no head has lie between blocks, as where state of other layers is larger
+        unused_pages = 3 if quota.block_pages > 1 else 0
+        self.blocks = BlockLayout(self.layers, heads, quota.block_pages, unused_pages)
+        num_pages = pool_blocks * self.blocks.stride_pages
         raw = torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8)
         self.pool = PagePool(raw, layout)
         self.free_blocks = list(range(pool_blocks))
@@ -83,11 +86,11 @@ class Lab:
         """The cache that a worker would build."""
         model = Model(
             pool=self.pool,
+            blocks=self.blocks,
             layer_index={f"layer{i}": i for i in range(self.layers)},
             scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
             rotaries=self.rotaries(),
             num_query_heads=self.heads * self.group,
-            num_heads=self.heads,
         )
         rules = Rules(
             offers=self.offers(policy),

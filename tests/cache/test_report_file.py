@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 QUOTA = Quota(blocks=9, page_tokens=8, num_layers=2, chunk_tokens=20, decode_interval_tokens=4)
 RECORD = RequestRecord(
-    request_id="r", policy="hybrid", quota_blocks=9, page_tokens=8, prompt_tokens=4, block_bytes=8
+    request_id="r",
+    policy="hybrid",
+    quota_blocks=9,
+    page_tokens=8,
+    block_tokens=8,
+    prompt_tokens=4,
+    block_bytes=8,
 )
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import BlockLayout, PageLayout, PagePool
 from vllm_budgetkv.cache.tables import HeadTables
 
 SLOTS, LAYERS, HEADS, WIDTH = 3, 4, 2, 5
@@ -21,7 +21,7 @@ def tables() -> HeadTables:
     shape = (SLOTS, LAYERS, HEADS)
     numbered = (numbers(*sizes) for sizes in ((*shape, WIDTH), shape, (SLOTS, 9), (SLOTS,)))
     flags = torch.zeros(2, *shape, dtype=torch.bool)
-    return HeadTables(pool, *numbered, *flags, torch.zeros(shape))
+    return HeadTables(pool, BlockLayout(LAYERS, HEADS), *numbered, *flags, torch.zeros(shape))
 
 
 def numbers(*sizes: int) -> torch.Tensor:

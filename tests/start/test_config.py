@@ -142,7 +142,7 @@ def test_bad_options_are_refused(options: dict[str, object], message: str) -> No
 )
 def test_quota_blocks(options: dict[str, object], blocks: int) -> None:
     config = BudgetConfig(policy="window", **options)
-    assert config.quota_blocks(page_tokens=16, max_model_len=1000) == blocks
+    assert config.quota_blocks(block_tokens=16, max_model_len=1000) == blocks
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_host_memory_is_a_size(size: str | None, host_bytes: int) -> None:
 def test_a_quota_below_one_block_is_refused() -> None:
     config = BudgetConfig(policy="window", quota_tokens=15)
     with pytest.raises(ValueError, match="smaller than one block of 16 tokens.*--kv-quota-tokens"):
-        config.quota_blocks(page_tokens=16, max_model_len=1000)
+        config.quota_blocks(block_tokens=16, max_model_len=1000)
 
 
 @pytest.mark.parametrize(

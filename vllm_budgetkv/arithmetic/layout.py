@@ -1,6 +1,7 @@
 """The head-page: where every byte of one page of one KV head lies.
 
-Legend: P pages in the pool, N tokens of a page, D head size.
+Legend: P pages in the pool, N tokens of a page, D head size, L layers, H KV heads, m head-pages of
+a head in a block.
 
 A head-page holds N tokens of one layer and one KV head. It is a struct, so that everything a
 policy needs of a token travels with the token and is charged to the pool:
@@ -119,6 +120,52 @@ class PageLayout:
     def token_bytes(self) -> int:
         """Bytes of a page per token: exact, and whole elements of the cache dtype."""
         return self.page_bytes // self.page_tokens
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Which head-pages of the pool a block of the engine is.
+
+    Blocks lie one behind another in the pool. Page `j` of head `h` of layer `l` in block `b` starts
+    as head-page
+
+        b * stride_pages + (l * H + h) * m + j
+
+    Args:
+        num_layers: that share the pool (L).
+        num_heads: KV heads of this rank (H).
+        head_pages: of each head (m).
+        unused_pages: at the end of a block, where a block is longer because layers of other kinds
+            use blocks of the same pool; no head has them.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_pages: int = 1
+    unused_pages: int = 0
+
+    @property
+    def used_pages(self) -> int:
+        """Head-pages that a block is to its request (L * H * m)."""
+        return self.num_layers * self.num_heads * self.head_pages
+
+    @property
+    def stride_pages(self) -> int:
+        """Head-pages from a block to the next."""
+        return self.used_pages + self.unused_pages
+
+    def pages_of(self, block_ids: torch.Tensor) -> torch.Tensor:
+        """Head-pages of blocks, as their heads hold them, in the order of tokens.
+
+        Args:
+            block_ids: int32 [B].
+
+        Returns:
+            int32 [L, H, B * m].
+        """
+        page = torch.arange(self.used_pages, dtype=torch.int32, device=block_ids.device)
+        by_head = page.view(self.num_layers, self.num_heads, 1, self.head_pages)
+        return (by_head + (block_ids * self.stride_pages)[:, None]).flatten(2)
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 Both the engine core and the workers compute every count here, so neither asks the other. Layers
 run one after another and each is compressed inside its own forward, so one layer at a time needs
-room for a chunk, and the quota of Q blocks of N tokens holds when
+room for a chunk, and the quota of Q blocks of m pages of N tokens holds when
 
-    Q * N  >=  B + ceil(T / L) + R + N
+    Q * m * N  >=  B + ceil(T / L) + R + N
 
 with B the tokens per head, on average, that survive a compression, T the chunk, L the layers,
 R the decode growth between two compactions, and N for the partial page of each head; tokens that
 a request pins are taken from B:
 
-    sum over (layer, head) of ceil(len / N)  <=  L * H * (B / N + 1) + H * T / N  <=  Q * L * H.
+    sum over (layer, head) of ceil(len / N)  <=  L * H * (B / N + 1) + H * T / N  <=  Q * m * L * H.
+
+A block is a page of every head (m = 1), but for models whose blocks also hold recurrent state:
+there it is as many as the state of a layer is long.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Quota:
 
     Args:
         blocks: blocks that a request may hold at any instant (Q).
-        page_tokens: tokens of a block and of a head-page (N).
+        page_tokens: tokens of a head-page (N).
         num_layers: attention layers that share the pool (L).
         chunk_tokens: most prompt tokens of a request in one step (T).
         decode_interval_tokens: tokens that decode appends between two compactions (R).
@@ -62,6 +65,7 @@ class Quota:
             must be read by decode too, a token at a time.
         recall: what of the quota brings tokens back from host memory; None if nothing does.
         pinned_tokens: of the prompt, that stay in every head beside the budget.
+        block_pages: head-pages of a head in a block (m).
 
     Raises:
         ValueError: the quota leaves no budget; the message names the smallest that does.
@@ -76,14 +80,15 @@ class Quota:
     retrieves: bool = False
     recall: Recall | None = None
     pinned_tokens: int = 0
+    block_pages: int = 1
 
     def __post_init__(self) -> None:
         if self.compresses and self.blocks < self.min_blocks:
             raise ValueError(
-                f"a quota of {self.blocks} blocks of {self.page_tokens} tokens is too small for "
+                f"a quota of {self.blocks} blocks of {self.block_tokens} tokens is too small for "
                 f"chunks of {self.chunk_tokens} tokens over {self.num_layers} layers and "
                 f"{self.decode_interval_tokens} decoded tokens between compactions: it must be at "
-                f"least {self.min_blocks} blocks ({self.min_blocks * self.page_tokens} tokens); "
+                f"least {self.min_blocks} blocks ({self.min_blocks * self.block_tokens} tokens); "
                 f"raise it or lower {self._largest_part}"
             )
 
@@ -112,12 +117,17 @@ class Quota:
     def min_blocks(self) -> int:
         """The smallest quota whose budget is `MIN_BUDGET_PAGES` pages."""
         budget_tokens = MIN_BUDGET_PAGES * self.page_tokens
-        return ceil_div(budget_tokens + self.headroom_tokens, self.page_tokens)
+        return ceil_div(budget_tokens + self.headroom_tokens, self.block_tokens)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens per head of a block (m * N)."""
+        return self.block_pages * self.page_tokens
 
     @property
     def tokens(self) -> int:
-        """Tokens per head that fill the quota (Q * N)."""
-        return self.blocks * self.page_tokens
+        """Tokens per head that fill the quota (Q * m * N)."""
+        return self.blocks * self.block_tokens
 
     @property
     def budget_tokens(self) -> int:
@@ -138,12 +148,12 @@ class Quota:
     def table_width_pages(self) -> int:
         """Entries of a head's page table: its longest list of pages at any instant."""
         if not self.compresses:
-            return self.blocks
+            return self.blocks * self.block_pages
         growth_tokens = max(self.chunk_tokens, self.decode_interval_tokens)
         recalled_tokens = 0 if self.recall is None else self.budget_tokens
         most_tokens = self.max_head_tokens + recalled_tokens + growth_tokens
         grown_pages = ceil_div(most_tokens, self.page_tokens)
-        return max(self.blocks, grown_pages)
+        return max(self.blocks * self.block_pages, grown_pages)
 
     def fits(self, num_tokens: int) -> bool:
         """Whether a request of `num_tokens` tokens in all is ordinary paging, never compressed."""
@@ -156,7 +166,7 @@ class Quota:
         """
         if not self.fits(prompt_tokens):
             return self.blocks
-        return min(ceil_div(num_tokens, self.page_tokens), self.blocks)
+        return min(ceil_div(num_tokens, self.block_tokens), self.blocks)
 
     def compresses_prompt(self, prompt_tokens: int) -> bool:
         """Whether the chunks of a prompt are compressed, so that its answer hangs on their ends."""

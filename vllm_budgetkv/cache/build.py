@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import NewRequestData
 
     from vllm_budgetkv import ops
-    from vllm_budgetkv.arithmetic.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import BlockLayout, PagePool
     from vllm_budgetkv.cache.probe.bank import Rotary
     from vllm_budgetkv.cache.report import RequestRecord
     from vllm_budgetkv.cache.rules import Arrival, Rules
@@ -39,23 +39,31 @@ class Model:
 
     Args:
         pool: the head-pages of all layers.
+        blocks: which of them a block of the engine is.
         layer_index: index in a block of each layer, by the engine's name.
         scales: of the logits, by the index of the layer.
         rotaries: rotary embedding by the index of the layer; a layer without one is left out.
         num_query_heads: query heads of this rank (Hq).
-        num_heads: KV heads of this rank (H).
+        group: which of the engine's lists of blocks of a request is that of these layers; it keeps
+            another for every group of layers of another kind.
     """
 
     pool: PagePool
+    blocks: BlockLayout
     layer_index: Mapping[str, int]
     scales: Mapping[int, float]
     rotaries: Mapping[int, Rotary]
     num_query_heads: int
-    num_heads: int
+    group: int = 0
 
     @property
     def num_layers(self) -> int:
-        return len(self.layer_index)
+        return self.blocks.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """KV heads of this rank (H)."""
+        return self.blocks.num_heads
 
 
 def build_cache(
@@ -92,7 +100,7 @@ def build_cache(
             compressor.new_layer_budgets(offer.policy, offer.terms.quota)
     recaller = _recaller_of(model, rules, tables)
     reports = Reports(
-        block_bytes=model.num_layers * model.num_heads * model.pool.layout.page_bytes,
+        block_bytes=model.blocks.stride_pages * model.pool.layout.page_bytes,
         tables=tables,
         on_finished=on_finished,
         recaller=recaller,
@@ -111,7 +119,7 @@ def build_cache(
         replay=_replay_of(rules, compressor, recaller),
     )
     return BudgetCache(
-        slots=Slots(tables, rules, probes, reports, arrival_of, recaller),
+        slots=Slots(tables, rules, probes, reports, arrival_of, recaller, model.group),
         layers=layers,
         rows=Rows.empty(rules.num_slots, tables.lens.device),
         reports=reports,
@@ -128,7 +136,8 @@ def _page_choice_of(rules: Rules) -> ops.PageChoice | None:
 def _tables_of(model: Model, rules: Rules) -> HeadTables:
     return HeadTables.empty(
         model.pool,
-        shape=(rules.num_slots, model.num_layers, model.num_heads),
+        num_slots=rules.num_slots,
+        blocks=model.blocks,
         width_pages=rules.table_width_pages,
         quota_blocks=rules.shared_blocks,
     )

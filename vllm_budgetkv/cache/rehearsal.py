@@ -45,7 +45,7 @@ def rehearse(cache: BudgetCache) -> None:
             those blocks, which is NaN in the pool if the cache poisons what is free.
     """
     tables = cache.tables
-    num_blocks = tables.pool.num_pages // (tables.num_layers * tables.num_heads)
+    num_blocks = tables.pool.num_pages // tables.blocks.stride_pages
     generator = torch.Generator(tables.lens.device).manual_seed(0)
     for offer in cache.slots.rules.offers:
         if offer.policy.compresses and offer.terms.quota.blocks <= num_blocks:

@@ -57,6 +57,7 @@ class RequestRecord:
     policy: str
     quota_blocks: int
     page_tokens: int
+    block_tokens: int
     prompt_tokens: int
     block_bytes: int
     output_tokens: int = 0
@@ -147,6 +148,7 @@ class Reports:
             policy=terms.policy,
             quota_blocks=terms.quota.blocks,
             page_tokens=terms.quota.page_tokens,
+            block_tokens=terms.quota.block_tokens,
             prompt_tokens=new.prompt_len,
             block_bytes=self.block_bytes,
             frames=frame_records(new.mm_features),
@@ -172,7 +174,7 @@ class Reports:
         record.kv_bytes = max(record.kv_bytes, num_blocks * self.block_bytes + extra_bytes)
         # the last sampled token was never computed
         record.output_tokens = max(0, request.computed_tokens + 1 - record.prompt_tokens)
-        record.full_cache_blocks = ceil_div(request.computed_tokens, record.page_tokens)
+        record.full_cache_blocks = ceil_div(request.computed_tokens, record.block_tokens)
         record.compressions += request.compressions
         record.compression_seconds += request.compression_seconds
         record.preemptions += is_preempted

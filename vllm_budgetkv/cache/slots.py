@@ -33,6 +33,7 @@ class Slots:
         reports: told of every client request.
         arrival_of: what is known of a new request beside its prompt.
         recaller: brings tokens back from host memory; None where nothing does.
+        group: of the lists of blocks that the engine keeps of a request, which is ours.
         requests: those that hold a slot, by id.
         spans: of every unfinished request, also of those that were preempted.
         arrivals: of every unfinished request, as its spans.
@@ -44,6 +45,7 @@ class Slots:
     reports: Reports
     arrival_of: Callable[[NewRequestData], Arrival]
     recaller: Recaller | None
+    group: int = 0
     requests: dict[str, RequestState] = field(default_factory=dict, init=False)
     spans: dict[str, PromptSpans] = field(default_factory=dict, init=False)
     arrivals: dict[str, Arrival] = field(default_factory=dict, init=False)
@@ -72,7 +74,7 @@ class Slots:
         cached = scheduled.scheduled_cached_reqs
         for index, request_id in enumerate(cached.req_ids):
             new_blocks = cached.new_block_ids[index]
-            blocks = list(new_blocks[0]) if new_blocks else []
+            blocks = list(new_blocks[self.group]) if new_blocks else []
             if request_id in cached.resumed_req_ids:
                 computed_tokens = cached.num_computed_tokens[index]
                 self.admit(request_id, blocks, computed_tokens, places.get(request_id))
@@ -109,7 +111,7 @@ class Slots:
             if arrival.parent_id is None:
                 self.reports.open(new, arrival.terms)
         # runner V2 resumes a preempted request as a new one
-        self.admit(request_id, list(new.block_ids[0]), new.num_computed_tokens, place)
+        self.admit(request_id, list(new.block_ids[self.group]), new.num_computed_tokens, place)
 
     def introduce(self, request_id: str, spans: PromptSpans, arrival: Arrival) -> None:
         """Note what a request is, before it is admitted for the first time."""

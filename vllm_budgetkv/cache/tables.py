@@ -15,7 +15,7 @@ from vllm_budgetkv.cache.upload import upload
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vllm_budgetkv.arithmetic.layout import PagePool
+    from vllm_budgetkv.arithmetic.layout import BlockLayout, PagePool
 
 NO_PAGE = -1
 
@@ -26,6 +26,7 @@ class HeadTables:
 
     Args:
         pool: the head-pages.
+        blocks: which of them a block is.
         page_table: int32 [S, L, H, W].
         lens: int32 [S, L, H], tokens.
         free_pages: int32 [S, F], a stack per slot.
@@ -36,6 +37,7 @@ class HeadTables:
     """
 
     pool: PagePool
+    blocks: BlockLayout
     page_table: torch.Tensor
     lens: torch.Tensor
     free_pages: torch.Tensor
@@ -46,18 +48,25 @@ class HeadTables:
 
     @classmethod
     def empty(
-        cls, pool: PagePool, *, shape: tuple[int, int, int], width_pages: int, quota_blocks: int
+        cls,
+        pool: PagePool,
+        *,
+        num_slots: int,
+        blocks: BlockLayout,
+        width_pages: int,
+        quota_blocks: int,
     ) -> HeadTables:
         """Tables of free slots.
 
         Args:
             pool: the head-pages.
-            shape: slots, layers and KV heads.
+            num_slots: S.
+            blocks: which head-pages a block is, so how many layers and heads there are.
             width_pages: entries of a head's page table.
             quota_blocks: most blocks whose pages a request shares; 0 where none does.
         """
-        num_slots, num_layers, num_heads = shape
-        stack_pages, device = quota_blocks * num_layers * num_heads, pool.raw.device
+        shape = (num_slots, blocks.num_layers, blocks.num_heads)
+        stack_pages, device = quota_blocks * blocks.used_pages, pool.raw.device
 
         def ids(*sizes: int, fill: int) -> torch.Tensor:
             return torch.full(sizes, fill, dtype=torch.int32, device=device)
@@ -67,6 +76,7 @@ class HeadTables:
 
         return cls(
             pool=pool,
+            blocks=blocks,
             page_table=ids(*shape, width_pages, fill=NO_PAGE),
             lens=ids(*shape, fill=0),
             free_pages=ids(num_slots, stack_pages, fill=NO_PAGE),
@@ -130,20 +140,14 @@ class HeadTables:
         return sum(t[0].numel() * t.element_size() for t in tensors)
 
     def pages_of(self, blocks: Sequence[int]) -> torch.Tensor:
-        """int32 [L, H, len(blocks)]: the head-pages where each block's heads start."""
-        device = self.page_table.device
-        block_ids = upload(blocks, torch.int32, device)
-        heads_per_block = self.num_layers * self.num_heads
-        head = torch.arange(heads_per_block, dtype=torch.int32, device=device)
-        return (block_ids * heads_per_block + head[:, None]).view(
-            self.num_layers, self.num_heads, len(blocks)
-        )
+        """int32 [L, H, len(blocks) * m]: the head-pages where each block's heads start."""
+        return self.blocks.pages_of(upload(blocks, torch.int32, self.page_table.device))
 
     def extend_identity(self, slot: int, first_block: int, blocks: Sequence[int]) -> None:
         """Put blocks `first_block`, ... of a request in the identity state in its table."""
         if blocks:
-            stop = first_block + len(blocks)
-            self.page_table[slot, :, :, first_block:stop] = self.pages_of(blocks)
+            pages, start = self.pages_of(blocks), first_block * self.blocks.head_pages
+            self.page_table[slot, :, :, start : start + pages.shape[-1]] = pages
 
     def set_identity_length(self, slot: int, num_tokens: int) -> None:
         """Say that every head already holds `num_tokens` tokens, as after a prefix-cache hit."""
@@ -158,7 +162,7 @@ class HeadTables:
             held_tokens: tokens that every head holds.
         """
         held_pages = ceil_div(held_tokens, self.pool.layout.page_tokens)
-        free = self.pages_of(blocks[held_pages:]).flatten()
+        free = self.pages_of(blocks)[..., held_pages:].flatten()
         self.page_table[slot, :, :, held_pages:] = NO_PAGE
         self.free_pages[slot, : free.numel()] = free
         self.num_free[slot] = free.numel()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.arithmetic.layout import PagePool
+from vllm_budgetkv.arithmetic.layout import BlockLayout, PagePool
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.probe.bank import BankShape, ProbeBank
 from vllm_budgetkv.cache.tables import HeadTables
@@ -96,7 +96,8 @@ def slot_bytes(engine: PlannedEngine, config: BudgetConfig, quota: Quota) -> int
     policy, nowhere = POLICIES[config.policy], torch.device("meta")
     tables = HeadTables.empty(
         PagePool(torch.empty(0, layout.page_bytes, dtype=torch.uint8, device=nowhere), layout),
-        shape=(1, quota.num_layers, model.get_num_kv_heads(parallel)),
+        num_slots=1,
+        blocks=BlockLayout(quota.num_layers, model.get_num_kv_heads(parallel), quota.block_pages),
         width_pages=quota.table_width_pages,
         quota_blocks=quota.blocks if policy.compresses else 0,
     )

@@ -97,7 +97,7 @@ class Followed:
         self.message = replace(
             self.message,
             peak_blocks=max(self.message.peak_blocks, blocks),
-            full_cache_blocks=-(-seen_tokens // quota.page_tokens),
+            full_cache_blocks=-(-seen_tokens // quota.block_tokens),
         )
         if self._report is not None:
             self._report["peak_blocks"] = self.message.peak_blocks

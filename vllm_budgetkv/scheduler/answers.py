@@ -118,9 +118,9 @@ class Answers:
         return {
             "policy": terms.policy,
             "quota_blocks": quota.blocks if quota.compresses else None,
-            "block_tokens": quota.page_tokens,
+            "block_tokens": quota.block_tokens,
             "peak_blocks": peak_blocks,
-            "full_cache_blocks": ceil_div(computed_tokens, quota.page_tokens),
+            "full_cache_blocks": ceil_div(computed_tokens, quota.block_tokens),
             "prompt_tokens": prompt_tokens,
             "preemptions": request.num_preemptions,
             "output_compactions": quota.compactions(computed_tokens, prompt_tokens),

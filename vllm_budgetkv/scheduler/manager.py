@@ -71,7 +71,7 @@ class QuotaManager(FullAttentionManager):
     def _capped_tokens(self, request_id: str, num_tokens: int) -> int:
         expected = self._expected[request_id]
         blocks = expected.quota.blocks_for(num_tokens, expected.prompt_tokens)
-        return blocks * expected.quota.page_tokens
+        return blocks * expected.quota.block_tokens
 
     def get_num_blocks_to_allocate(
         self,

@@ -265,25 +265,25 @@ class BudgetConfig(PolicyFlags):
                 raise ValueError(f"--kv-tuning sets the unknown knob {name!r}; known: {known}")
         return PolicyOptions(**flags, **tuning)
 
-    def quota_blocks(self, page_tokens: int, max_model_len: int) -> int:
+    def quota_blocks(self, block_tokens: int, max_model_len: int) -> int:
         """The quota in blocks; for a policy that keeps everything, what the longest request needs.
 
         Raises:
             ValueError: the quota is smaller than one block.
         """
-        longest_blocks = ceil_div(max_model_len, page_tokens)
+        longest_blocks = ceil_div(max_model_len, block_tokens)
         if not self.compresses:
             return longest_blocks
         if self.page_quota is not None:
             blocks = self.page_quota
         elif self.quota_tokens is not None:
-            blocks = self.quota_tokens // page_tokens
+            blocks = self.quota_tokens // block_tokens
         else:
             assert self.quota_ratio is not None
-            blocks = int(self.quota_ratio * max_model_len) // page_tokens
+            blocks = int(self.quota_ratio * max_model_len) // block_tokens
         if blocks < 1:
             raise ValueError(
-                f"the KV quota is smaller than one block of {page_tokens} tokens: raise "
+                f"the KV quota is smaller than one block of {block_tokens} tokens: raise "
                 f"{', '.join(flag_of(name) for name in QUOTA_FIELDS if getattr(self, name))} "
                 "or lower --block-size"
             )

@@ -143,7 +143,7 @@ class RequestRules:
         if not quota.min_blocks <= blocks <= self.most_blocks:
             raise ValueError(
                 f"kv_page_quota must be from {quota.min_blocks} to {self.most_blocks} blocks of "
-                f"{quota.page_tokens} tokens on this server; got {blocks}"
+                f"{quota.block_tokens} tokens on this server; got {blocks}"
             )
         return replace(quota, blocks=blocks)
 
@@ -154,11 +154,11 @@ class RequestRules:
             )
         if not quota.compresses:
             return quota
-        most_tokens = (quota.blocks - quota.min_blocks) * quota.page_tokens
+        most_tokens = (quota.blocks - quota.min_blocks) * quota.block_tokens
         if pinned.num_tokens > most_tokens:
             raise ValueError(
                 f"kv_pin keeps {pinned.num_tokens} tokens, at most {most_tokens} leave a quota of "
-                f"{quota.blocks} blocks of {quota.page_tokens} tokens room for anything else: pin "
+                f"{quota.blocks} blocks of {quota.block_tokens} tokens room for anything else: pin "
                 f"fewer or ask for a larger kv_page_quota (at most {self.most_blocks})"
             )
         return replace(quota, pinned_tokens=pinned.num_tokens)

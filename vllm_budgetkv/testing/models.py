@@ -54,7 +54,7 @@ def build_qwen2_5_vl(
         _save_weights(Qwen2_5_VLForConditionalGeneration, config, shape, vocabulary, folder)
         build_processor(vocabulary).save_pretrained(folder)
 
-    return _cached(cache, shapes.fingerprint("qwen2_5_vl", shape, vision, source=_source()), write)
+    return cached(cache, shapes.fingerprint("qwen2_5_vl", shape, vision, source=source()), write)
 
 
 def build_qwen2(cache: Path, **decoder: Any) -> Path:
@@ -77,14 +77,14 @@ def _build_text_model(
     def write(folder: Path) -> None:
         vocabulary = tokenizer.build_tokenizer(shape.max_position_tokens)
         rope = {"rope_type": "default", "rope_theta": shape.rope_theta}
-        config = config_type(**_decoder_fields(shape, vocabulary), rope_parameters=rope)
+        config = config_type(**decoder_fields(shape, vocabulary), rope_parameters=rope)
         _save_weights(model_type, config, shape, vocabulary, folder)
         vocabulary.save_pretrained(folder)
 
-    return _cached(cache, shapes.fingerprint(kind, shape, source=_source()), write)
+    return cached(cache, shapes.fingerprint(kind, shape, source=source()), write)
 
 
-def _decoder_fields(shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> dict[str, Any]:
+def decoder_fields(shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> dict[str, Any]:
     if shape.vocab_size < len(vocabulary):
         raise ValueError(
             f"vocab_size={shape.vocab_size} is below the {len(vocabulary)} tokens of the tokenizer"
@@ -128,7 +128,7 @@ def qwen2_5_vl_config(
     }
     name_to_id = vocabulary.convert_tokens_to_ids
     return Qwen2_5_VLConfig(
-        text_config=_decoder_fields(shape, vocabulary) | {"rope_parameters": rope},
+        text_config=decoder_fields(shape, vocabulary) | {"rope_parameters": rope},
         vision_config=tower,
         image_token_id=name_to_id("<|image_pad|>"),
         video_token_id=name_to_id("<|video_pad|>"),
@@ -174,13 +174,13 @@ def build_processor(vocabulary: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     )
 
 
-def _source() -> bytes:
+def source() -> bytes:
     folder = Path(__file__).parent
     names = ("models.py", "shapes.py", "tokenizer.py", "weights.py")
     return b"".join((folder / name).read_bytes() for name in names)
 
 
-def _cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
+def cached(cache: Path, name: str, write: Callable[[Path], None]) -> Path:
     """The folder `name` in `cache`, written where it is missing; never seen half-written."""
     target = cache / name
     if target.is_dir():

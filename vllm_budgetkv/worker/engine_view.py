@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
+from vllm_budgetkv.arithmetic.layout import BlockLayout, PageLayout, PagePool
 from vllm_budgetkv.cache.build import Model
 
 if TYPE_CHECKING:
@@ -16,41 +17,45 @@ if TYPE_CHECKING:
 
 
 def pool_of(
-    views: Mapping[str, torch.Tensor], layout: PageLayout
-) -> tuple[PagePool, dict[str, int]]:
+    views: Mapping[str, torch.Tensor], layout: PageLayout, block_pages: int
+) -> tuple[PagePool, BlockLayout, dict[str, int]]:
     """The whole head-page pool, seen through the views that vLLM gave its layers.
 
     Args:
-        views: per layer, [blocks, H, N, content], all of one buffer with the block outermost.
+        views: per layer, [blocks, H, m * N, content], all of one buffer with the block outermost.
         layout: of a head-page.
+        block_pages: head-pages of a head in a block (m).
 
     Returns:
-        The pool and the index of each layer inside a block.
+        The pool, which of its pages a block is, and the index of each layer inside a block.
 
     Raises:
         RuntimeError: the buffer is not laid out as expected (`BLHNC`).
     """
     first = min(views.values(), key=lambda view: view.data_ptr())
     num_blocks, num_heads = first.shape[:2]
-    layer_bytes = num_heads * layout.page_bytes
-    num_pages = num_blocks * len(views) * num_heads
-    base = first.untyped_storage()
-    offset_bytes = first.data_ptr() - base.data_ptr()
-    index = {}
+    used = BlockLayout(len(views), num_heads, block_pages)
+    block_bytes = first.stride(0) * first.element_size()
+    unused_pages = block_bytes // layout.page_bytes - used.used_pages
+    blocks = replace(used, unused_pages=max(0, unused_pages))
+    base, index = first.untyped_storage(), {}
+    layer_bytes = num_heads * block_pages * layout.page_bytes
+    expected_bytes = blocks.stride_pages * layout.page_bytes
     for name, view in views.items():
         layer, rest = divmod(view.data_ptr() - first.data_ptr(), layer_bytes)
-        block_bytes = view.stride(0) * view.element_size()
-        if rest or layer >= len(views) or block_bytes != len(views) * layer_bytes:
+        if rest or layer >= len(views) or view.stride(0) * view.element_size() != expected_bytes:
             raise RuntimeError(
                 f"layer {name} starts {view.data_ptr() - first.data_ptr()} bytes into the pool "
                 f"with {block_bytes} bytes per block; expected {len(views)} layers of "
                 f"{layer_bytes} bytes: unset VLLM_KV_CACHE_LAYOUT"
             )
         index[name] = layer
+    offset_bytes = first.data_ptr() - base.data_ptr()
+    num_pages = num_blocks * blocks.stride_pages
     raw = torch.empty(0, dtype=torch.uint8, device=first.device).set_(
         base, offset_bytes, (num_pages, layout.page_bytes), (layout.page_bytes, 1)
     )
-    return PagePool(raw, layout), index
+    return PagePool(raw, layout), blocks, index
 
 
 def heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
@@ -78,25 +83,28 @@ def heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     return shapes.pop()
 
 
-def model_of(layers: Mapping[str, Any], quota: Quota) -> Model:
+def model_of(layers: Mapping[str, Any], quota: Quota, group: int) -> Model:
     """What the cache must know of the engine's model, whose buffer is allocated, but rotations.
 
     Args:
         layers: the engine's attention layers by name, with `kv_cache`, `impl` and head counts.
         quota: for as many layers.
+        group: of the lists of blocks that the engine keeps of a request, which is theirs.
 
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
     """
-    num_query_heads, num_heads, head_size = heads_of(layers, quota)
+    num_query_heads, _, head_size = heads_of(layers, quota)
     views = {name: layer.kv_cache for name, layer in layers.items()}
     dtype = next(iter(views.values())).dtype
-    pool, layer_index = pool_of(views, PageLayout(quota.page_tokens, head_size, dtype))
+    layout = PageLayout(quota.page_tokens, head_size, dtype)
+    pool, blocks, layer_index = pool_of(views, layout, quota.block_pages)
     return Model(
         pool=pool,
+        blocks=blocks,
         layer_index=layer_index,
         scales={layer_index[name]: layer.impl.scale for name, layer in layers.items()},
         rotaries={},
         num_query_heads=num_query_heads,
-        num_heads=num_heads,
+        group=group,
     )

@@ -122,7 +122,7 @@ class BudgetWorker(Worker):
     def _make_cache(self, layers: Mapping[str, Any]) -> BudgetCache:
         config = self.budget_config
         offers = [self._offer(name) for name in config.policies]
-        model = model_of(layers, self._largest_quota)
+        model = model_of(layers, self._largest_quota, group=0)
         if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report, trace = (
