@@ -66,7 +66,10 @@ class Observer:
             self.num_lookaheads = max(self.num_lookaheads, len(lookaheads.parents))
 
     def look(self) -> None:
-        (manager,) = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
+
+        managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+        (manager,) = (m for m in managers if isinstance(m, FullAttentionManager))
         for request_id, blocks in manager.req_to_blocks.items():
             self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
         self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
@@ -173,10 +176,13 @@ def describe(llm: Any) -> dict[str, Any]:
 
 def sizes_of(core: Any) -> dict[str, Any]:
     """What the engine takes, as itself counts or holds it; of a worker in this process only."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
     scheduler, worker = core.scheduler, getattr(core.model_executor, "driver_worker", None)
     if worker is None:
         return {}
-    (group,) = scheduler.kv_cache_config.kv_cache_groups
+    groups = scheduler.kv_cache_config.kv_cache_groups
+    (group,) = (g for g in groups if isinstance(g.kv_cache_spec, FullAttentionSpec))
     quota, cache = getattr(scheduler, "quota", None), getattr(worker.worker, "budget_cache", None)
     recaller = None if cache is None else cache.layers.recaller
     return {

@@ -20,16 +20,19 @@ LAYOUT = PageLayout(16, 32, torch.float32)
 BLOCK_BYTES = 4 * 2 * LAYOUT.page_bytes
 
 
-def engine(override: int | None = None) -> Any:
+def engine(override: int | None = None, recurrent_layers: int = 0) -> Any:
     model = SimpleNamespace(
         dtype=torch.float32,
         get_head_size=lambda: 32,
         get_num_kv_heads=lambda parallel_config: 2,
+        is_hybrid=recurrent_layers > 0,
+        get_num_layers=lambda parallel_config: 4 + recurrent_layers,
+        get_num_layers_by_block_type=lambda parallel_config, kind: 4,
     )
     return SimpleNamespace(
         model_config=model,
         parallel_config=None,
-        cache_config=SimpleNamespace(num_gpu_blocks_override=override),
+        cache_config=SimpleNamespace(num_gpu_blocks_override=override, mamba_cache_mode="align"),
     )
 
 
@@ -77,6 +80,25 @@ def test_refused_pools(override: int | None, pool_blocks: int, advice: str) -> N
     text = str(error.value)
     assert text.startswith("one request may hold 64 blocks of 16 tokens, but the pool has ")
     assert "max-model-len" not in text
+
+
+def test_recurrent_state_has_blocks_of_its_own() -> None:
+    """12 layers of state are 3 groups of 4, and a request holds 2 blocks of each."""
+    mixed = engine(70, recurrent_layers=12)
+    with pytest.raises(
+        ValueError, match="64 blocks of 16 tokens and 6 of recurrent state"
+    ) as error:
+        pool_size.check(mixed, QUOTA, None)
+    assert "set --kv-page-quota to at most 63, or give the pool 71 blocks" in str(error.value)
+    pool_size.check(engine(71, recurrent_layers=12), QUOTA, None)
+
+
+def test_a_block_is_of_the_layers_of_a_group() -> None:
+    """5 layers of state are padded to rather than split from 4: a block is of 5."""
+    assert pool_size.block_bytes(engine(recurrent_layers=12), QUOTA) == BLOCK_BYTES
+    assert pool_size.block_bytes(engine(recurrent_layers=5), QUOTA) == 5 * BLOCK_BYTES // 4
+    long = replace(QUOTA, block_pages=34)
+    assert pool_size.block_bytes(engine(recurrent_layers=12), long) == 34 * BLOCK_BYTES
 
 
 def test_the_quota_that_is_advised_works() -> None:

@@ -11,6 +11,7 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MambaSpec,
     MLAAttentionSpec,
     SlidingWindowSpec,
 )
@@ -25,6 +26,7 @@ from vllm_budgetkv.worker.worker import BudgetWorker
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=2, chunk_tokens=256, decode_interval_tokens=64)
 SIZES: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 OURS = QuotaSpec.of(FullAttentionSpec(**SIZES), QUOTA)
+STATE = MambaSpec(block_size=16, shapes=((2, 4),), dtypes=(torch.float32,))
 OURS_TOO = {"a": OURS, "b": OURS}
 
 
@@ -34,13 +36,18 @@ def layer(num_heads: int = 4) -> Any:
 
 
 def specs_of(
-    monkeypatch: pytest.MonkeyPatch, specs: dict[str, KVCacheSpec], layers: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch,
+    specs: dict[str, KVCacheSpec],
+    layers: dict[str, Any],
+    *,
+    is_hybrid: bool = False,
 ) -> dict[str, KVCacheSpec]:
     """What a worker answers whose model has these layers."""
     monkeypatch.setattr(Worker, "get_kv_cache_spec", lambda self: specs)
     worker: Any = BudgetWorker.__new__(BudgetWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
-    worker.vllm_config = SimpleNamespace(compilation_config=compilation)
+    model = SimpleNamespace(is_hybrid=is_hybrid, architectures=["Qwen3NextForCausalLM"])
+    worker.vllm_config = SimpleNamespace(compilation_config=compilation, model_config=model)
     worker.budget_config = BudgetConfig(policy="window", page_quota=QUOTA.blocks)
     worker.budget_rules = RequestRules(worker.budget_config, {"window": QUOTA})
     return worker.get_kv_cache_spec()
@@ -57,6 +64,7 @@ def test_plain_layers_pass(monkeypatch: pytest.MonkeyPatch) -> None:
         (ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64), "has attention in chunks"),
         (MLAAttentionSpec(**SIZES), "has MLA, which no quota covers"),
         (FullAttentionSpec(**SIZES, non_causal=True), "has tokens that attend to later ones"),
+        (STATE, "has recurrent state, which no quota covers"),
         (KVCacheSpec(block_size=16), r"a cache of another kind \(KVCacheSpec\)"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, KVCacheSpec) else "",
@@ -66,6 +74,16 @@ def test_other_layers_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}.*start without --kv-policy"):
         specs_of(monkeypatch, {"a": OURS, "b": spec}, {"a": layer(), "b": layer()})
+
+
+def test_state_stays_the_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model whose configuration says that it has some: our layers are those with keys."""
+    specs = {"state": STATE, **OURS_TOO}
+    layers = {"state": SimpleNamespace(), "a": layer(), "b": layer()}
+    assert specs_of(monkeypatch, specs, layers, is_hybrid=True) is specs
+    window = {**specs, "b": SlidingWindowSpec(**SIZES, sliding_window=64)}
+    with pytest.raises(ValueError, match="layer b of the model has a sliding window"):
+        specs_of(monkeypatch, window, layers, is_hybrid=True)
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,10 @@ def make_plan(wishes: Wishes) -> Plan:
     engine = plan_engine(wishes)
     tokens = wishes.tokens or engine.model_config.max_model_len
     refusals.refuse(refusals.of_model(engine), engine.policy)
+    if engine.model_config.is_hybrid:
+        raise ValueError(
+            "no plan counts recurrent state yet: start the server, whose first lines say what fits"
+        )
     encoder = encoder_of(engine)
     pool = pool_of(engine, wishes, encoder)
     pool_bytes = None if pool is None else pool.num_bytes

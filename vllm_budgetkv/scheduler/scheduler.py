@@ -16,13 +16,13 @@ from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.prompts import HostPrompts
-from vllm_budgetkv.scheduler.spec import QuotaSpec
-from vllm_budgetkv.start import host_memory
+from vllm_budgetkv.scheduler.spec import blocks_beside, our_group
+from vllm_budgetkv.start import host_memory, upstream
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
@@ -42,9 +42,12 @@ class BudgetScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._config = config_of(self.vllm_config)
-        (self._manager,) = self.kv_cache_manager.coordinator.single_type_managers
-        assert isinstance(self._manager, QuotaManager)
-        assert isinstance(self._manager.kv_cache_spec, QuotaSpec)
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        manager = managers[our_group(self.kv_cache_config)]
+        assert isinstance(manager, QuotaManager)
+        self._manager = manager
+        # of recurrent state, say: a request holds them whatever its quota
+        self._blocks_beside = blocks_beside(self.kv_cache_config, self.vllm_config)
         self._rules = rules_of(self.vllm_config)
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
@@ -55,8 +58,12 @@ class BudgetScheduler(AsyncScheduler):
         )
         self._waits_for_encoder = False
         self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
-        # vLLM's own reason to cut chunks, recurrent state, is refused at start
-        self.need_mamba_block_aligned_split = self.quota.compresses
+        # vLLM's own reason to cut chunks: recurrent state that others may begin with
+        self._keeps_states = self.need_mamba_block_aligned_split
+        self.need_mamba_block_aligned_split |= self.quota.compresses
+        if self._blocks_beside:
+            coordinator = self.kv_cache_manager.coordinator
+            upstream.replace_in(coordinator, "KVCacheCoordinator.cache_blocks", self._publish)
         quotas = self._rules.quotas.values()
         if any(quota.compresses and quota.recall is not None for quota in quotas):
             self.connector = self._make_connector()
@@ -123,14 +130,21 @@ class BudgetScheduler(AsyncScheduler):
             "blocks, look-ahead %s",
             self._config.policy,
             quota.blocks,
-            quota.page_tokens,
+            quota.block_tokens,
             quota.tokens,
             100 * quota.budget_tokens / quota.tokens,
             quota.chunk_tokens,
-            self.kv_cache_config.num_blocks / quota.blocks,
+            self.kv_cache_config.num_blocks / (quota.blocks + self._blocks_beside),
             self.kv_cache_config.num_blocks,
             "on" if self._config.looks_ahead else "off",
         )
+        if self._blocks_beside:
+            logger.info(
+                "budgetkv: the quota is that of the %d layers with keys and values; beside it a "
+                "request holds at most %d blocks of the pool for its recurrent state",
+                quota.num_layers,
+                self._blocks_beside,
+            )
         policies, most_blocks = self._config.policies[1:], self._rules.most_blocks
         if policies or most_blocks > quota.blocks:
             logger.info(
@@ -184,9 +198,25 @@ class BudgetScheduler(AsyncScheduler):
         start = request.num_computed_tokens
         start += num_new_local_computed_tokens + num_external_computed_tokens
         chunk_tokens = self._stop_behind(request, start) - start
-        if num_new_tokens >= chunk_tokens:
-            return chunk_tokens
-        return 0 if must_be_whole(request, self._quota_of(request), start) else num_new_tokens
+        if must_be_whole(request, self._quota_of(request), start):
+            return chunk_tokens if num_new_tokens >= chunk_tokens else 0
+        num_new_tokens = min(num_new_tokens, chunk_tokens)
+        if not self._keeps_states or self._is_private(request):
+            return num_new_tokens
+        return super()._mamba_block_aligned_split(
+            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+        )
+
+    def _is_private(self, request: Request) -> bool:
+        return self._manager.expected(request.request_id).is_private
+
+    def _publish(
+        self, original: Callable[[Request, int], None], request: Request, num_tokens: int
+    ) -> None:
+        """Let others begin with what a request computed; with nothing of a private one, whose
+        recurrent state, too, follows from a context that was compressed."""
+        if not self._is_private(request):
+            original(request, num_tokens)
 
     def _stop_behind(self, request: Request, start_tokens: int) -> int:
         return chunk_stop(request, self._quota_of(request), start_tokens, self.encoder_limits)
@@ -195,7 +225,7 @@ class BudgetScheduler(AsyncScheduler):
         self, request: Request, *args: Any, **kwargs: Any
     ) -> tuple[Any, int, int, bool]:
         """A private request finds nothing in the cache's own blocks, only in host memory."""
-        if self._manager.expected(request.request_id).is_private:
+        if self._is_private(request):
             return self.kv_cache_manager.empty_kv_cache_blocks, 0, 0, False
         return super()._get_local_prefix_cache_hit(request, *args, **kwargs)
 
@@ -261,8 +291,8 @@ class BudgetScheduler(AsyncScheduler):
             raise ValueError("sessions that stream their input have no quota")
         if not terms.quota.compresses and self.quota.compresses:
             # `--max-model-len` may exceed the pool, in which this request must fit
-            pool_blocks = self.kv_cache_config.num_blocks - RESERVED_BLOCKS
-            room_tokens = pool_blocks * terms.quota.page_tokens - prompt_tokens
+            pool_blocks = self.kv_cache_config.num_blocks - RESERVED_BLOCKS - self._blocks_beside
+            room_tokens = pool_blocks * terms.quota.block_tokens - prompt_tokens
             if room_tokens < 1:
                 raise ValueError("without a quota its prompt must fit the pool")
             request.max_tokens = min(request.max_tokens, room_tokens)

@@ -13,7 +13,7 @@ from vllm_budgetkv.scheduler.manager import QuotaManager
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
     from vllm_budgetkv.arithmetic.quota import Quota
 
@@ -60,8 +60,9 @@ class QuotaSpec(FullAttentionSpec):
                 f"a layer of the model has {', '.join(foreign)}, which no quota covers: start "
                 "without --kv-policy"
             )
-        assert spec.block_size == quota.page_tokens, "the quota counts blocks of another size"
-        layout = PageLayout(spec.block_size, spec.head_size, spec.dtype)
+        # vLLM asks for a token alone, too, to make blocks as long as recurrent state
+        assert spec.block_size in (quota.block_tokens, 1), "the quota counts blocks of another size"
+        layout = PageLayout(quota.page_tokens, spec.head_size, spec.dtype)
         return replace_as(spec, cls, quota=quota, state_content_bytes=layout.token_bytes)
 
     @property
@@ -77,6 +78,32 @@ class QuotaSpec(FullAttentionSpec):
         first = specs[0]
         assert all(spec == first for spec in specs), "layers of one pool must have equal specs"
         return replace(first)
+
+
+def our_group(config: KVCacheConfig) -> int:
+    """Which of the groups of layers that share the pool is that under the quota.
+
+    Raises:
+        RuntimeError: none, or several, so that no block is of all of our layers.
+    """
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    found = [index for index, spec in enumerate(specs) if isinstance(spec, QuotaSpec)]
+    if len(found) != 1:
+        raise RuntimeError(
+            f"the layers under the quota are {len(found)} of {len(specs)} groups of vLLM's, but "
+            "must be one: start without --kv-policy"
+        )
+    return found[0]
+
+
+def blocks_beside(config: KVCacheConfig, vllm_config: VllmConfig) -> int:
+    """Blocks that a request holds at most in groups that are not under the quota."""
+    specs = [group.kv_cache_spec for group in config.kv_cache_groups]
+    return sum(
+        -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+        for spec in specs
+        if not isinstance(spec, QuotaSpec)
+    )
 
 
 def foreign_to(spec: KVCacheSpec) -> list[str]:

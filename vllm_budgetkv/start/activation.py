@@ -10,6 +10,7 @@ from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.policy.option import flag_of
 from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
+from vllm_budgetkv.start.groups import block_pages_of, lengthen_blocks
 from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, layout_of, resolve_quotas
 
@@ -37,11 +38,15 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     if parallel.worker_cls != platform.stock_worker:
         raise ValueError(f"--worker-cls {parallel.worker_cls} would replace ours: remove it")
     scheduler = vllm_config.scheduler_config
-    layout_of(vllm_config)  # refuses what no head-page is made for
-    rules = RequestRules(config, resolve_quotas(vllm_config, config))
+    layout = layout_of(vllm_config)  # refuses what no head-page is made for
+    is_mixed = vllm_config.model_config.is_hybrid
+    block_pages = block_pages_of(vllm_config, layout) if is_mixed else 1
+    rules = RequestRules(config, resolve_quotas(vllm_config, config, block_pages))
     quota = rules.default.quota
     check_policies(vllm_config, rules)
     host_memory.check(vllm_config, config)
+    if is_mixed:
+        lengthen_blocks(vllm_config, quota.block_tokens)
     if quota.compresses:
         largest = rules.largest(config.policy)
         pool_size.check(vllm_config, largest, vllm_config.cache_config.kv_cache_memory_bytes)

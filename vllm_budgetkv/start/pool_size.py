@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.quota import Quota
@@ -19,11 +20,12 @@ RESERVED_BLOCKS = 1
 
 
 def block_bytes(engine: EngineConfig, quota: Quota) -> int:
-    """Bytes of a block on one worker: a head-page for every layer and KV head."""
+    """Bytes of a block on one worker: head-pages for every KV head of the layers of a group."""
     model = engine.model_config
     layout = PageLayout(quota.page_tokens, model.get_head_size(), model.dtype)
     num_heads = model.get_num_kv_heads(engine.parallel_config)
-    return quota.num_layers * num_heads * layout.page_bytes
+    num_pages = groups_of(engine).block_layers * num_heads * quota.block_pages
+    return num_pages * layout.page_bytes
 
 
 def blocks_of(engine: EngineConfig, quota: Quota, pool_bytes: int | None) -> int | None:
@@ -57,14 +59,17 @@ def check(
         ValueError: names the quota, the pool, and what to set.
     """
     pool_blocks = blocks_of(engine, quota, pool_bytes)
-    if pool_blocks is None or quota.blocks + RESERVED_BLOCKS <= pool_blocks:
+    blocks_beside = groups_of(engine).blocks_beside
+    other_blocks = blocks_beside + RESERVED_BLOCKS
+    if pool_blocks is None or quota.blocks + other_blocks <= pool_blocks:
         return
-    free_blocks, wanted_blocks = pool_blocks - RESERVED_BLOCKS, quota.blocks + RESERVED_BLOCKS
+    free_blocks, wanted_blocks = pool_blocks - other_blocks, quota.blocks + other_blocks
     smaller = f"set --kv-page-quota to at most {free_blocks}, or "
     wanted_mib = ceil_div(wanted_blocks * block_bytes(engine, quota), 1 << 20)
+    beside = f" and {blocks_beside} of recurrent state" if blocks_beside else ""
     raise ValueError(
-        f"one request may hold {quota.blocks} blocks of {quota.page_tokens} tokens, but the pool "
-        f"has {pool_blocks}, of which vLLM reserves {RESERVED_BLOCKS}: "
+        f"one request may hold {quota.blocks} blocks of {quota.block_tokens} tokens{beside}, but "
+        f"the pool has {pool_blocks}, of which vLLM reserves {RESERVED_BLOCKS}: "
         f"{smaller if free_blocks >= quota.min_blocks else ''}give the pool {wanted_blocks} blocks "
         f"({wanted_mib} MiB): raise {options or _pool_options(engine)}"
     )

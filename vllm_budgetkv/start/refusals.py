@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.start import platforms, refused_models
+from vllm_budgetkv.start.groups import STATE_BLOCKS, groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +35,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
             *_cache(vllm_config),
             *_connections(vllm_config),
             *_scheduler(vllm_config, config),
+            *_beside_state(vllm_config, config),
         ]
     refuse(reasons, config.policy)
 
@@ -165,6 +167,45 @@ def _connections(vllm_config: VllmConfig) -> Iterator[str]:
         yield "backend_per_kind would replace our attention: remove it from --attention-config"
     if envs.VLLM_BATCH_INVARIANT:
         yield "no kernel of ours is batch invariant: unset VLLM_BATCH_INVARIANT"
+
+
+def _beside_state(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
+    """What is not served of models some layers of which keep recurrent state."""
+    cache, groups = vllm_config.cache_config, groups_of(vllm_config)
+    if not groups.num_recurrent:
+        return
+    if groups.is_split:
+        yield (
+            f"{groups.num_layers} layers with keys and values beside {groups.num_recurrent} with "
+            "recurrent state are several groups, but a quota is of one: start without --kv-policy"
+        )
+    if config.host_bytes:
+        yield "host memory keeps no recurrent state: remove --kv-host-memory"
+    if cache.mamba_cache_mode not in STATE_BLOCKS:
+        yield (
+            f"--mamba-cache-mode {cache.mamba_cache_mode} keeps the state of every block of a "
+            "prompt, which no quota bounds: set it to align or none"
+        )
+    if cache.enable_mamba_shared_prefix_checkpoint:
+        yield (
+            "chunks of compressed prompts end where the quota says: remove "
+            "--enable-mamba-shared-prefix-checkpoint"
+        )
+    if cache.prefix_match_unit is not None:
+        yield (
+            f"cached prefixes end with a block: remove --prefix-match-unit "
+            f"{cache.prefix_match_unit}"
+        )
+    if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield (
+            "recurrent state and keys need blocks of their own: remove "
+            "--disable-hybrid-kv-cache-manager"
+        )
+    if (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
+        yield (
+            f"no model with recurrent state was tried on several devices: set "
+            f"--tensor-parallel-size {size} to 1"
+        )
 
 
 def _scheduler(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:

@@ -65,6 +65,16 @@ FULL_LAYER_TYPES = {"full_attention", "attention", "chunked_attention", "sliding
 WINDOW_CAN_GO = {"mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2"}
 
 
+# models with recurrent layers beside full attention whose state vLLM may keep in the pool; others
+# were not tried
+STATE_BESIDE = {"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"}
+
+
+def keeps_state(model: ModelConfig) -> bool:
+    """Whether layers beside those under the quota keep recurrent state, in a way that is served."""
+    return model.is_hybrid and bool(STATE_BESIDE.intersection(model.architectures))
+
+
 def dead_ends(model: ModelConfig) -> list[str]:
     """Why no option makes `model` work under a quota; empty if it may."""
     found = dict.fromkeys([*_of_the_whole(model), *_of_layers(model)])
@@ -108,7 +118,7 @@ def _of_the_whole(model: ModelConfig) -> Iterator[str]:
     """What vLLM itself says of the model."""
     if model.use_mla:
         yield "MLA, which has no KV heads to budget"
-    if model.is_hybrid or model.is_attention_free:
+    if model.is_attention_free or (model.is_hybrid and not keeps_state(model)):
         yield "recurrent state beside or instead of KV"
     if model.is_encoder_decoder:
         yield "cross attention to an encoder"
@@ -134,7 +144,8 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
             yield words.format(value)
     if text.model_type in ("granite", "granitemoe") and _sinks_by_default(text):
         yield SINKS
-    for kind in sorted(_layer_types(text) - FULL_LAYER_TYPES):
+    served = FULL_LAYER_TYPES | ({"linear_attention"} if keeps_state(model) else set())
+    for kind in sorted(_layer_types(text) - served):
         yield f"layers of type {kind}"
     heads = ("total_num_attention_heads", "total_num_kv_heads", "head_size")
     overrides = model.model_arch_config.per_layer_overrides or []

@@ -8,6 +8,7 @@ from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
 from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import make_policy
+from vllm_budgetkv.start.groups import groups_of, page_tokens_of
 
 if TYPE_CHECKING:
     from vllm_budgetkv.start.config import BudgetConfig
@@ -22,38 +23,49 @@ def layout_of(engine: EngineConfig) -> PageLayout:
         ValueError: the page size, head size or dtype is not supported.
     """
     model = engine.model_config
-    return PageLayout(engine.cache_config.block_size, model.get_head_size(), model.dtype)
+    return PageLayout(page_tokens_of(engine), model.get_head_size(), model.dtype)
 
 
-def resolve_quota(engine: EngineConfig, config: BudgetConfig) -> Quota:
+def resolve_quota(engine: EngineConfig, config: BudgetConfig, block_pages: int = 1) -> Quota:
     """The quota in numbers.
+
+    Args:
+        engine: its configuration.
+        config: the options.
+        block_pages: head-pages of a head in a block (m).
 
     Raises:
         ValueError: the quota leaves no budget for what survives.
     """
-    page_tokens = engine.cache_config.block_size
+    page_tokens = page_tokens_of(engine)
+    block_tokens = block_pages * page_tokens
     max_model_len = engine.model_config.max_model_len
-    blocks = config.quota_blocks(page_tokens, max_model_len)
+    blocks = config.quota_blocks(block_tokens, max_model_len)
     return Quota(
         blocks=blocks,
         page_tokens=page_tokens,
-        num_layers=engine.model_config.get_num_layers(engine.parallel_config),
+        num_layers=groups_of(engine).num_layers,
         chunk_tokens=min(config.chunk_tokens, max_model_len),
         decode_interval_tokens=config.decode_interval_tokens,
         # no request outgrows a quota that holds the longest
-        compresses=config.compresses and blocks * page_tokens < max_model_len,
+        compresses=config.compresses and blocks * block_tokens < max_model_len,
         retrieves=config.retrieves or config.host_bytes > 0,
         recall=_recall_of(engine, config),
+        block_pages=block_pages,
     )
 
 
-def resolve_quotas(engine: EngineConfig, config: BudgetConfig) -> dict[str, Quota]:
-    """The quotas of requests that ask for no other, by the policies that they may have.
+def resolve_quotas(
+    engine: EngineConfig, config: BudgetConfig, block_pages: int = 1
+) -> dict[str, Quota]:
+    """The quotas of requests that ask for no other, by the policies; see `resolve_quota`.
 
     Raises:
         ValueError: the quota leaves no budget for what survives.
     """
-    return {name: resolve_quota(engine, config.of_policy(name)) for name in config.policies}
+    return {
+        name: resolve_quota(engine, config.of_policy(name), block_pages) for name in config.policies
+    }
 
 
 def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:

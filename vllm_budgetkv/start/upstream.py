@@ -68,6 +68,15 @@ TOUCHPOINTS = (
     Touchpoint("vllm.v1.attention.backend", "CommonAttentionMetadata", "read",
                "a batch whose fields ask for other mathematics is refused"),
 
+    Touchpoint("vllm.model_executor.models.interfaces",
+               "IsHybrid.get_mamba_state_shape_from_config", "read",
+               "a block is as long as the state of a recurrent layer", ("cls", "vllm_config")),
+    Touchpoint("vllm.model_executor.models.registry", "_ModelRegistry.resolve_model_cls", "read",
+               "the same", ("self", "architectures", "model_config")),
+    Touchpoint("vllm.platforms.interface", "Platform._align_hybrid_block_size", "read",
+               "asks our spec what a token takes, and leaves a block that is long enough alone",
+               ("cls", "vllm_config", "backend_cls")),
+
     Touchpoint(_REGISTRY, "KVCacheSpecRegistry.register", "register", "our spec and its manager",
                ("cls", "kvcache_spec_cls", "manager_class", "uniform_type_base_spec")),
     Touchpoint(_REGISTRY, "KVCacheSpecRegistry._ensure_registered", "read",
@@ -96,6 +105,10 @@ TOUCHPOINTS = (
     Touchpoint(_MANAGER, "FullAttentionManager.cache_blocks", "override",
                "compressed blocks are never published",
                ("self", "request", "num_tokens", "retention_interval", "replay_boundaries")),
+
+    Touchpoint("vllm.v1.core.kv_cache_coordinator", "KVCacheCoordinator.cache_blocks", "replace",
+               "nor is the recurrent state that follows from them",
+               ("self", "request", "num_computed_tokens")),
 
     *HOST_TOUCHPOINTS,
     *REQUEST_TOUCHPOINTS,

@@ -130,26 +130,34 @@ READS = (
         "is_mm_encoder_only", "kv_transfer_config", "model_config", "parallel_config",
         "quant_config", "scheduler_config", "speculative_config")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
-        "architectures", "disable_sliding_window", "dtype", "hf_text_config", "is_attention_free",
+        "architecture", "architectures", "disable_sliding_window", "dtype", "hf_text_config",
+        "is_attention_free",
         "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
         "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
         "use_mla",
         "get_head_size()", "get_num_kv_heads(parallel_config)",
-        "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
-    Reads("vllm.config", "CacheConfig", "tokens of a page; what is not served", (
-        "block_size", "cache_dtype", "kv_cache_memory_bytes", "kv_offloading_size",
-        "kv_sharing_fast_prefill", "num_gpu_blocks", "num_gpu_blocks_override",
-        "prefix_caching_hash_algo",
-        "prefix_match_unit")),
+        "get_num_layers(parallel_config)",
+        "get_num_layers_by_block_type(parallel_config, block_type)", "get_sliding_window()",
+        "get_vocab_size()")),
+    Reads("vllm.config", "CacheConfig", "tokens of a page and of a block; what is not served", (
+        "block_size", "cache_dtype", "enable_mamba_shared_prefix_checkpoint",
+        "kv_cache_memory_bytes", "kv_offloading_size",
+        "kv_sharing_fast_prefill", "mamba_block_size", "mamba_cache_mode", "num_gpu_blocks",
+        "num_gpu_blocks_override", "prefix_caching_hash_algo",
+        "prefix_match_unit", "user_specified_block_size")),
+    Reads("vllm.v1.kv_cache_interface", "MambaSpec", "what the state of a layer takes", (
+        "page_size_bytes", "max_memory_usage_bytes(vllm_config)",
+        "block_size", "dtypes", "shapes")),
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
         "data_parallel_index", "data_parallel_rank_local", "data_parallel_size",
         "data_parallel_size_local", "local_engines_only",
         "decode_context_parallel_size", "pipeline_parallel_size",
-        "prefill_context_parallel_size", "worker_cls", "world_size")),
+        "prefill_context_parallel_size", "tensor_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
-        "disable_chunked_mm_input", "enable_chunked_prefill", "long_prefill_token_threshold",
+        "disable_chunked_mm_input", "disable_hybrid_kv_cache_manager",
+        "enable_chunked_prefill", "long_prefill_token_threshold",
         "long_prefill_token_threshold_adaptive", "max_num_batched_tokens",
         "max_num_scheduled_tokens", "max_num_seqs", "scheduler_cls")),
     Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", (
@@ -196,9 +204,10 @@ READS = (
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "our spec of a layer", (
         "attention_chunk_size", "block_size", "dtype", "head_size", "head_size_v",
         "page_size_bytes", "sliding_window", "state_content_bytes")),
-    Reads("vllm.v1.kv_cache_interface", "KVCacheConfig", "blocks of the pool, its one group", (
+    Reads("vllm.v1.kv_cache_interface", "KVCacheConfig", "blocks of the pool, groups of layers", (
         "kv_cache_groups", "num_blocks")),
-    Reads("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "our layers", ("layer_names",)),
+    Reads("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "our layers, what others take", (
+        "kv_cache_spec", "layer_names")),
     Reads("vllm.v1.kv_cache_layout", "KVCacheLayout", "one buffer, block outermost", ("BLHNC",)),
     Reads("vllm.v1.core.single_type_kv_cache_manager", "FullAttentionManager",
           "blocks that a request holds", ("req_to_blocks",)),
@@ -272,7 +281,6 @@ PLAN_READS = (
         "get_hidden_size()", "get_inputs_embeds_size()",
         "get_num_attention_heads(parallel_config)")),
     Reads("vllm.config", "CacheConfig", "what vLLM takes of a GPU", ("gpu_memory_utilization",)),
-    Reads("vllm.config", "ParallelConfig", "KV heads of a GPU", ("tensor_parallel_size",)),
     Reads("vllm.config", "SchedulerConfig", "the batch", (
         "DEFAULT_MAX_NUM_BATCHED_TOKENS", "is_encoder_decoder", "max_model_len")),
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "a page of stock vLLM", (

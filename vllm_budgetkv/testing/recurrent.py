@@ -70,7 +70,7 @@ def _build(
             linear_num_value_heads=2,
             # of Qwen3-Next one layer at least has experts
             mlp_only_layers=list(range(shape.layers - 1)),
-            num_experts=4,
+            num_experts=2,
             num_experts_per_tok=2,
             moe_intermediate_size=64,
             shared_expert_intermediate_size=64,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
@@ -21,6 +21,13 @@ EXTRAS = {
     "use_alibi_sqrt": "ALiBi",
     "chunk_lookback": "attention in chunks",
 }
+
+
+class Listener(Protocol):
+    """Hears the queries of every layer in a run without requests."""
+
+    def hear(self, layer_name: str, query: torch.Tensor) -> None:
+        """Take `query`, [T, Hq, D] or [T, Hq * D], rotated, of a layer."""
 
 
 class BudgetAttention(AttentionImpl[Step]):
@@ -52,6 +59,8 @@ class BudgetAttention(AttentionImpl[Step]):
         self.kv_cache_dtype = kv_cache_dtype
         # the worker fills it once vLLM has allocated the cache
         self.cache: BudgetCache | None = None
+        # set for a run without requests that somebody listens to
+        self.listener: Listener | None = None
         unsupported = {
             "ALiBi": alibi_slopes is not None,
             "a sliding window": sliding_window is not None,
@@ -103,6 +112,8 @@ class BudgetAttention(AttentionImpl[Step]):
                     f"vLLM ran layer {layer.layer_name} for {len(self.cache.plans)} requests "
                     "without the metadata of this plugin: start without --kv-policy"
                 )
+            if self.listener is not None:
+                self.listener.hear(layer.layer_name, query)
             return output.zero_()
         out = output.view(-1, self.num_heads, self.head_size)
         attn_metadata.run_layer(layer.layer_name, query, key, value, out)

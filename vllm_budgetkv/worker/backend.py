@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import KVCacheLayout, MambaSpec
 
 from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
 from vllm_budgetkv.scheduler.spec import QuotaSpec, foreign_to
@@ -65,15 +65,21 @@ class BudgetBackend(AttentionBackend):
         return False
 
 
-def require_plain_layers(specs: Mapping[str, KVCacheSpec]) -> None:
-    """Refuse layers that keep a cache of another kind than ours.
+def layers_under_quota(specs: Mapping[str, KVCacheSpec], *, may_keep_state: bool) -> list[str]:
+    """Names of the layers whose cache is ours; refuse those that keep another kind of cache.
+
+    Args:
+        specs: of all layers of the model.
+        may_keep_state: whether layers may keep recurrent state, which stays vLLM's.
 
     Raises:
         ValueError: names the first such layer and what its cache is.
     """
     for name, spec in specs.items():
-        if not isinstance(spec, QuotaSpec):
+        is_state = may_keep_state and type(spec) is MambaSpec
+        if not isinstance(spec, QuotaSpec) and not is_state:
             raise ValueError(
                 f"layer {name} of the model has {', '.join(foreign_to(spec))}, which no quota "
                 "covers: start without --kv-policy"
             )
+    return [name for name, spec in specs.items() if isinstance(spec, QuotaSpec)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,9 +11,10 @@ from vllm.forward_context import set_forward_context
 from vllm.model_executor.models.interfaces import requires_raw_input_tokens
 
 from vllm_budgetkv.cache.upload import upload
+from vllm_budgetkv.worker.attention import BudgetAttention
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from vllm.config import VllmConfig
 
@@ -21,26 +23,38 @@ NUM_TOKEN_IDS = 3
 
 
 class Listener:
-    """Stands in for the step of a batch: keeps the queries of each layer, attends to nothing.
+    """Keeps the queries of each layer of a run without requests, which attends to nothing.
 
     So what a layer adds to the hidden state does not depend on the position, and the queries of one
-    token differ from position to position by what the model does to queries alone.
+    token differ from position to position by what the model does to queries alone. Layers with
+    recurrent state add nothing in such a run either.
     """
 
     def __init__(self) -> None:
         self.queries: dict[str, torch.Tensor] = {}
 
-    def run_layer(
-        self,
-        layer_name: str,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        out: torch.Tensor,
-    ) -> None:
-        """Keep `query`, [T, Hq, D]. Mutates `out`."""
+    def hear(self, layer_name: str, query: torch.Tensor) -> None:
+        """Keep a copy of `query`."""
         self.queries[layer_name] = query.clone()
-        out.zero_()
+
+
+@contextmanager
+def heard(vllm_config: VllmConfig) -> Iterator[Listener]:
+    """A listener to all of our layers, inside."""
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    impls = [layer.impl for layer in layers if isinstance(_impl_of(layer), BudgetAttention)]
+    listener = Listener()
+    for impl in impls:
+        impl.listener = listener
+    try:
+        yield listener
+    finally:
+        for impl in impls:
+            impl.listener = None
+
+
+def _impl_of(layer: object) -> object:
+    return getattr(layer, "impl", None)
 
 
 @torch.inference_mode()
@@ -71,12 +85,12 @@ def sample_queries(
     if runner.supports_mm_inputs:
         embeddings = model.embed_input_ids(tokens)
         ids = tokens if requires_raw_input_tokens(model) else None
-    listener = Listener()
     one_request = np.array([num_tokens], dtype=np.int32)
     with (
+        heard(vllm_config) as listener,
         runner.maybe_dummy_run_with_lora(runner.lora_config, one_request, None),
         # compilation waits for vLLM's own warm-up
-        set_forward_context(listener, vllm_config, num_tokens=num_tokens, skip_compiled=True),
+        set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
     ):
         model(input_ids=ids, positions=places, intermediate_tensors=None, inputs_embeds=embeddings)
     return {

@@ -19,10 +19,11 @@ from vllm_budgetkv.cache.rehearsal import rehearse
 from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, parent_of
-from vllm_budgetkv.start import platforms, pool_size
+from vllm_budgetkv.scheduler.spec import our_group
+from vllm_budgetkv.start import platforms, pool_size, refused_models
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.host_memory import num_blocks
-from vllm_budgetkv.worker.backend import BudgetBackend, require_plain_layers
+from vllm_budgetkv.worker.backend import BudgetBackend, layers_under_quota
 from vllm_budgetkv.worker.engine_view import heads_of, model_of
 from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
@@ -91,9 +92,10 @@ class BudgetWorker(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
-        require_plain_layers(specs)
+        may_keep_state = refused_models.keeps_state(self.vllm_config.model_config)
+        names = layers_under_quota(specs, may_keep_state=may_keep_state)
         context = self.vllm_config.compilation_config.static_forward_context
-        heads_of({name: context[name] for name in specs}, self._largest_quota)
+        heads_of({name: context[name] for name in names}, self._largest_quota)
         return specs
 
     def determine_available_memory(self) -> int:
@@ -104,12 +106,13 @@ class BudgetWorker(Worker):
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         super().initialize_from_config(kv_cache_config)
-        (group,) = kv_cache_config.kv_cache_groups
+        group = our_group(kv_cache_config)
+        names = kv_cache_config.kv_cache_groups[group].layer_names
         context = self.vllm_config.compilation_config.static_forward_context
-        self.budget_cache = self._make_cache({name: context[name] for name in group.layer_names})
-        for name in group.layer_names:
+        self.budget_cache = self._make_cache({name: context[name] for name in names}, group)
+        for name in names:
             context[name].impl.cache = self.budget_cache
-        for attn_group in self.model_runner.attn_groups[0]:
+        for attn_group in self.model_runner.attn_groups[group]:
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)
             builder.bind(self.budget_cache, self._row_ids)
@@ -119,10 +122,10 @@ class BudgetWorker(Worker):
             self.see_positions, with_kwargs=True
         )
 
-    def _make_cache(self, layers: Mapping[str, Any]) -> BudgetCache:
+    def _make_cache(self, layers: Mapping[str, Any], group: int) -> BudgetCache:
         config = self.budget_config
         offers = [self._offer(name) for name in config.policies]
-        model = model_of(layers, self._largest_quota, group=0)
+        model = model_of(layers, self._largest_quota, group)
         if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report, trace = (
