@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    MambaSpec,
+)
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
@@ -59,6 +65,18 @@ def image(offset: int, length: int, name: str) -> MultiModalFeatureSpec:
     )
 
 
+def state_group(vllm_config: VllmConfig, name: str) -> KVCacheGroupSpec:
+    """A group of layers with recurrent state, in the mode of the configuration."""
+    cache = vllm_config.cache_config
+    spec = MambaSpec(
+        block_size=BLOCK_TOKENS if cache.mamba_cache_mode == "align" else 4096,
+        shapes=((2, 4),),
+        dtypes=(vllm_config.model_config.dtype,),
+        mamba_cache_mode=cache.mamba_cache_mode,
+    )
+    return KVCacheGroupSpec([name], spec)
+
+
 class Core:
     """A scheduler whose requests get token `number` as their `number`-th output.
 
@@ -67,6 +85,7 @@ class Core:
         pool_blocks: blocks of the pool; one of them is vLLM's null block.
         encoder_embeds: embeddings that the encoder makes in a step and that its cache holds.
         log_stats: whether metrics are made.
+        state_groups: groups of layers with recurrent state beside ours.
 
     Attributes:
         tells: what a worker tells of requests with every step, by id.
@@ -81,6 +100,7 @@ class Core:
         pool_blocks: int = 200,
         encoder_embeds: int = 0,
         log_stats: bool = False,
+        state_groups: int = 0,
     ) -> None:
         init_none_hash(sha256)
         vllm_config.cache_config.num_gpu_blocks = pool_blocks
@@ -91,12 +111,15 @@ class Core:
             dtype=vllm_config.model_config.dtype,
         )
         spec = QuotaSpec.of(layer, quota_of(vllm_config))
-        groups = [KVCacheGroupSpec(["layer0", "layer1"], spec)]
+        # ours are not the first: nobody may count on that
+        groups = [state_group(vllm_config, f"state{i}") for i in range(state_groups)]
+        groups.append(KVCacheGroupSpec(["layer0", "layer1"], spec))
         self.scheduler = BudgetScheduler(
             vllm_config,
             KVCacheConfig(pool_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
             StructuredOutputManager(vllm_config),
-            block_size=BLOCK_TOKENS,
+            # as vLLM does: a multiple of the blocks of all groups
+            block_size=math.lcm(*(group.kv_cache_spec.block_size for group in groups)),
             log_stats=log_stats,
         )
         if encoder_embeds:

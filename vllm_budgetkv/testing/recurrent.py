@@ -67,7 +67,7 @@ def _build(
             linear_key_head_dim=STATE_HEAD_DIM,
             linear_value_head_dim=STATE_HEAD_DIM,
             linear_num_key_heads=1,
-            linear_num_value_heads=2,
+            linear_num_value_heads=1,
             # of Qwen3-Next one layer at least has experts
             mlp_only_layers=list(range(shape.layers - 1)),
             num_experts=2,
