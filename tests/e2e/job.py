@@ -101,6 +101,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 temperature=1.0 if "seed" in request else 0.0,
                 seed=request.get("seed"),
                 ignore_eos=True,
+                logprobs=request.get("logprobs"),
                 extra_args=request.get("asks"),
             )
             engine.add_request(request["name"], prompts[request["name"]], params)
@@ -116,6 +117,10 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 "cached_tokens": output.num_cached_tokens,
                 "tokens": list(output.outputs[0].token_ids),
                 "text": output.outputs[0].text,
+                "logprobs": [
+                    {str(token): found.logprob for token, found in step.items()}
+                    for step in output.outputs[0].logprobs or ()
+                ],
                 "said": (output.kv_transfer_params or {}).get("budgetkv"),
             }
         observer.look()

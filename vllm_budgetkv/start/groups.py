@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 PAGE_TOKENS = 16
 # vLLM pads the smaller of two kinds of layers rather than split the larger, up to this ratio
 PADS_UP_TO = 1.5
-# blocks of a request in a group of recurrent layers, by `--mamba-cache-mode`
+# blocks of a request in a group of recurrent layers, by `--mamba-cache-mode`; there are no others
 STATE_BLOCKS = {"none": 1, "align": 2}
 
 
@@ -69,8 +69,7 @@ def groups_of(engine: EngineConfig) -> Groups:
         return Groups(num_layers)
     ours = model.get_num_layers_by_block_type(parallel, "attention")
     mode = engine.cache_config.mamba_cache_mode
-    # a mode that is not here is refused
-    return Groups(ours, num_layers - ours, STATE_BLOCKS.get(mode, 1))
+    return Groups(ours, num_layers - ours, STATE_BLOCKS[mode])
 
 
 def page_tokens_of(engine: EngineConfig) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.start import platforms, refused_models
-from vllm_budgetkv.start.groups import STATE_BLOCKS, groups_of
+from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,11 +181,6 @@ def _beside_state(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str
         )
     if config.host_bytes:
         yield "host memory keeps no recurrent state: remove --kv-host-memory"
-    if cache.mamba_cache_mode not in STATE_BLOCKS:
-        yield (
-            f"--mamba-cache-mode {cache.mamba_cache_mode} keeps the state of every block of a "
-            "prompt, which no quota bounds: set it to align or none"
-        )
     if cache.enable_mamba_shared_prefix_checkpoint:
         yield (
             "chunks of compressed prompts end where the quota says: remove "
