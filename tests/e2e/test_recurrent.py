@@ -75,13 +75,17 @@ def test_answers_depend_on_what_is_read(stock: dict[str, Any]) -> None:
     assert all(len(set(found)) > 3 for found in tokens.values())
 
 
-@pytest.mark.parametrize("caches", [True, False], ids=["align", "none"])
+@pytest.mark.parametrize(
+    ("caches", "runner"),
+    [(True, "v1"), (False, "v1"), (True, "v2")],
+    ids=["align", "none", "align-v2"],
+)
 def test_a_quota_above_need_changes_nothing(
-    tmp_path: Path, model: Path, stock: dict[str, Any], caches: bool
+    tmp_path: Path, model: Path, stock: dict[str, Any], caches: bool, runner: str
 ) -> None:
     """And what fits may begin with what an equal prompt left, of keys and of state alike."""
     engine = {**ENGINE, "enable_prefix_caching": caches}
-    answer = run(tmp_path, model, asking(REQUESTS), budget=FITS, **engine)
+    answer = run(tmp_path, model, asking(REQUESTS), budget=FITS, runner=runner, **engine)
     assert "BUDGETKV" in answer["engine"]["backends"]
     assert answer["engine"]["sizes"]["quota"]["block_pages"] * 16 == BLOCK_TOKENS
     for name, found in answer["answers"].items():

@@ -256,8 +256,9 @@ READS = (
     Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests, seeds (runner V1)", (
         "generators", "req_ids")),
     Reads("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "builders, rows (runner V2)", (
-        "attn_groups", "device", "lora_config", "req_states", "supports_mm_inputs",
+        "attn_groups", "device", "lora_config", "model_state", "req_states", "supports_mm_inputs",
         "get_model()")),
+    Reads("vllm.v1.worker.gpu.input_batch", "InputBatch", "the same", ("req_ids",)),
     Reads("vllm.v1.worker.gpu.states", "RequestState", "rows to requests (runner V2)", (
         "index_to_req_id",)),
     Reads("vllm.v1.worker.utils", "AttentionGroup", "bind the builders", (

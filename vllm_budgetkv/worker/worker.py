@@ -28,6 +28,7 @@ from vllm_budgetkv.worker.engine_view import heads_of, model_of
 from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
+from vllm_budgetkv.worker.noted_rows import NotedRows
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.telling import tell
 
@@ -72,11 +73,13 @@ class BudgetWorker(Worker):
         budget_config: the options, from `load_model` on.
         budget_rules: what requests are held to, from `load_model` on.
         budget_cache: the cache, once vLLM has allocated its buffer.
+        noted_rows: requests of the rows of a batch, where its metadata name none.
     """
 
     budget_config: BudgetConfig
     budget_rules: RequestRules
     budget_cache: BudgetCache
+    noted_rows: NotedRows
 
     def load_model(self, **kwargs: Any) -> None:
         self.budget_config = config_of(self.vllm_config)
@@ -116,6 +119,9 @@ class BudgetWorker(Worker):
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)
             builder.bind(self.budget_cache, self._row_ids)
+        self.noted_rows = NotedRows()
+        if self.use_v2_model_runner and len(kv_cache_config.kv_cache_groups) > 1:
+            self.noted_rows.watch(self.model_runner)
         keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
         rest_in_chunks(self.model_runner, self.use_v2_model_runner)
         self.model_runner.get_model().register_forward_pre_hook(
@@ -186,7 +192,10 @@ class BudgetWorker(Worker):
         if self.use_v2_model_runner:
             index_to_id = self.model_runner.req_states.index_to_req_id
             # rows beyond the scheduled requests pad the batch to the size of a graph
-            indices = common.req_idx[: len(self.budget_cache.plans)]
+            num_rows = len(self.budget_cache.plans)
+            if common.req_idx is None:
+                return self.noted_rows.ids[:num_rows]
+            indices = common.req_idx[:num_rows]
             return [index_to_id[int(index)] for index in indices]
         return self.model_runner.input_batch.req_ids[: common.num_reqs]
 
