@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,11 +15,12 @@ from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cli.engine import read_arguments
 from vllm_budgetkv.cli.main import main
 from vllm_budgetkv.start.config import SECTION
+from vllm_budgetkv.testing.recurrent import build_qwen3_5
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.cli.conftest import RunPlan
+
+MODELS = Path(__file__).parents[2] / "build" / "models"
 
 # Qwen2.5-VL-7B: 28 layers, 4 KV heads of 128, bfloat16
 HEADS = 28 * 4
@@ -147,6 +149,13 @@ def test_refusals(seven_b: Path, plan_of: RunPlan, arguments: tuple[str, ...], t
         plan_of("--model", str(seven_b), *arguments)
     assert str(refusal.value).startswith("vllm-budgetkv plan: ")
     assert "Traceback" not in str(refusal.value)
+
+
+def test_recurrent_state_is_not_planned(plan_of: RunPlan) -> None:
+    """A server with such a model starts; what its state takes is told there."""
+    model = build_qwen3_5(MODELS)
+    with pytest.raises(ValueError, match="no plan counts recurrent state yet: start the server"):
+        plan_of("--model", str(model))
 
 
 @pytest.mark.usefixtures("environment")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.e2e.conftest import MODELS
 from tests.e2e.engines import run, run_budgets, tokens_of
-from vllm_budgetkv.testing.recurrent import build_qwen3_5, build_qwen3_next
+from vllm_budgetkv.testing.recurrent import build_qwen3_5, build_qwen3_5_vl, build_qwen3_next
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,3 +137,28 @@ def test_keys_and_state_are_computed_again(tmp_path: Path, model: Path, caches: 
     assert "gone" not in tokens_of(answer) or len(answer["answers"]["gone"]["tokens"]) < 24
     assert tokens_of(answer)["r0"] == tokens_of(alone)["r0"]
     check_bound(answer, [request])
+
+
+PICTURES: list[dict[str, Any]] = [
+    {"image": 1, "size_pixels": [256, 256]},
+    {"text": "first"},
+    {"image": 2, "size_pixels": [256, 320]},
+]
+SEEN: list[dict[str, Any]] = [
+    {"name": "images", "content": [*PICTURES, {"text": "Which letter?"}]},
+    {"name": "video", "content": [{"video": 8, "size_pixels": [128, 128]}, {"text": "Which?"}]},
+]
+
+
+def test_pictures_and_videos(tmp_path: Path) -> None:
+    """Inside the quota stock's tokens; of six large pictures, twelve times the quota, a block."""
+    model, engine = build_qwen3_5_vl(MODELS), {**ENGINE, "max_num_batched_tokens": 512}
+    stock = run(tmp_path, model, asking(SEEN), stock=True, **engine | {"block_size": 32})
+    answer = run(tmp_path, model, asking(SEEN), budget=FITS, **engine)
+    for name, found in answer["answers"].items():
+        check_close(found, stock["answers"][name])
+    large = [{"image": number, "size_pixels": [512, 512]} for number in range(6)]
+    request = {"name": "r0", "content": [*large, {"text": QUESTION}], "max_tokens": 24}
+    answer = run(tmp_path, model, [request], budget={"policy": "hybrid", **TIGHT}, **engine)
+    check_bound(answer, [request])
+    assert answer["num_lookaheads"] == 1

@@ -67,7 +67,11 @@ WINDOW_CAN_GO = {"mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2"}
 
 # models with recurrent layers beside full attention whose state vLLM may keep in the pool; others
 # were not tried
-STATE_BESIDE = {"Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"}
+STATE_BESIDE = {
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+}
 
 
 def keeps_state(model: ModelConfig) -> bool:
