@@ -135,16 +135,15 @@ OF_CACHE = (
     ),
     Mutation(
         "tables: identity pages off by one",
-        "cache/tables.py",
-        "return (block_ids * heads_per_block + head[:, None]).view(",
-        "return (block_ids * heads_per_block + (head[:, None] + 1) % heads_per_block).view(",
+        "arithmetic/layout.py",
+        "(by_head + (block_ids * self.stride_pages)[:, None])",
+        "(by_head + (block_ids * self.stride_pages)[:, None] + 1)",
     ),
     Mutation(
         "tables: a grown request's blocks off by one",
         "cache/tables.py",
-        "            stop = first_block + len(blocks)\n",
-        "            first_block += first_block > 0\n"
-        + "            stop = first_block + len(blocks)\n",
+        "start = self.pages_of(blocks), first_block * self.blocks.head_pages",
+        "start = self.pages_of(blocks), (first_block + (first_block > 0)) * self.blocks.head_pages",
     ),
     Mutation(
         "tables: the first free page is lost when a request turns to shared",

@@ -26,8 +26,8 @@ OF_COUNTS = (
     Mutation(
         "quota: blocks_for gives one more",
         "arithmetic/quota.py",
-        "self.page_tokens), self.blocks)",
-        "self.page_tokens), self.blocks + 1)",
+        "self.block_tokens), self.blocks)",
+        "self.block_tokens), self.blocks + 1)",
     ),
     Mutation(
         "quota: no room for partial pages",
@@ -68,8 +68,8 @@ OF_COUNTS = (
     Mutation(
         "manager: growth stops one block late",
         "scheduler/manager.py",
-        "return blocks * expected.quota.page_tokens",
-        "return (blocks + 1) * expected.quota.page_tokens",
+        "return blocks * expected.quota.block_tokens",
+        "return (blocks + 1) * expected.quota.block_tokens",
     ),
     Mutation(
         "manager: a long request takes no more than it needs now",
@@ -128,8 +128,8 @@ OF_COUNTS = (
     Mutation(
         "scheduler: a chunk takes what is left of the batch",
         "scheduler/scheduler.py",
-        "return 0 if must_be_whole(request, self._quota_of(request), start) else num_new_tokens",
-        "return num_new_tokens",
+        "return chunk_tokens if num_new_tokens >= chunk_tokens else 0",
+        "return min(num_new_tokens, chunk_tokens)",
     ),
     Mutation(
         "scheduler: a chunk takes what is left of the encoder",
