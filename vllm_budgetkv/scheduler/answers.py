@@ -67,6 +67,7 @@ class Answers:
     _fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _evicted_tokens: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _followed: set[str] = field(default_factory=set, init=False)
+    _told_first: dict[str, Recalled] = field(default_factory=dict, init=False)
 
     def note(self, output: ModelRunnerOutput, alive: Container[str]) -> None:
         """Take what a worker told with a step; of those that ended meanwhile nobody asks."""
@@ -84,6 +85,7 @@ class Answers:
         self._fields.pop(request_id, None)
         self._evicted_tokens.pop(request_id, None)
         self._followed.discard(request_id)
+        self._told_first.pop(request_id, None)
 
     def may_stop(self, request: Request) -> bool:
         """Whether the front end may end a request, at a stop string, and was not told of it."""
@@ -105,12 +107,28 @@ class Answers:
         said = self._report(request, terms, peak_blocks)
         travels: dict[str, Any] = {REPORT: said} if self.says else {}
         message = self._message(request.request_id, said)
+        if self.host_blocks is not None:
+            recalled = self._take_recalled(request.request_id, goes_on=goes_on)
+            message = replace(message, recalled=asdict(recalled))
         if goes_on:
             self._followed.add(request.request_id)
             message = replace(message, grows=_growth(request, terms))
         if self.meters or goes_on:
             travels |= message.as_params()
         return travels
+
+    def _take_recalled(self, request_id: str, *, goes_on: bool) -> Recalled:
+        """What came back of requests that left and that no message has told yet.
+
+        The front end counts one message of a request: the first if it ends it itself, else the
+        last, which therefore tells again what the first told.
+        """
+        recalled, self._recalled = self._recalled, Recalled()
+        if goes_on:
+            self._told_first[request_id] = recalled
+        elif (first := self._told_first.pop(request_id, None)) is not None:
+            recalled.add(first)
+        return recalled
 
     def _report(self, request: Request, terms: Terms, peak_blocks: int) -> dict[str, Any]:
         quota, prompt_tokens = terms.quota, request.num_prompt_tokens
@@ -128,10 +146,6 @@ class Answers:
         }
 
     def _message(self, request_id: str, said: dict[str, Any]) -> Message:
-        host_blocks = recalled = None
-        if self.host_blocks is not None:
-            host_blocks = self.host_blocks()
-            recalled, self._recalled = asdict(self._recalled), Recalled()
         milliseconds = said.get("compression_ms")
         return Message(
             counts=self.meters,
@@ -143,6 +157,5 @@ class Answers:
             evicted_tokens=self._evicted_tokens.get(request_id),
             retained_mass=said.get("retained_mass"),
             compression_seconds=None if milliseconds is None else milliseconds / 1000,
-            host_blocks=host_blocks,
-            recalled=recalled,
+            host_blocks=None if self.host_blocks is None else self.host_blocks(),
         )

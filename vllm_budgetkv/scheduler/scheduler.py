@@ -344,9 +344,11 @@ class BudgetScheduler(AsyncScheduler):
     def _free_request(self, request: Request, delay_free_blocks: bool = False) -> Any:
         kv_params, other_params = super()._free_request(request, delay_free_blocks)
         if self._answers is not None and request.request_id not in self.lookaheads:
-            peak_blocks = self._manager.peak_blocks(request.request_id)
-            said = self._answers.of(request, self._terms_of(request), peak_blocks)
-            kv_params = {**(kv_params or {}), **said}
+            # of one that is aborted nobody hears
+            if request.status != RequestStatus.FINISHED_ABORTED:
+                peak_blocks = self._manager.peak_blocks(request.request_id)
+                said = self._answers.of(request, self._terms_of(request), peak_blocks)
+                kv_params = {**(kv_params or {}), **said}
             self._answers.forget(request.request_id)
         self._manager.forget(request.request_id)
         if request.request_id in self.lookaheads:
