@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,8 +19,8 @@ def quotas(draw: st.DrawFn) -> Quota:
     numbers: dict[str, Any] = {
         "page_tokens": page_tokens,
         "num_layers": draw(st.integers(1, 40)),
-        "chunk_tokens": draw(st.integers(1, 2000)),
-        "decode_interval_tokens": draw(st.integers(1, 100)),
+        "chunk_tokens": draw(st.integers(1, 9000)),
+        "decode_interval_tokens": draw(st.integers(1, 1100)),
         "recall": Recall(
             num_heads=draw(st.integers(1, all_heads)),
             all_heads=all_heads,
@@ -101,3 +102,41 @@ def test_a_longer_index_leaves_less_until_it_is_coarser() -> None:
     assert [room and room.index_pages for room in rooms] == [17, 131, 261, 261, 261, None]
     assert [room and room.slot_pages for room in rooms] == [89, 70, 49, 49, 49, None]
     assert [room and room.resident_tokens for room in rooms] == [2394, 1892, 1316, 1316, 1316, None]
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "blocks", "interval_tokens"),
+    [(37, 70, 1024), (112, 74, 1024), (37, 10, 64), (37, 192, 64)],
+)
+def test_tables_have_room_for_every_prompt(
+    num_heads: int, blocks: int, interval_tokens: int
+) -> None:
+    """A coarser index leaves more for recalled tokens, so a longer prompt may have more of them.
+
+    And none between two that recall is served without: that was so where an index that is as fine
+    as its share allows leaves no page.
+    """
+    recall = Recall(
+        num_heads=num_heads,
+        all_heads=112,
+        page_words=2048,
+        code_words=4,
+        slots_share=0.5,
+        max_index_share=0.5,
+    )
+    quota = Quota(
+        blocks=blocks,
+        page_tokens=16,
+        num_layers=28,
+        chunk_tokens=1024,
+        decode_interval_tokens=interval_tokens,
+        recall=recall,
+    )
+    lengths = range(quota.tokens + 1, 300_000, 61)
+    rooms = [quota.recall_room(n) for n in lengths]
+    most_index, most_slots = quota.most_recall_pages(300_000)
+    found = [room for room in rooms if room is not None]
+    assert found and max(room.slot_pages for room in found) <= most_slots
+    assert max(room.index_pages for room in found) <= most_index
+    last = max(index for index, room in enumerate(rooms) if room is not None)
+    assert None not in rooms[:last]

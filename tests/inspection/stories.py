@@ -64,6 +64,11 @@ class Telling:
     token_ids: list[int] | None = None
     policy: str = "hybrid"
     quota_blocks: int = 8
+    pages_per_block: int = 1
+
+    @property
+    def block_tokens(self) -> int:
+        return self.pages_per_block * PAGE_TOKENS
 
     @property
     def prompt_tokens(self) -> int:
@@ -85,11 +90,12 @@ class Telling:
             "policy": self.policy,
             "quota_blocks": self.quota_blocks,
             "page_tokens": PAGE_TOKENS,
+            "block_tokens": self.block_tokens,
             "prompt_tokens": self.prompt_tokens,
             "block_bytes": 4096,
             "output_tokens": 3,
             "peak_blocks": self.quota_blocks,
-            "full_cache_blocks": -(-(self.prompt_tokens + 2) // PAGE_TOKENS),
+            "full_cache_blocks": -(-(self.prompt_tokens + 2) // self.block_tokens),
             "kv_bytes": 4096 * self.quota_blocks + 100,
             "compressions": 2,
             "compression_seconds": 0.25,
@@ -114,7 +120,7 @@ class Telling:
             history = np.stack((self.is_static, self.is_static))
         num_steps = 10
         seen = np.linspace(PAGE_TOKENS, self.prompt_tokens, num_steps).astype(int).tolist()
-        pages = int(self.is_static.size * self.quota_blocks * 0.75)
+        pages = int(self.is_static.size * self.quota_blocks * self.pages_per_block * 0.75)
         steps = [[0.1 * (n + 1), one, self.quota_blocks, pages] for n, one in enumerate(seen)]
         steps += [[1.1, self.prompt_tokens + 1, self.quota_blocks, pages + 1]]
         steps += [[1.2, self.prompt_tokens + 1, 0, 0]]

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from tests.inspection.stories import Telling, image, video
+from tests.inspection.stories import PAGE_TOKENS, Telling, image, video
+from vllm_budgetkv.inspection.numbers import numbers_of
 from vllm_budgetkv.inspection.story import Story, read_story
 
 if TYPE_CHECKING:
@@ -136,4 +137,18 @@ def test_the_last_line_or_that_of_a_request(tmp_path: Path) -> None:
         return None if story is None else story.record["request_id"]
 
     assert name_of(None) == "a-2" and name_of("b") == "b-1" and name_of("c") is None
+    # another request whose id begins alike, and a line that an engine is writing
+    with path.open("a") as file:
+        file.write(lines[0].replace('"a-1"', '"ab-1"') + lines[0][:50])
+    assert name_of("a") == "a-2" and name_of(None) == "ab-1"
     assert name_of("b", skipped_bytes=len(lines[0]) + len(lines[1])) is None
+
+
+def test_blocks_of_several_pages() -> None:
+    """As in models with recurrent layers: what is used is never more than what is held."""
+    story = telling(640, [], pages_per_block=8).story()
+    used, held = story.num_pages[:10], story.steps[:10, 2]
+    assert used == pytest.approx(0.75 * held)
+    numbers = numbers_of(story)
+    assert numbers["block_tokens"] == 8 * PAGE_TOKENS
+    assert numbers["full_cache_blocks"] == -(-642 // (8 * PAGE_TOKENS))

@@ -82,7 +82,7 @@ def test_what_came_back_and_who_holds_host_memory() -> None:
     before = [value(name, **labels) for name, labels in names]
     recalled = {"steps": 5, "tokens": 100, "moved_tokens": 30, "moved_bytes": 7680}
     use = {"all": 8, "held": 3, "findable": 2}
-    meters().ended(replace(MESSAGE, recalled=recalled, host_blocks=use), "stop")
+    meters().told(replace(MESSAGE, recalled=recalled, host_blocks=use))
     after = [value(name, **labels) for name, labels in names]
     assert [new - old for new, old in zip(after, before, strict=True)] == [5, 70, 30, 7680]
     assert {state: value("host_blocks", state=state) for state in use} == use
@@ -203,6 +203,24 @@ def test_one_that_the_engine_core_ends_is_counted_there() -> None:
     front_end.see(output(MESSAGE.as_params()))
     assert value("requests_total", policy="hybrid", outcome="stop") - before == 1
     assert not _followed[front_end]  # type: ignore[index]
+
+
+def test_what_a_message_says_of_others_counts_whatever_becomes_of_its_request() -> None:
+    """Its client may leave, and one that ended here is not counted again."""
+    front_end = FrontEnd("r")
+    recalled = {"steps": 5, "tokens": 100, "moved_tokens": 30, "moved_bytes": 7680}
+    before = value("recall_steps_total"), counted()[0]
+    first = first_token(300)
+    first[KEY]["recalled"] = recalled
+    front_end.see(output(first, ends=None))
+    front_end.stops = ["r"]
+    front_end.see(output(None, ends=None))
+    del front_end.request_states["r"]
+    front_end.stops = []
+    # the engine core ended it in the same step
+    front_end.see(output(replace(MESSAGE, recalled=recalled).as_params()))
+    assert value("recall_steps_total") - before[0] == 10
+    assert counted()[0] - before[1] == 1
 
 
 def test_nothing_is_kept_of_one_whose_client_left() -> None:

@@ -137,28 +137,6 @@ def test_the_metrics_are_told_of_host_memory(qwen2: Path) -> None:
     assert one["findable"] == two["findable"] == LONG // BLOCK_TOKENS
 
 
-def test_what_came_back_is_told_in_the_message_that_is_counted(qwen2: Path) -> None:
-    """Of a request with stop strings that is the first, unless the engine core ends it."""
-    budget = {"host_memory": "1MiB", "retrieval_ratio": 1.0, "probe_tokens": 32}
-    core = Core(configure(qwen2, "hybrid", budget=budget), log_stats=True)
-    core.tells["gone"] = core.tells["stop"] = TOLD
-    core.recalled = Recalled(steps=4, tokens=64, moved_tokens=9, moved_bytes=2304)
-    add(core, "gone", LONG)
-    for _ in range(60):
-        core.step()
-        if core.recalled is None:
-            break
-    core.scheduler.finish_requests("gone", RequestStatus.FINISHED_ABORTED)
-    request = core.make("stop", [*range(LONG)], output_tokens=6)
-    request.sampling_params.stop = ["x"]
-    core.scheduler.add_request(request)
-    core.run()
-    messages = [Message.take(params) for params in core.travels["stop"] if params]
-    assert len(messages) == 2
-    assert all(message and (message.recalled or {})["steps"] == 4 for message in messages)
-    assert not core.scheduler._answers._told_first
-
-
 def test_what_comes_of_one_that_was_aborted_meanwhile_is_not_kept(config: VllmConfig) -> None:
     """vLLM aborts between a step and its output."""
     core = Core(config)

@@ -134,13 +134,19 @@ OF_HOST = (
     Mutation(
         "metrics: what came back is counted again and again",
         "scheduler/answers.py",
-        "recalled, self._recalled = asdict(self._recalled), Recalled()",
-        "recalled = asdict(self._recalled)",
+        "recalled, self._recalled = self._recalled, Recalled()",
+        "recalled = self._recalled",
     ),
     Mutation(
         "metrics: bytes are told as tokens",
         "cache/report.py",
-        "moved_bytes=moved_tokens * recaller.token_bytes",
+        "moved_bytes=moved_tokens * self.token_bytes",
         "moved_bytes=moved_tokens",
+    ),
+    Mutation(
+        "index: tables are as wide as a short prompt needs",
+        "arithmetic/recall.py",
+        "budget_tokens - self._average(page_tokens), page_tokens)",
+        "budget_tokens - self._average(9 * page_tokens), page_tokens)",
     ),
 )

@@ -181,10 +181,9 @@ class Quota:
     def most_recall_pages(self, longest_tokens: int) -> tuple[int, int]:
         """Most index pages and recall pages of a head, of prompts of at most so many tokens."""
         assert self.recall is not None
-        first = self.recall_room(self.tokens + 1)
-        sizes = (longest_tokens, self.budget_tokens, self.page_tokens)
-        index_pages = self.recall.most_index_pages(*sizes)
-        return index_pages, 0 if first is None else first.slot_pages
+        sizes = (self.budget_tokens, self.page_tokens)
+        index_pages = self.recall.most_index_pages(longest_tokens, *sizes)
+        return index_pages, self.recall.most_slot_pages(*sizes)
 
     def chunks_end(self, prompt_tokens: int) -> int:
         """Tokens of the prompt that come in chunks: with recall, its last token comes by itself.

@@ -67,20 +67,27 @@ class Recall:
         for entry_tokens in ENTRY_TOKENS:
             index_pages = -(-prompt_tokens // self.index_tokens(entry_tokens))
             index_tokens = self._average(index_pages * page_tokens)
-            if index_tokens <= self.max_index_share * budget_tokens:
-                break
-        else:
-            return None
-        slot_pages = int(self.slots_share * (budget_tokens - index_tokens)) // page_tokens
-        if slot_pages == 0:
-            return None
-        taken_tokens = self._average((index_pages + slot_pages) * page_tokens)
-        return RecallRoom(
-            entry_tokens=entry_tokens,
-            index_pages=index_pages,
-            slot_pages=slot_pages,
-            resident_tokens=budget_tokens - taken_tokens,
-        )
+            slot_pages = self._slot_pages(budget_tokens - index_tokens, page_tokens)
+            if index_tokens <= self.max_index_share * budget_tokens and slot_pages > 0:
+                taken_tokens = self._average((index_pages + slot_pages) * page_tokens)
+                return RecallRoom(
+                    entry_tokens=entry_tokens,
+                    index_pages=index_pages,
+                    slot_pages=slot_pages,
+                    resident_tokens=budget_tokens - taken_tokens,
+                )
+        return None
+
+    def _slot_pages(self, rest_tokens: int, page_tokens: int) -> int:
+        """Pages for recalled tokens, of what is left of the budget beside the index."""
+        return max(0, int(self.slots_share * rest_tokens) // page_tokens)
+
+    def most_slot_pages(self, budget_tokens: int, page_tokens: int) -> int:
+        """Most pages for recalled tokens of a head: those beside an index of a page; see `room`.
+
+        A longer prompt may have more of them than a shorter one, whose index is finer.
+        """
+        return self._slot_pages(budget_tokens - self._average(page_tokens), page_tokens)
 
     def most_index_pages(self, longest_tokens: int, budget_tokens: int, page_tokens: int) -> int:
         """Most index pages of a head, of prompts of at most so many tokens; see `room`."""

@@ -19,6 +19,7 @@ from vllm_budgetkv.cache.vision import frame_records
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+    from typing import Self
 
     from vllm.v1.core.sched.output import NewRequestData
 
@@ -90,16 +91,64 @@ class RequestRecord:
             warn_once(f"--kv-report-file {path} cannot be written: requests go unreported")
 
 
+@dataclass(frozen=True)
+class Leaving:
+    """What a request brought back since its prompt was read, counted on the device.
+
+    Args:
+        steps: in which its heads looked for tokens.
+        recalled_tokens: int64 scalar, tokens that stand ready in a step, over its heads.
+        moved_tokens: int64 scalar, tokens that were fetched in all steps.
+        token_bytes: of a token's key and value.
+    """
+
+    steps: int
+    recalled_tokens: torch.Tensor
+    moved_tokens: torch.Tensor
+    token_bytes: int
+
+    @classmethod
+    def of(cls, request: RequestState, recaller: Recaller) -> Self:
+        """Of a request that gives up its slot, whose counts go with it."""
+        slot = request.slot
+        return cls(
+            steps=request.computed_tokens - request.quota.chunks_end(request.prompt_tokens),
+            recalled_tokens=recaller.num_recalled[slot].sum(),
+            moved_tokens=recaller.moved[slot].sum(),
+            token_bytes=recaller.token_bytes,
+        )
+
+    def read(self) -> Recalled:
+        """The numbers. Waits for the device."""
+        moved_tokens = int(self.moved_tokens)
+        return Recalled(
+            steps=self.steps,
+            tokens=self.steps * int(self.recalled_tokens),
+            moved_tokens=moved_tokens,
+            moved_bytes=moved_tokens * self.token_bytes,
+        )
+
+
 class Counted(NamedTuple):
     """What is told of requests since the last time.
 
     Attributes:
         summaries: of prompts that have been read, by request id.
-        recalled: of requests that gave up their slots; None if none brought anything back.
+        left: of requests that gave up their slots, what they brought back.
     """
 
     summaries: dict[str, Summary]
-    recalled: Recalled | None
+    left: list[Leaving]
+
+    @property
+    def recalled(self) -> Recalled | None:
+        """The sum of what they brought back; None if none did. Waits for the device."""
+        if not self.left:
+            return None
+        total = Recalled()
+        for one in self.left:
+            total.add(one.read())
+        return total
 
 
 @dataclass
@@ -115,7 +164,7 @@ class Reports:
         traces: the story of every client request; None if nobody reads it.
         records: by request id.
         summaries: of prompts that have been read since somebody took them, by request id.
-        recalled: of requests that gave up their slots since then; None if none brought tokens back.
+        leaving: requests that gave up their slots since then and had brought tokens back.
         is_paused: whether new requests are no client's, as while the worker warms up.
     """
 
@@ -127,7 +176,7 @@ class Reports:
     traces: Traces | None = None
     records: dict[str, RequestRecord] = field(default_factory=dict, init=False)
     summaries: dict[str, Summary] = field(default_factory=dict, init=False)
-    recalled: Recalled | None = field(default=None, init=False)
+    leaving: list[Leaving] = field(default_factory=list, init=False)
     is_paused: bool = field(default=False, init=False)
 
     @contextmanager
@@ -163,7 +212,7 @@ class Reports:
 
     def left(self, request: RequestState, *, is_preempted: bool) -> None:
         """A request gives up its slot; the blocks that it holds now are the most it had there."""
-        recalled = self._count_recalled(request)
+        leaving = self._count_recalled(request)
         record = self.records.get(request.request_id)
         if record is None:
             return
@@ -179,25 +228,25 @@ class Reports:
         record.compression_seconds += request.compression_seconds
         record.preemptions += is_preempted
         if self.recaller is not None:
+            recalled = Recalled() if leaving is None else leaving.read()
             _note_host(record, request, recalled, self.recaller)
         if self.traces is not None:
             self.traces.left(request)
 
-    def _count_recalled(self, request: RequestState) -> Recalled:
-        """What a request that gives up its slot brought back. Never raises."""
-        recalled = Recalled()
+    def _count_recalled(self, request: RequestState) -> Leaving | None:
+        """What a request that gives up its slot brought back. Never raises, nor waits."""
         is_asked = self.summarizes or request.request_id in self.records
         if self.recaller is None or not request.recalls or not is_asked or self.is_paused:
-            return recalled
+            return None
         try:
-            recalled = recalled_of(request, self.recaller)
+            leaving = Leaving.of(request, self.recaller)
         except Exception:  # noqa: BLE001
             # what only reports does not end a request
             warn_once("what requests bring back cannot be counted: their report lacks it")
+            return None
         if self.summarizes:
-            self.recalled = self.recalled or Recalled()
-            self.recalled.add(recalled)
-        return recalled
+            self.leaving.append(leaving)
+        return leaving
 
     def prefilled(self, request: RequestState) -> None:
         """The prompt of a request is in the cache. Never raises; a record reads the device."""
@@ -220,10 +269,10 @@ class Reports:
 
     def take(self) -> Counted | None:
         """What was counted since the last time, which is forgotten here; None if nothing was."""
-        if not self.summaries and self.recalled is None:
+        if not self.summaries and not self.leaving:
             return None
-        taken = Counted(self.summaries, self.recalled)
-        self.summaries, self.recalled = {}, None
+        taken = Counted(self.summaries, self.leaving)
+        self.summaries, self.leaving = {}, []
         return taken
 
     def close(self, request_id: str) -> None:
@@ -259,19 +308,6 @@ def _count_kept(record: RequestRecord, request: RequestState, tables: HeadTables
         }
         record.kept_counts[name] = counts.tolist()
         record.heads[name] = int(chosen.sum())
-
-
-def recalled_of(request: RequestState, recaller: Recaller) -> Recalled:
-    """What a request brought back since its prompt was read. Reads the device."""
-    slot = request.slot
-    steps = request.computed_tokens - request.quota.chunks_end(request.prompt_tokens)
-    moved_tokens = int(recaller.moved[slot].sum())
-    return Recalled(
-        steps=steps,
-        tokens=steps * int(recaller.num_recalled[slot].sum()),
-        moved_tokens=moved_tokens,
-        moved_bytes=moved_tokens * recaller.token_bytes,
-    )
 
 
 def _note_host(

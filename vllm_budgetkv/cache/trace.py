@@ -11,7 +11,7 @@ import base64
 import json
 import time
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -87,8 +87,9 @@ class Trace:
             self.step_stride *= 2
 
     def compressed(self, seen_tokens: int, compressions: int, is_static: list[list[bool]]) -> None:
-        """Note the class of each head behind a compression."""
-        entry = [seen_tokens, compressions, is_static]
+        """Note the class of each head behind a compression, as a string of 0 and 1 (static)."""
+        flags = "".join("01"[one] for row in is_static for one in row)
+        entry = [seen_tokens, compressions, flags]
         if self.num_classes % self.class_stride:
             self.classes[-1] = entry
         else:
@@ -99,14 +100,11 @@ class Trace:
             self.class_stride *= 2
 
     def as_fields(self) -> dict[str, Any]:
-        """What a line says of it; head classes as a string of 0 and 1 (static)."""
+        """What a line says of it. Nothing is copied: it may be long."""
         hidden = ("started_seconds", "seen_compressions")
-        found = {name: value for name, value in asdict(self).items() if name not in hidden}
-        found["classes"] = [
-            [seen, count, "".join("01"[one] for row in flags for one in row)]
-            for seen, count, flags in self.classes
-        ]
-        return found
+        return {
+            item.name: getattr(self, item.name) for item in fields(self) if item.name not in hidden
+        }
 
 
 @dataclass

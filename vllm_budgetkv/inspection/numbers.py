@@ -20,7 +20,7 @@ def numbers_of(story: Story) -> dict[str, Any]:
     return {
         **{name: record[name] for name in RECORDED},
         "quota_blocks": record["quota_blocks"] if story.has_quota else None,
-        "block_tokens": record["page_tokens"],
+        "block_tokens": record["block_tokens"],
         "full_cache_bytes": record["full_cache_blocks"] * record["block_bytes"],
         "text_tokens": int((~story.is_vision).sum()),
         "vision_tokens": int(story.is_vision.sum()),

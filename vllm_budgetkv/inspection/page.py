@@ -208,7 +208,7 @@ def _blocks_chart(story: Story) -> dict[str, Any]:
     """Blocks over time. The full cache leaves the drawing where it would hold far more."""
     seconds, seen, held = story.steps[:, 0], story.steps[:, 1], story.steps[:, 2]
     end = float(seconds[-1]) or 1.0
-    full = np.ceil(seen / story.record["page_tokens"])
+    full = np.ceil(seen / story.record["block_tokens"])
     quota = float(story.record["quota_blocks"]) if story.has_quota else 0.0
     top = max(1.0, float(held.max()), quota) * 1.25
     if full.max() <= 2 * top:

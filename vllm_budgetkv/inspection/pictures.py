@@ -107,7 +107,7 @@ def _heading(figure: Figure, story: Story) -> None:
     figure.text(
         0.012, 0.785,
         f"policy {record['policy']}: {story.prompt_tokens:,} prompt tokens in {peak} blocks of "
-        f"{record['page_tokens']} tokens{quota}; the full cache needs {full}{ratio}",
+        f"{record['block_tokens']} tokens{quota}; the full cache needs {full}{ratio}",
         size=11.5, color=INK,
     )  # fmt: skip
 
@@ -199,7 +199,7 @@ def draw_blocks(story: Story, path: Path) -> Path:
     figure = _figure(4.0)
     axes = figure.add_axes((0.05, 0.15, 0.93, 0.7))
     seconds, seen, held = story.steps[:, 0], story.steps[:, 1], story.steps[:, 2]
-    full = np.ceil(seen / story.record["page_tokens"])
+    full = np.ceil(seen / story.record["block_tokens"])
     quota = story.record["quota_blocks"] if story.has_quota else 0
     top = 1.25 * max(1.0, float(held.max()), quota)
     blue = COLOURS["static"]
@@ -217,7 +217,7 @@ def draw_blocks(story: Story, path: Path) -> Path:
     axes.set_xlim(0, float(seconds[-1]) or 1.0)
     axes.set_ylim(0, top)
     axes.set_xlabel("seconds since the request was admitted")
-    axes.set_ylabel(f"blocks of {story.record['page_tokens']} tokens")
+    axes.set_ylabel(f"blocks of {story.record['block_tokens']} tokens")
     _plain(axes)
     axes.legend(loc="lower right", ncols=5, frameon=False, bbox_to_anchor=(1.0, 1.0))
     return _save(figure, path)

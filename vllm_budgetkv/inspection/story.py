@@ -206,7 +206,8 @@ class Story:
     @cached_property
     def num_pages(self) -> np.ndarray:
         """float64 [n]: blocks that the head-pages in use would fill."""
-        return self.steps[:, 3] / max(1, self.num_all_heads)
+        pages_per_block = self.record["block_tokens"] // self.record["page_tokens"]
+        return self.steps[:, 3] / max(1, self.num_all_heads * pages_per_block)
 
     @cached_property
     def class_history(self) -> np.ndarray:
@@ -237,7 +238,7 @@ def read_story(path: Path, request: str | None = None, skipped_bytes: int = 0) -
 
     Args:
         path: the file.
-        request: how the id begins, as a client was told it.
+        request: the id, as a client was told it.
         skipped_bytes: of the beginning of the file, that are older.
 
     Returns:
@@ -249,9 +250,13 @@ def read_story(path: Path, request: str | None = None, skipped_bytes: int = 0) -
     """
     with path.open("rb") as file:
         file.seek(skipped_bytes)
-        lines = [line for line in file.read().decode(errors="replace").splitlines() if line]
+        # behind the last end of a line an engine may be writing
+        whole, _, _ = file.read().rpartition(b"\n")
+    lines = [line for line in whole.decode(errors="replace").splitlines() if line]
     for line in reversed(lines):
         story = Story.of_line(line)
-        if request is None or story.record["request_id"].startswith(request):
+        name = story.record["request_id"]
+        # the engine appends a suffix of its own
+        if request is None or name == request or name.startswith(f"{request}-"):
             return story
     return None

@@ -113,6 +113,9 @@ class Meters:
         if message.compression_seconds is not None:
             self.compression_seconds.labels(**labels).observe(message.compression_seconds)
 
+    def told(self, message: Message) -> None:
+        """Count what a message says of others than its request, once, whatever becomes of it."""
+        labels = {"model_name": message.model_name, "engine": message.engine}
         for state, blocks in (message.host_blocks or {}).items():
             self.host_blocks.labels(**labels, state=state).set(blocks)
         if message.recalled is not None:

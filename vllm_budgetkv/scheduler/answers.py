@@ -32,7 +32,7 @@ class Told(KVConnectorWorkerMetadata):
     Args:
         fields: of their answers.
         evicted_tokens: by class of head, summed over the heads of the rank.
-        recalled: of requests that left; None without host memory.
+        recalled: of requests that left; None if none brought anything back.
     """
 
     fields: dict[str, dict[str, Any]]
@@ -67,7 +67,6 @@ class Answers:
     _fields: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _evicted_tokens: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
     _followed: set[str] = field(default_factory=set, init=False)
-    _told_first: dict[str, Recalled] = field(default_factory=dict, init=False)
 
     def note(self, output: ModelRunnerOutput, alive: Container[str]) -> None:
         """Take what a worker told with a step; of those that ended meanwhile nobody asks."""
@@ -85,7 +84,6 @@ class Answers:
         self._fields.pop(request_id, None)
         self._evicted_tokens.pop(request_id, None)
         self._followed.discard(request_id)
-        self._told_first.pop(request_id, None)
 
     def may_stop(self, request: Request) -> bool:
         """Whether the front end may end a request, at a stop string, and was not told of it."""
@@ -108,7 +106,7 @@ class Answers:
         travels: dict[str, Any] = {REPORT: said} if self.says else {}
         message = self._message(request.request_id, said)
         if self.host_blocks is not None:
-            recalled = self._take_recalled(request.request_id, goes_on=goes_on)
+            recalled, self._recalled = self._recalled, Recalled()
             message = replace(message, recalled=asdict(recalled))
         if goes_on:
             self._followed.add(request.request_id)
@@ -116,19 +114,6 @@ class Answers:
         if self.meters or goes_on:
             travels |= message.as_params()
         return travels
-
-    def _take_recalled(self, request_id: str, *, goes_on: bool) -> Recalled:
-        """What came back of requests that left and that no message has told yet.
-
-        The front end counts one message of a request: the first if it ends it itself, else the
-        last, which therefore tells again what the first told.
-        """
-        recalled, self._recalled = self._recalled, Recalled()
-        if goes_on:
-            self._told_first[request_id] = recalled
-        elif (first := self._told_first.pop(request_id, None)) is not None:
-            recalled.add(first)
-        return recalled
 
     def _report(self, request: Request, terms: Terms, peak_blocks: int) -> dict[str, Any]:
         quota, prompt_tokens = terms.quota, request.num_prompt_tokens

@@ -16,7 +16,7 @@ from vllm_budgetkv.start.activation import is_active, rules_of
 from vllm_budgetkv.start.request_check import check, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Sequence
 
     from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
     from vllm.v1.engine.input_processor import InputProcessor
@@ -80,7 +80,7 @@ def _process_outputs(
     followed = _followed.setdefault(self, {})
     for output in engine_core_outputs:
         if output.kv_transfer_params:
-            _take(output, followed)
+            _take(output, followed, self.request_states)
         elif (one := followed.get(output.request_id)) is not None:
             one.grow(len(output.new_token_ids))
             output.kv_transfer_params = one.params
@@ -96,8 +96,11 @@ def _process_outputs(
     return processed
 
 
-def _take(output: EngineCoreOutput, followed: dict[str, Followed]) -> None:
-    """Take the message of a request, which ended or may end here. Mutates both."""
+def _take(output: EngineCoreOutput, followed: dict[str, Followed], alive: Container[str]) -> None:
+    """Take the message of a request, which ended or may end here. Mutates the first two.
+
+    One that is not alive was ended here, at a stop string, and counted then.
+    """
     params = output.kv_transfer_params
     assert params is not None
     message = Message.take(params)
@@ -105,7 +108,9 @@ def _take(output: EngineCoreOutput, followed: dict[str, Followed]) -> None:
     output.kv_transfer_params = params or None
     if message is None:
         return
+    if message.counts:
+        meters().told(message)
     if message.grows is not None:
         followed[output.request_id] = Followed(message, output.kv_transfer_params)
-    elif message.counts:
+    elif message.counts and output.request_id in alive:
         meters().ended(message, str(output.finish_reason))
