@@ -124,6 +124,8 @@ def _check_encode(made: Remembered) -> Iterator[Verdict]:
     for slot in range(len(made.cache.lens)):
         ops.encode(slot, made.tier, made.recalls, made.cache.pool, made.energy)
     twin, layout = made.clone(), made.cache.pool.layout
+    # means of keys are rounded to the cache's type, to either of two neighbours
+    blur = torch.finfo(layout.dtype).eps if made.entry_tokens > 1 else 0.0
     digest_error = choice_error = code_error = 0.0
     for slot, head in (made.recalls.num_tokens > 0).nonzero().tolist():
         parts = _keys(twin, slot, head).split(made.index_tokens)
@@ -134,8 +136,8 @@ def _check_encode(made: Remembered) -> Iterator[Verdict]:
                 choice_error = float("inf")
                 continue
             choice_error = _larger(choice_error, _choice_error(page, keys, made.energy[head]))
-            digest_error = _larger(digest_error, _digest_error(page, keys, layout.dtype))
-            code_error = _larger(code_error, _code_error(page, keys))
+            digest_error = _larger(digest_error, _digest_error(page, keys, layout.dtype, blur))
+            code_error = _larger(code_error, _code_error(page, keys, blur))
     yield Verdict("encode", "channels, in roundings", choice_error, 1.0)
     yield Verdict("encode", "means and steps, in roundings", digest_error, 1.0)
     yield Verdict("encode", "codes, in roundings", code_error, 1.0)
@@ -164,14 +166,14 @@ def _choice_error(page: _Page, keys: torch.Tensor, energy: torch.Tensor) -> floa
     return float(lacking / (VARIANCE_ERROR * best + SMALLEST))
 
 
-def _digest_error(page: _Page, keys: torch.Tensor, dtype: torch.dtype) -> float:
+def _digest_error(page: _Page, keys: torch.Tensor, dtype: torch.dtype, blur: float) -> float:
     """The largest error over what is allowed; the mean is all that is known of most channels."""
     wanted = torch.cat((keys.mean(0), STEP * keys[:, page.channels].std(0, correction=0)))
-    allowed = 2 * torch.finfo(dtype).eps * wanted.abs() + SMALL_MEAN
+    allowed = 2 * torch.finfo(dtype).eps * wanted.abs() + SMALL_MEAN + blur * keys.abs().max()
     return float(((torch.cat((page.mean, page.step)) - wanted).abs() / allowed).max())
 
 
-def _code_error(page: _Page, keys: torch.Tensor) -> float:
+def _code_error(page: _Page, keys: torch.Tensor, blur: float) -> float:
     """How much nearer to a key another level is, at most, over what is allowed."""
     mean, coded = page.mean[page.channels], keys[:, page.channels]
     steps = torch.arange(LEVELS, device=keys.device) - MIDDLE
@@ -180,6 +182,7 @@ def _code_error(page: _Page, keys: torch.Tensor) -> float:
     excess = (page.keys[:, page.channels] - coded).abs() - nearest
     rounding = LEVEL_ROUNDINGS * torch.finfo(torch.float32).eps
     allowed = rounding * (coded.abs() + mean.abs() + LEVELS / 2 * page.step) + SMALLEST
+    allowed += 2 * blur * (coded.abs() + LEVEL_ROUNDINGS * rounding)
     return float((excess / allowed).max())
 
 

@@ -178,7 +178,7 @@ def test_host_memory(seven_b: Path, plan_of: RunPlan) -> None:
     assert found["request_bytes"] == 100_000 * STOCK_TOKEN_BYTES
     assert found["at_once"] == found["blocks"] // 6250
     assert found["room"]["index_pages"] > 0
-    small = ("--kv-host-memory", "64GiB", "--kv-page-quota", "40")
+    small = ("--kv-host-memory", "64GiB", "--kv-page-quota", "12")
     assert plan_of("--model", str(seven_b), *LONG, *small)["host_memory"]["room"] is None
 
 
@@ -272,7 +272,7 @@ def words_of(page: Any) -> str:
             "With --skip-mm-profiling vLLM leaves no memory for the vision tower",
         ),
         (
-            ("--kv-page-quota", "60", "--kv-host-memory", "8GiB"),
+            ("--kv-page-quota", "12", "--kv-host-memory", "8GiB"),
             "Such a request is served without recall",
         ),
     ],

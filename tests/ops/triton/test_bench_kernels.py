@@ -130,7 +130,7 @@ def run_check(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
 def test_check_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, summary = run_check(monkeypatch, capsys)
-    assert status == 0
+    assert status == 0, summary["wrong"]
     assert summary["wrong"] == []
     assert summary["checks"] > 80
 
