@@ -248,6 +248,8 @@ def read_story(path: Path, request: str | None = None, skipped_bytes: int = 0) -
         OSError: there is no such file.
         ValueError: the line is no trace.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file: name one that --kv-trace-file has written")
     with path.open("rb") as file:
         file.seek(skipped_bytes)
         # behind the last end of a line an engine may be writing
