@@ -58,9 +58,9 @@ struct PoolFields {
 struct IndexPage {
   IndexPage(int64_t page_words, int64_t code_words, int64_t entry_tokens)
       : entry_tokens(entry_tokens),
-        entries(entry_tokens < 1 ? 0
-                                 : kWordBits * page_words /
-                                       (kWordBits * code_words + entry_tokens) / 8 * 8),
+        entries(entry_tokens < 1
+                    ? 0
+                    : kWordBits * page_words / (kWordBits * code_words + entry_tokens) / 8 * 8),
         tokens(entries * entry_tokens),
         first_mark(entries * code_words) {}
   bool marks(const int32_t* words, int64_t token) const {
@@ -346,8 +346,8 @@ void mark(const at::Tensor& positions,        // int32 [P, N]
       const int32_t token = position_field.at(table[h][i / page_tokens])[i % page_tokens];
       if (token < 0 || token >= num_tokens[h]) continue;
       const int64_t bit = token % index_page.tokens;
-      int32_t& word = word_field.at(index[h][token / index_page.tokens])[index_page.first_mark +
-                                                                        bit / kWordBits];
+      int32_t& word = word_field.at(
+          index[h][token / index_page.tokens])[index_page.first_mark + bit / kWordBits];
       word = static_cast<int32_t>(static_cast<uint32_t>(word) | 1u << (bit % kWordBits));
     }
   }

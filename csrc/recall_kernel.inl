@@ -153,8 +153,8 @@ static void average_keys_as(const void* const* keys, int64_t num_tokens, int64_t
   }
 }
 
-void average_keys(FloatType type, const void* const* keys, int64_t num_tokens,
-                  int64_t entry_tokens, int64_t head_size, void* means) {
+void average_keys(FloatType type, const void* const* keys, int64_t num_tokens, int64_t entry_tokens,
+                  int64_t head_size, void* means) {
   BUDGETKV_FOR_FLOAT_TYPE(type, average_keys_as, keys, num_tokens, entry_tokens, head_size, means);
 }
 
