@@ -129,17 +129,18 @@ AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::
   args.page_tokens = static_cast<int>(keys.size(1));
   args.head_size = static_cast<int>(keys.size(2));
   args.group = static_cast<int>(query.size(1) / table.size(1));
+  args.num_query_heads = static_cast<int>(query.size(1));
   args.scale = static_cast<float>(scale);
   return args;
 }
 
-void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-            const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
-            const at::Tensor& query_start, const at::Tensor& out, double scale) {
-  const AttendArgs args = make_args(query, keys, values, table, out, scale);
+// The tiles of all rows. With `first_position`, heads hold the tokens of their requests from
+// `first_token` on; without, whatever they hold, the row's own last.
+void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table,
+                 const at::Tensor& lens, const BatchRows& rows, const int32_t* first_position,
+                 int64_t first_token) {
   const auto table_of = table.accessor<int32_t, 3>();
   const auto lens_of = lens.accessor<int32_t, 2>();
-  const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
   check_last_stride("table", table);
   const Kernel prefill = prefill_kernel(args);
   Plan plan;
@@ -149,19 +150,43 @@ void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& v
     const int slot = rows.slot(row);
     for (int head = 0; head < table.size(1); ++head) {
       const int num_keys = lens_of[slot][head];
-      TORCH_CHECK_INDEX(num_keys >= 0 && num_keys <= table.size(2) * args.page_tokens,
-                        "attend: slot ", slot, " head ", head, " has ", num_keys,
+      TORCH_CHECK_INDEX(num_keys >= 0 && num_keys <= table.size(2) * args.page_tokens, op,
+                        ": slot ", slot, " head ", head, " has ", num_keys,
                         " tokens, but its table has room for ", table.size(2), " pages of ",
                         args.page_tokens);
       AttendTile tile{};
       tile.pages = table_of[slot][head].data();
       tile.first_token = rows.first_token(row);
       tile.kv_head = head;
-      tile.first_visible = num_keys - num_tokens + 1;
+      tile.num_keys = num_keys;
+      tile.first_visible = first_position == nullptr
+                               ? num_keys - num_tokens + 1
+                               : static_cast<int>(first_position[row] + 1 - first_token);
       plan_head(plan, tile, num_tokens, args.group, args.head_size, prefill.tile_queries);
     }
   }
   run(args, prefill, plan);
+}
+
+void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+            const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
+            const at::Tensor& query_start, const at::Tensor& out, double scale) {
+  const AttendArgs args = make_args(query, keys, values, table, out, scale);
+  const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
+  attend_rows("attend", args, table, lens, rows, nullptr, 0);
+}
+
+void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                 const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
+                 const at::Tensor& query_start, const at::Tensor& first_position,
+                 int64_t first_token, const at::Tensor& out, const at::Tensor& lse, double scale) {
+  AttendArgs args = make_args(query, keys, values, table, out, scale);
+  TORCH_CHECK_VALUE(lse.is_contiguous() && first_position.is_contiguous(),
+                    "attend_part: lse and first_position must be contiguous");
+  args.lse = lse.mutable_data_ptr<float>();
+  const BatchRows rows("attend_part", slots, query_start, table.size(0), query.size(0));
+  attend_rows("attend_part", args, table, lens, rows, first_position.const_data_ptr<int32_t>(),
+              first_token);
 }
 
 }  // namespace
@@ -171,6 +196,13 @@ TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, Tensor slots, "
       "Tensor query_start, Tensor(a!) out, float scale) -> ()");
+  m.def(
+      "attend_part(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, "
+      "Tensor slots, Tensor query_start, Tensor first_position, int first_token, Tensor(a!) out, "
+      "Tensor(b!) lse, float scale) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(budgetkv, CPU, m) { m.impl("attend", &budgetkv::attend); }
+TORCH_LIBRARY_IMPL(budgetkv, CPU, m) {
+  m.impl("attend", &budgetkv::attend);
+  m.impl("attend_part", &budgetkv::attend_part);
+}

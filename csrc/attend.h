@@ -14,19 +14,21 @@ enum class FloatType { kFloat32, kBfloat16, kFloat16 };
 
 // What all tiles share. Strides count elements.
 struct AttendArgs {
-  FloatType type;     // of query, keys, values and out
+  FloatType type;     // of query, keys, values and, without `lse`, out
   const void* query;  // [T, Hq, D]
   int64_t query_token_stride, query_head_stride;
-  void* out;  // [T, Hq, D]
+  void* out;  // [T, Hq, D], float32 with `lse`
   int64_t out_token_stride, out_head_stride;
+  float* lse;          // [T, Hq], dense: the logarithm of each query's weights; null if nobody asks
   const void* keys;    // [P, N, D], pages `page_stride` apart
   const void* values;  // as keys
   int64_t page_stride;
-  int64_t num_pages;  // P
-  int page_tokens;    // N
-  int head_size;      // D
-  int group;          // G
-  float scale;        // of the scores
+  int64_t num_pages;    // P
+  int page_tokens;      // N
+  int head_size;        // D
+  int group;            // G
+  int num_query_heads;  // Hq
+  float scale;          // of the scores
 };
 
 struct AttendTile {
@@ -36,6 +38,7 @@ struct AttendTile {
   int first_query;  // m of the tile's first query
   int num_queries;
   int first_visible;  // keys that the row's first token sees; not positive if none
+  int num_keys;       // that the head has
   bool is_decode;     // the row is one token, and the tile is its whole group
   int num_splits;     // the keys are cut into runs of split_keys
   int split_keys;
@@ -44,7 +47,7 @@ struct AttendTile {
   int token_of(int query, int group) const { return (first_query + query) / group; }
   int visible(int query, int group) const {
     const int keys = first_visible + token_of(query, group);
-    return keys > 0 ? keys : 0;
+    return keys < 0 ? 0 : keys < num_keys ? keys : num_keys;
   }
 };
 

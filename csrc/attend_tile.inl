@@ -29,15 +29,26 @@ BUDGETKV_INLINE const T* query_row(const AttendArgs& args, const AttendTile& til
 }
 
 template <class T>
+BUDGETKV_INLINE void write_mean(T* out, int size, const float* sum, float total) {
+  const Vec weight = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
+  for_each_vector(
+      size, [&](int d, bool is_tail) { store(out + d, load(sum + d, is_tail) * weight, is_tail); });
+}
+
+template <class T>
 BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, int query,
-                               const float* sum, float total) {
+                               const float* sum, float peak, float total) {
   const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
   const int64_t token = tile.first_token + tile.token_of(query, args.group);
-  T* out = static_cast<T*>(args.out) + token * args.out_token_stride + head * args.out_head_stride;
-  const Vec weight = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
-  for_each_vector(args.head_size, [&](int d, bool is_tail) {
-    store(out + d, load(sum + d, is_tail) * weight, is_tail);
-  });
+  const int64_t place = token * args.out_token_stride + head * args.out_head_stride;
+  if (args.lse == nullptr) {
+    write_mean(static_cast<T*>(args.out) + place, args.head_size, sum, total);
+    return;
+  }
+  write_mean(static_cast<float*>(args.out) + place, args.head_size, sum, total);
+  // a query that sees no key has no weight
+  args.lse[token * args.num_query_heads + head] =
+      total == 0 ? -kInfinity : peak + __builtin_logf(total);
 }
 
 // Where up to kBlockKeys tokens of a head lie; the arrays have room for whole vectors of keys.
@@ -107,7 +118,7 @@ BUDGETKV_INLINE void finish_split(const AttendArgs& args, const AttendTile& tile
                                   const Partial& result) {
   if (tile.num_splits == 1) {
     for (int q = 0; q < tile.num_queries; ++q) {
-      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.total[q]);
+      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.peak[q], result.total[q]);
     }
     return;
   }

@@ -133,6 +133,23 @@ def launch_store(layout: PageLayout, group: int) -> None:
         move(key, key, batch_rows([0, 1], [20, 30]), made.tier)
 
 
+def launch_stage(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.stage import stage
+
+    made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
+    pages = made.cache.free_pages[0, : 2 * NUM_HEADS].view(NUM_HEADS, 2)
+    stage(pages, made.cache.pool, 1, 0, made.tier)
+
+
+def launch_attend_part(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.attend_part import attend_part
+
+    cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    out, lse = torch.empty(query.shape), torch.empty(query.shape[:2])
+    attend_part(query, cache.heads, batch_rows([0, 1], [1, 19]), 32, out, lse, 0.1)
+
+
 def launch_encode(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.encode import encode
 
@@ -174,6 +191,8 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_digest: 1,
     launch_merge: 4,
     launch_store: 2,
+    launch_stage: 1,
+    launch_attend_part: 1,
     launch_encode: 1,
     launch_mark: 1,
     launch_recall: 6,

@@ -102,8 +102,24 @@ class Quota:
     def headroom_tokens(self) -> int:
         """Tokens per head of the quota that no choice may fill: T/L + R + N, and pinned ones."""
         chunk_share_tokens = ceil_div(self.chunk_tokens, self.num_layers)
-        growth_tokens = chunk_share_tokens + self.decode_interval_tokens
-        return growth_tokens + self.page_tokens + self.pinned_tokens
+        growth_tokens = self.decode_interval_tokens
+        if self.streams:
+            growth_tokens = max(growth_tokens, ceil_div(self.page_tokens, self.num_layers))
+        return chunk_share_tokens + growth_tokens + self.page_tokens + self.pinned_tokens
+
+    @property
+    def streams(self) -> bool:
+        """Whether some chunks of a prompt attend to what was dropped of it, too."""
+        return self.recall is not None and self.recall.rereads
+
+    @property
+    def piece_pages(self) -> int:
+        """Pages of each head of a layer through which a prompt streams back, a piece at a time.
+
+        They are those in which output will grow: R tokens of every layer, for one layer at a time.
+        """
+        growth_tokens = max(self.num_layers * self.decode_interval_tokens, self.page_tokens)
+        return growth_tokens // self.page_tokens
 
     @property
     def _largest_part(self) -> str:

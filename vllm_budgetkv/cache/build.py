@@ -16,6 +16,7 @@ from vllm_budgetkv.cache.report import Reports
 from vllm_budgetkv.cache.rows import Rows
 from vllm_budgetkv.cache.slots import Slots
 from vllm_budgetkv.cache.step import Layers
+from vllm_budgetkv.cache.streaming import Streaming
 from vllm_budgetkv.cache.tables import HeadTables
 from vllm_budgetkv.cache.tier import HostTier
 from vllm_budgetkv.cache.trace import Traces
@@ -117,6 +118,9 @@ def build_cache(
         compressor=compressor,
         recaller=recaller,
         replay=_replay_of(rules, compressor, recaller),
+        streaming=None
+        if recaller is None
+        else Streaming(tables, recaller, model.scales, rules.check_ledger),
     )
     return BudgetCache(
         slots=Slots(tables, rules, probes, reports, arrival_of, recaller, model.group),

@@ -109,6 +109,9 @@ class BudgetCache:
             lead=self.layers.replay.lead([plan.request for plan in plans])
             if self.layers.replay is not None
             else None,
+            streams=self.layers.streaming.open(plans, starts)
+            if self.layers.streaming is not None
+            else [],
         )
         return self.step
 
@@ -136,6 +139,7 @@ class BudgetCache:
             num_retrieving_rows=num_rows if self.layers.reader.choice else 0,
             num_recalling_rows=num_rows if self.layers.recaller else 0,
             lead=None,
+            streams=[],
         )
 
     def end_step(self) -> None:

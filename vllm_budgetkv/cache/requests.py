@@ -224,6 +224,16 @@ class RowPlan:
         return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
 
     @property
+    def streams(self) -> bool:
+        """Whether its tokens attend to all of their prompt that was seen, held or not."""
+        request = self.request
+        recall, start_tokens = request.quota.recall, request.computed_tokens
+        if recall is None or not (request.in_tier and request.has_classes):
+            return False
+        sizes = (request.prompt_tokens, request.spans.end_of_vision)
+        return request.in_prefill(start_tokens) and recall.streams(self.stop_tokens, *sizes)
+
+    @property
     def ends_prefill(self) -> bool:
         """Whether decode follows this step."""
         start_tokens = self.request.computed_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.replay import Lead, Replay
     from vllm_budgetkv.cache.requests import RequestState, RowPlan
     from vllm_budgetkv.cache.rows import Rows
+    from vllm_budgetkv.cache.streaming import Stream, Streaming
     from vllm_budgetkv.cache.tables import HeadTables
 
 
@@ -34,6 +36,7 @@ class Layers:
         compressor: compresses one layer of one request.
         recaller: brings tokens back from host memory; None where nothing does.
         replay: takes over what host memory keeps of a prompt; None without host memory.
+        streaming: attends to what host memory keeps of a prompt; None without host memory.
     """
 
     index: Mapping[str, int]
@@ -43,6 +46,7 @@ class Layers:
     compressor: Compressor
     recaller: Recaller | None
     replay: Replay | None
+    streaming: Streaming | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Step:
         num_retrieving_rows: leading rows of one token that may read some of their pages only.
         num_recalling_rows: leading rows of one token that may bring tokens back.
         lead: tokens that each layer takes from host memory first; None if there are none.
+        streams: rows that attend to all of their prompt.
     """
 
     layers: Layers
@@ -75,6 +80,7 @@ class Step:
     num_retrieving_rows: int
     num_recalling_rows: int
     lead: Lead | None
+    streams: Sequence[Stream]
 
     def see_positions(self, positions: torch.Tensor) -> None:
         """Take the rotary positions of the batch, before the first layer runs.
@@ -134,7 +140,7 @@ class Step:
                 recaller.store(layer, rows, key, value)
             if count := self.num_recalling_rows:
                 recaller.recall(layer, rows.first(count), query[:count])
-        self.layers.reader.attend(layer, rows, self.num_retrieving_rows, query, out)
+        self._attend(layer, query, out)
         if self.is_decode:
             self.layers.probes.note_decode(layer, query)
             return
@@ -145,6 +151,25 @@ class Step:
                 self.layers.compressor.compress(
                     plan.request, [layer], plan.num_tokens, last=plan.ends_chunks
                 )
+
+    def _attend(self, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend to what is held, and to all of their prompt from the rows that stream."""
+        num_rows, num_tokens = self._num_reading
+        retrieving = min(self.num_retrieving_rows, num_rows)
+        reading = self.rows.first(num_rows)
+        self.layers.reader.attend(layer, reading, retrieving, query[:num_tokens], out[:num_tokens])
+        for stream in self.streams:
+            assert self.layers.streaming is not None
+            self.layers.streaming.attend(stream, layer, query, out)
+
+    @cached_property
+    def _num_reading(self) -> tuple[int, int]:
+        """Rows and tokens in front of the streaming rows that end the batch."""
+        num_rows = len(self.rows.slots)
+        if self.streams:
+            others = [row for row, plan in enumerate(self.plans) if not plan.streams]
+            num_rows = max(others, default=-1) + 1
+        return num_rows, self.starts[num_rows]
 
     def close(self) -> None:
         """Move a decode step's queries to the banks, behind its last layer."""

@@ -169,8 +169,23 @@ class HeadTables:
 
     def take(self, slot: int, count: int) -> torch.Tensor:
         """int32 [count]: head-pages from the top of a slot's free stack, which has them."""
-        top = self.num_free[slot] - 1 - torch.arange(count, device=self.num_free.device)
+        pages = self._top(slot, count)
         self.num_free[slot] -= count
+        return pages
+
+    def lend(self, slot: int, count: int, *, checked: bool) -> torch.Tensor:
+        """The same, but they stay free: what is written there is read before any is taken.
+
+        Args:
+            slot: the request's slot.
+            count: of the pages.
+            checked: ask the device whether there are as many.
+        """
+        assert not checked or int(self.num_free[slot]) >= count, "no room beside what is held"
+        return self._top(slot, count)
+
+    def _top(self, slot: int, count: int) -> torch.Tensor:
+        top = self.num_free[slot] - 1 - torch.arange(count, device=self.num_free.device)
         return self.free_pages[slot][top.long()]
 
     def push_front(self, slot: int, pages: torch.Tensor, num_tokens: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.attend import attend
+from vllm_budgetkv.ops.attend_part import attend_part
 from vllm_budgetkv.ops.compact import compact
 from vllm_budgetkv.ops.contrast import contrast
 from vllm_budgetkv.ops.digest import digest
@@ -21,6 +22,7 @@ from vllm_budgetkv.ops.reserve import reserve
 from vllm_budgetkv.ops.retrieve import retrieve
 from vllm_budgetkv.ops.score import Scores, score
 from vllm_budgetkv.ops.select import select
+from vllm_budgetkv.ops.stage import stage
 from vllm_budgetkv.ops.store import store
 from vllm_budgetkv.ops.views import (
     BatchRows,
@@ -41,6 +43,7 @@ __all__ = [
     "TierLayer",
     "append",
     "attend",
+    "attend_part",
     "compact",
     "contrast",
     "digest",
@@ -53,5 +56,6 @@ __all__ = [
     "retrieve",
     "score",
     "select",
+    "stage",
     "store",
 ]

@@ -46,11 +46,7 @@ def attend(
     require("out", out, layout.dtype, query.shape)
     require_layer(heads)
     require_rows(rows)
-    if query.shape[1] % heads.num_heads:
-        raise ValueError(
-            f"{query.shape[1]} query heads do not divide among {heads.num_heads} KV heads; "
-            "pass a multiple"
-        )
+    require_group(query, heads)
     match backend.of(query):
         case "reference":
             attend_reference(query, heads, rows, out, scale)
@@ -62,3 +58,16 @@ def attend(
             extension.load()
             tables = (heads.table, heads.lens, rows.slots, rows.query_start)
             torch.ops.budgetkv.attend(query, pool.keys, pool.values, *tables, out, scale)
+
+
+def require_group(query: torch.Tensor, heads: PagedHeads) -> None:
+    """Refuse query heads that do not divide among the KV heads.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if query.shape[1] % heads.num_heads:
+        raise ValueError(
+            f"{query.shape[1]} query heads do not divide among {heads.num_heads} KV heads; "
+            "pass a multiple"
+        )

@@ -25,6 +25,7 @@ from vllm_budgetkv.policy.option import (
 )
 
 HeadClass = Literal["static", "dynamic"]
+Rereading = Literal["none", "question", "all"]
 HybridMerge = Literal["none", "value"]
 
 
@@ -80,6 +81,15 @@ class PolicyFlags:
         "Merge the 'value' of dropped tokens into kept ones of like keys, or 'none' (for "
         "ablations).",
         choices=get_args(HybridMerge),
+        policies=("hybrid",),
+    )
+    recall_prefill: Rereading = option(
+        "question",
+        "Chunks of a prompt that attend to all tokens in front of them, which --kv-host-memory "
+        "keeps, not only to those that stayed: those of the question, behind the last picture or "
+        "at the end, or `all`, so that keys and values are those of the full cache and reading a "
+        "prompt takes as long as with it.",
+        choices=get_args(Rereading),
         policies=("hybrid",),
     )
     head_scores_file: str | None = option(

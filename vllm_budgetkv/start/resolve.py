@@ -83,6 +83,8 @@ def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
         code_words=layout.code_words,
         slots_share=options.recall_share,
         max_index_share=options.recall_index_share,
+        rereads_all=options.recall_prefill == "all",
+        question_tokens=0 if options.recall_prefill == "none" else options.probe_tokens,
     )
 
 

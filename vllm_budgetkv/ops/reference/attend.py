@@ -26,7 +26,7 @@ def attend(
         start, end = rows.query_start[row : row + 2].tolist()
         for head in range(heads.num_heads):
             num_keys = int(lens[slot, head])
-            keys, values = _read_head(pool, table[slot, head], num_keys, compute_dtype)
+            keys, values = read_head(pool, table[slot, head], num_keys, compute_dtype)
             query_heads = slice(head * group, (head + 1) * group)
             rotated = query[start:end, query_heads].to(compute_dtype).transpose(0, 1)
             # Query i sees the first num_keys - t + i + 1 keys.
@@ -38,7 +38,7 @@ def attend(
             out[start:end, query_heads] = (weights @ values).transpose(0, 1).to(out.dtype)
 
 
-def _read_head(
+def read_head(
     pool: PagePool, pages: torch.Tensor, num_tokens: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of a head in the order of its tokens, [n, D] each."""

@@ -1,0 +1,149 @@
+"""Chunks that attend to all of their prompt: the attention of the full cache, under the quota."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tests.cache.client import Client, Feature
+from tests.cache.test_recall import NUMBERS, RECALL, make_lab, run
+from tests.cache.test_replay import FamilyLab
+from tests.cache.test_scenarios import assert_empty, play
+from vllm_budgetkv.arithmetic.quota import Quota
+
+SCENARIOS = 60
+
+
+class StreamingLab(FamilyLab):
+    """What streams is compared with dense attention over all tokens in front of it."""
+
+    rereading: ClassVar[dict[str, Any]] = {}
+    num_streamed = 0
+    num_mixed = 0
+
+    def __init__(self, policy: str, quota: Quota, **kwargs: Any) -> None:
+        assert quota.recall is not None
+        numbers = vars(quota) | {"recall": replace(quota.recall, **self.rereading)}
+        smallest = Quota(**(numbers | {"blocks": 10**6})).min_blocks
+        numbers["blocks"] = max(quota.blocks, smallest)
+        kwargs["pool_blocks"] = max(kwargs["pool_blocks"], 5 * numbers["blocks"])
+        super().__init__(policy, Quota(**numbers), **kwargs)
+
+    def attended(self, client: Client, layer: int, head: int) -> torch.Tensor:
+        if self.streams(client):
+            return torch.arange(client.computed_tokens)
+        return super().attended(client, layer, head)
+
+    def streams(self, client: Client) -> bool:
+        """Whether its row of this step does."""
+        return self.cache.plans[client.request_id].streams
+
+    def _check_attention(
+        self, client: Client, layer: int, query: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        if not self.streams(client):
+            super()._check_attention(client, layer, query, out)
+
+    def run_layer(self, step: Any, layer: int, *tensors: torch.Tensor) -> None:
+        super().run_layer(step, layer, *tensors)
+        query, key, value, out = tensors
+        starts = torch.tensor(step.starts)
+        clients = {client.request_id: client for client in self.clients}
+        for stream in step.streams:
+            client = clients[stream.request.request_id]
+            bounds = starts[starts >= stream.tokens.start][:2] - stream.tokens.start
+            parts = [part[stream.tokens] for part in (query, key, value)]
+            expected = self._expected([client], bounds, layer, *parts)
+            torch.testing.assert_close(out[stream.tokens], expected, rtol=1e-4, atol=1e-4)
+            self.num_streamed += 1
+        self.num_mixed += 0 < len(step.streams) < len(step.plans)
+
+
+class AllLab(StreamingLab):
+    rereading: ClassVar = {"rereads_all": True}
+
+
+class QuestionLab(StreamingLab):
+    rereading: ClassVar = {"question_tokens": 20}
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_scenarios(block: int) -> None:
+    """Random chunks, families, aborts and preemptions; the ledger and poison are on."""
+    count, streamed, mixed = SCENARIOS // 4, 0, 0
+    for seed in range(block * count, (block + 1) * count):
+        lab = make_lab(seed, AllLab if seed % 3 else QuestionLab)
+        play(lab, num_steps=45)
+        assert_empty(lab)
+        streamed += lab.num_streamed
+        mixed += lab.num_mixed
+    assert streamed > 10 * count
+    assert mixed > count
+
+
+REREADS_ALL = {"rereads_all": True}
+
+
+def streaming_lab(
+    recall: dict[str, Any], *, tier_blocks: int = 100, **changes: Any
+) -> StreamingLab:
+    quota = Quota(**(NUMBERS | changes), recall=replace(RECALL, **recall))
+    return StreamingLab("hybrid", quota, pool_blocks=60, heads=2, tier_blocks=tier_blocks)
+
+
+@pytest.mark.parametrize("interval_tokens", [1, 8, 20])
+def test_every_chunk_behind_the_first_compression_streams(interval_tokens: int) -> None:
+    """In pieces of one page, of the layers' growth, and in fewer; up to the prompt's last token."""
+    lab = streaming_lab(REREADS_ALL, decode_interval_tokens=interval_tokens, blocks=16)
+    assert lab.quota.piece_pages == max(1, 3 * interval_tokens // 8)
+    client = run(lab, Client("long", 300), outputs=1)
+    chunks = [stop for stop in range(24, 300, 24) if stop > lab.quota.budget_tokens]
+    assert lab.num_streamed >= lab.layers * (len(chunks) - 1)
+    # decode reads what is held and what comes back
+    streamed = lab.num_streamed
+    run(lab, client, outputs=3)
+    assert lab.num_streamed == streamed
+
+
+def test_a_prompt_that_host_memory_has_no_room_for_does_not_stream() -> None:
+    lab = streaming_lab(REREADS_ALL, tier_blocks=2)
+    run(lab, Client("long", 300), outputs=2)
+    assert lab.num_streamed == 0
+
+
+@pytest.mark.parametrize(
+    ("features", "first_token"),
+    [([], 280), ([Feature(4, 160, 8)], 164), ([Feature(4, 10, 1), Feature(40, 249, 1)], 289)],
+    ids=["text", "video", "picture at the end"],
+)
+def test_the_question_attends_to_all(features: list[Feature], first_token: int) -> None:
+    """Chunks with a token behind the last picture, or with one of the last ones of text."""
+    lab = streaming_lab({"question_tokens": 20})
+    client = Client("long", 300, features)
+    while client.computed_tokens < 300:
+        start, before = client.computed_tokens, lab.num_streamed
+        lab.step({client: lab.room(client)})
+        asks = client.computed_tokens > max(first_token, lab.quota.budget_tokens)
+        assert lab.num_streamed - before == lab.layers * asks, start
+
+
+def test_without_it_chunks_attend_to_what_is_held() -> None:
+    lab = streaming_lab({})
+    run(lab, Client("long", 300), outputs=1)
+    assert lab.num_streamed == 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 30])
+@pytest.mark.parametrize("interval_tokens", [1, 5, 64])
+def test_a_piece_fits_beside_what_is_held(num_layers: int, interval_tokens: int) -> None:
+    """Budget, chunk, partial pages and a piece: all pages of the quota at most."""
+    numbers = NUMBERS | {"num_layers": num_layers, "decode_interval_tokens": interval_tokens}
+    recall = replace(RECALL, all_heads=2 * num_layers, rereads_all=True)
+    for blocks in range(20, 60):
+        quota = Quota(**(numbers | {"blocks": blocks}), recall=recall)
+        held_pages = num_layers * (quota.budget_tokens / 8 + 1) + quota.chunk_tokens / 8
+        assert quota.piece_pages >= 1
+        assert held_pages + quota.piece_pages <= num_layers * blocks
