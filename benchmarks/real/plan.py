@@ -156,6 +156,14 @@ def recalling(name: str, **options: Any) -> Run:
     return replace(RECALL, name=name, options=RECALL.options | {"tuning": tuning})
 
 
+def rereading(name: str, chunks: str, **fields: Any) -> Run:
+    """Recall where other chunks of the prompt attend to all of it than those of the question."""
+    options = RECALL.options | {"recall_prefill": chunks}
+    return replace(RECALL, name=name, options=options, **fields)
+
+
+NO_REREADING = rereading("no chunk attends to all", "none")
+REREADING = rereading("all chunks attend to all", "all")
 # host memory with room for all texts of a run
 KEPT = replace(RECALL, options={"host_memory": "4GiB"})
 BEHIND = replace(KEPT, name="hybrid with recall, behind another question", asks_before=True)
@@ -203,11 +211,16 @@ PLANS: dict[str, list[Run]] = {
         *(run for method in FRAME_METHODS for run in at(method, SHARES[:2], **FRAMES)),
     ],
     "recall": [FULL, HYBRID, *at(RECALL, (0.05, 0.1, 0.2))],
+    "recall-prefill": [
+        FULL,
+        *(run for one in (NO_REREADING, RECALL, REREADING) for run in at(one, (0.05, 0.1))),
+    ],
     "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
     "recall-long": [
         replace(FULL, **LONG),
         *at(RECALL, (0.05, 0.1), **LONG),
-        *(run for one in (ALL_HEADS, AGAIN) for run in at(one, SHARES[:1], **LONG)),
+        *at(REREADING, (0.05, 0.1), **LONG),
+        *at(ALL_HEADS, SHARES[:1], **LONG),
     ],
     "reuse": [FULL, *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2]))],
     "reuse-frames": [
@@ -220,7 +233,7 @@ PLANS: dict[str, list[Run]] = {
     ],
     "recall-frames": [
         replace(FULL, **FRAMES),
-        *(run for one in (HYBRID, RECALL) for run in at(one, SHARES[:2], **FRAMES)),
+        *(run for one in (HYBRID, RECALL, REREADING) for run in at(one, SHARES[:2], **FRAMES)),
     ],
     "quick": [
         replace(FULL, **QUICK),

@@ -59,6 +59,23 @@ def test_both_runners_give_the_same_answers(tmp_path: Path, vision_model: Path) 
     assert answers[0] != tokens_of(plain)
 
 
+def test_a_prompt_is_read_as_with_the_full_cache(tmp_path: Path, vision_model: Path) -> None:
+    """The first token of each answer, which sees the prompt as its chunks did, is stock's."""
+    requests = [request | {"max_tokens": 1} for request in mixed_requests()]
+    own = ("block_size", "num_gpu_blocks_override")
+    engine = {name: value for name, value in ENGINE.items() if name not in own}
+    stock = tokens_of(run(tmp_path, vision_model, requests, stock=True, **engine))
+    options = recalling(tmp_path / "report.jsonl", "64MiB")
+    answers = []
+    for reads in ("all", "none"):
+        reading = options | {"recall_prefill": reads}
+        answer = run(tmp_path, vision_model, requests, budget=reading, **ENGINE)
+        check_bound(answer)
+        answers.append(tokens_of(answer))
+    assert answers[0] == stock
+    assert answers[1] != stock
+
+
 def test_random_arrivals_aborts_and_preemptions(tmp_path: Path, vision_model: Path) -> None:
     """Host memory is short, so that some requests go without; every answer is complete."""
     requests, preempts = random_requests(seed=11, num_scenarios=SCENARIOS)

@@ -32,8 +32,8 @@ OF_COUNTS = (
     Mutation(
         "quota: no room for partial pages",
         "arithmetic/quota.py",
-        "return growth_tokens + self.page_tokens + self.pinned_tokens",
-        "return growth_tokens + self.pinned_tokens",
+        "+ growth_tokens + self.page_tokens + self.pinned_tokens",
+        "+ growth_tokens + self.pinned_tokens",
     ),
     Mutation(
         "quota: compresses one token late in prefill",

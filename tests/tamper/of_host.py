@@ -30,6 +30,24 @@ OF_HOST = (
         "self._unheld.popitem()[0]",
     ),
     Mutation(
+        "streaming: parts of a prompt are added without their weight",
+        "cache/streaming.py",
+        "            mean *= (weight - both).exp_()[..., None]\n",
+        "",
+    ),
+    Mutation(
+        "streaming: a piece is a page longer than there is room",
+        "arithmetic/quota.py",
+        "return growth_tokens // self.page_tokens",
+        "return growth_tokens // self.page_tokens + 1",
+    ),
+    Mutation(
+        "streaming: the question is taken for what it asks about",
+        "arithmetic/recall.py",
+        "stop_tokens > question_start",
+        "stop_tokens > prompt_tokens",
+    ),
+    Mutation(
         "host: what is not written yet can be found",
         "scheduler/prompts.py",
         "(kept.num_published + 1) * self.page_tokens <= seen_tokens",
