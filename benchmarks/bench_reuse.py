@@ -1,11 +1,11 @@
 """A second question on a video, and decode with recall: `python -m benchmarks.bench_reuse`.
 
-    python -m benchmarks.bench_reuse [--repeats 3] [--sizes 8000] [--dtype float32] [--out FILE]
+    python -m benchmarks.bench_reuse [--repeats 3] [--sizes 8000] [--sides stock host] [--out FILE]
 
-Four engines take turns: stock vLLM with its prefix cache, ours under a tenth of the longest
-prompt, ours with host memory behind it, and the same with a second look. Each serves a video with a
-question, alone, and then another question on the same video. Every figure is the median over the
-repeats of a ratio.
+Engines take turns: stock vLLM with its prefix cache, ours under a tenth of the longest prompt, and
+ours with host memory behind it, where the question's chunks attend to all of the prompt ("host"),
+no chunk does ("held"), or every chunk does ("all"). Each serves a video with a question, alone, and
+then another question on the same video. Every figure is the median over the repeats of a ratio.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ SIDES: dict[str, dict[str, Any]] = {
     "stock": {},
     "ours": {},
     "host": {"host_memory": HOST_MEMORY},
-    "look": {"host_memory": HOST_MEMORY, "tuning": {"second_look": True}},
+    "held": {"host_memory": HOST_MEMORY, "recall_prefill": "none"},
+    "all": {"host_memory": HOST_MEMORY, "recall_prefill": "all"},
 }
 # (figure, side and question above, side and question below)
 RATIOS = {
@@ -34,8 +35,13 @@ RATIOS = {
     "second question, host / stock": ("prefill_seconds", "host", 1, "stock", 1),
     "first question, host / ours": ("prefill_seconds", "host", 0, "ours", 0),
     "first question, host / stock": ("prefill_seconds", "host", 0, "stock", 0),
-    "first question, second look / host": ("prefill_seconds", "look", 0, "host", 0),
-    "second question, second look / host": ("prefill_seconds", "look", 1, "host", 1),
+    "first question, held / ours": ("prefill_seconds", "held", 0, "ours", 0),
+    "first question, host / held": ("prefill_seconds", "host", 0, "held", 0),
+    "first question, all / held": ("prefill_seconds", "all", 0, "held", 0),
+    "first question, all / stock": ("prefill_seconds", "all", 0, "stock", 0),
+    "second question, held / stock": ("prefill_seconds", "held", 1, "stock", 1),
+    "second question, host / held": ("prefill_seconds", "host", 1, "held", 1),
+    "second question, all / stock": ("prefill_seconds", "all", 1, "stock", 1),
     "decode, host / stock": ("decode_ms", "host", 0, "stock", 0),
     "decode, host / ours": ("decode_ms", "host", 0, "ours", 0),
 }
@@ -47,13 +53,13 @@ def main() -> None:
     runs = []
     for repeat in range(options.repeats):
         found = {}
-        for side, budget in SIDES.items():
+        for side in options.sides:
             print(f"repeat {repeat + 1} of {options.repeats}: {side}", flush=True)
             found[side] = bench.measure(
                 model,
                 "stock" if side == "stock" else "ours",
                 options,
-                budget=budget,
+                budget=SIDES[side],
                 questions=2,
                 enable_prefix_caching=side == "stock",
             )
@@ -71,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A second question on one video.")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: 3)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8000])
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--dtype", default="float32", help="of model and cache")
     file = RESULTS / "bench_reuse.json"
     parser.add_argument("--out", type=Path, default=file, help="file of the results")
@@ -89,7 +96,10 @@ def ratios(runs: list[dict[str, Any]], size: str) -> dict[str, float]:
         values = [run[side][size][n][figure] for side, n in ((above, first), (below, second))]
         return values[0] / values[1]
 
-    return {name: round(statistics.median(ratio(run, name) for run in runs), 3) for name in RATIOS}
+    measured = [name for name, (_, *sides) in RATIOS.items() if {*sides[::2]} <= runs[0].keys()]
+    return {
+        name: round(statistics.median(ratio(run, name) for run in runs), 3) for name in measured
+    }
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.append import append as append_reference
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
+from vllm_budgetkv.ops.reference.attend_part import attend_part as attend_part_reference
 from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
@@ -69,6 +70,7 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
     yield from _check_append(fresh(), sizes)
     yield from _check_reserve(fresh())
     yield from _check_attend(fresh(), sizes)
+    yield from _check_attend_part(fresh(), sizes)
     yield from _check_score(fresh(), sizes)
     yield from _check_contrast(fresh())
     yield from _check_select(fresh())
@@ -143,6 +145,29 @@ def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         attend_reference(*arguments, rounded, scale)
         attend_reference(*arguments, exact, scale, torch.float64)
         yield within_budget("attend", what, actual, rounded, exact)
+
+
+def _check_attend_part(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
+    """A chunk that begins inside of what the heads hold, and a token behind all of it.
+
+    Kernels may round weights to the cache's type, where the reference in float32 does not.
+    """
+    device, layout, tokens = cache.table.device, cache.pool.layout, sizes.chunk_tokens
+    shape = (tokens + 1, sizes.heads * sizes.group, sizes.head_size)
+    query = torch.randn(shape, device=device).to(layout.dtype)
+    # rows begin at positions 40 and 90
+    arguments = (query, cache.heads, two_rows(tokens, device), 32)
+    results = [
+        (torch.full(shape, torch.nan, dtype=dtype, device=device), weight)
+        for dtype in (torch.float32, torch.float64)
+        for weight in [torch.full(shape[:2], torch.nan, dtype=dtype, device=device)]
+    ]
+    actual, exact = results
+    ops.attend_part(*arguments, *actual, sizes.head_size**-0.5)
+    attend_part_reference(*arguments, *exact, sizes.head_size**-0.5, torch.float64)
+    rounded = [each.to(layout.dtype) for each in exact]
+    yield within_budget("attend_part", "mean", actual[0], rounded[0], exact[0])
+    yield within_budget("attend_part", "weight", actual[1], rounded[1], exact[1])
 
 
 def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from benchmarks.kernels import work
-from benchmarks.kernels.caches import equal_lens
+from benchmarks.kernels.caches import build_cache, equal_lens
 from benchmarks.kernels.remembered import EMPTY, Remembered, build_tier, remember
 from benchmarks.kernels.rows import Bench, Row, measure_row
 from benchmarks.kernels.shapes import CHUNK_TOKENS, QWEN25_VL_7B, ModelShape
 from vllm_budgetkv import ops
+from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.arithmetic.recall import Recall
 
 if TYPE_CHECKING:
@@ -176,7 +177,7 @@ def _recall_row(bench: Bench, step: RecallStep, case: str, share: float, link: f
 
 
 def _chunk_rows(bench: Bench, model: ModelShape, link: float) -> Iterator[Row]:
-    """A chunk of one layer, to host memory and from there."""
+    """A chunk of one layer, to host memory and from there, as tokens and as pages."""
     layout = bench.layout(model)
     tier = build_tier((CHUNK_TOKENS,), 1, model.kv_heads, layout, bench.device)[0]
     shape = (CHUNK_TOKENS, model.kv_heads, model.head_size)
@@ -186,6 +187,11 @@ def _chunk_rows(bench: Bench, model: ModelShape, link: float) -> Iterator[Row]:
     for name, op in (("store", ops.store), ("load", ops.load)):
         row = measure_row(bench, name, case, partial(op, key, value, rows, tier), counted)
         yield _against_link(row, counted, link)
+    cache = build_cache(equal_lens(1, model.kv_heads, CHUNK_TOKENS), layout, bench.device)
+    pages = cache.table[0, :, : ceil_div(CHUNK_TOKENS, bench.page_tokens)]
+    staged = partial(ops.stage, pages, cache.pool, 0, 0, tier)
+    row = measure_row(bench, "stage", case, staged, counted)
+    yield _against_link(row, counted, link)
 
 
 def _measure_link(bench: Bench) -> float:

@@ -1,4 +1,4 @@
-"""Whether `store`, `load`, `encode`, `mark` and `recall` compute what their references do.
+"""Whether `store`, `load`, `stage`, `encode`, `mark` and `recall` compute what their references do.
 
 What moves bits must move them exactly, from pinned memory on a GPU. A code may be either of two
 levels that are equally near, and of channels with as much energy times variance either may be
@@ -9,6 +9,7 @@ judged by the mass of what it chose. Errors of both are in units of what roundin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from vllm_budgetkv.ops.reference.encode import encode as encode_reference
 from vllm_budgetkv.ops.reference.index_pages import LEVELS, read_codes, read_digest
 from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
+from vllm_budgetkv.ops.reference.stage import stage as stage_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
 
 if TYPE_CHECKING:
@@ -88,6 +90,17 @@ def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Ve
     ops.load(*found, rows, made.tier._replace(tokens=kept[:, -1]))
     load_reference(*read, rows, made.tier._replace(tokens=expected[:, -1]))
     yield same_bits("load", "keys and values", found, read)
+    yield _check_stage(made)
+
+
+def _check_stage(made: Remembered) -> Verdict:
+    """Two blocks of slot 0, in pages without order."""
+    pool, num_heads = made.cache.pool, made.tier.tokens.shape[1]
+    pages = torch.randperm(len(pool.raw))[: 2 * num_heads].view(num_heads, 2)
+    actual, expected = (replace(pool, raw=pool.raw.clone()) for _ in range(2))
+    for op, target in ((ops.stage, actual), (stage_reference, expected)):
+        op(pages.int().to(made.device), target, 0, 1, made.tier)
+    return same_bits("stage", "pages", actual.raw, expected.raw)
 
 
 class _Page(NamedTuple):

@@ -163,6 +163,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_frames_full": ("frames-full", full_table),
     "real_frames": ("frames", every_task_table),
     "real_recall": ("recall", quota_table),
+    "real_recall_prefill": ("recall-prefill", quota_table),
     "real_recall_variations": ("recall-variations", variation_table),
     "real_recall_long": ("recall-long", every_task_table),
     "real_recall_frames": ("recall-frames", every_task_table),

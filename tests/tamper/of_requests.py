@@ -20,8 +20,8 @@ OF_REQUESTS = (
     Mutation(
         "request: pinned tokens cost nothing",
         "arithmetic/quota.py",
-        "return growth_tokens + self.page_tokens + self.pinned_tokens",
-        "return growth_tokens + self.page_tokens",
+        "+ growth_tokens + self.page_tokens + self.pinned_tokens",
+        "+ growth_tokens + self.page_tokens",
     ),
     Mutation(
         "request: the last position of a range is pinned too",

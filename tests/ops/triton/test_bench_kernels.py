@@ -32,6 +32,7 @@ from vllm_budgetkv.ops.reference.encode import encode as encode_reference
 from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
+from vllm_budgetkv.ops.reference.stage import stage as stage_reference
 from vllm_budgetkv.ops.reference.store import store as store_reference
 
 if TYPE_CHECKING:
@@ -161,6 +162,10 @@ def late(op: Callable[..., None], key: Any, value: Any, rows: Any, tier: Any) ->
     op(key, value, rows._replace(first_position=rows.first_position + 1), tier)
 
 
+def stage_others(pages: Any, pool: Any, slot: int, first_block: int, tier: Any) -> None:
+    stage_reference(pages, pool, slot, first_block + 1, tier)
+
+
 def encode_far(slot: int, tier: Any, recalls: Any, pool: Any, energy: Any) -> None:
     """One code is two levels off."""
     encode_reference(slot, tier, recalls, pool, energy)
@@ -220,6 +225,7 @@ def recall_uncounted(*arguments: Any) -> None:
     [
         ("store", partial(late, store_reference), "host blocks"),
         ("load", partial(late, load_reference), "keys and values"),
+        ("stage", stage_others, "pages"),
         ("encode", encode_far, "codes"),
         ("encode", encode_others, "channels"),
         ("encode", encode_disorder, "channels"),
@@ -237,6 +243,7 @@ def test_a_wrong_op_of_recall_is_found(
     references = {
         "store": store_reference,
         "load": load_reference,
+        "stage": stage_reference,
         "encode": encode_reference,
         "mark": mark_reference,
         "recall": recall_reference,

@@ -19,4 +19,4 @@ def stage(
     for column, block in zip(pages.long().unbind(1), blocks, strict=True):
         if not 0 <= block < len(tier.tokens):
             raise IndexError(f"block {block} of slot {slot}, but there are {len(tier.tokens)}")
-        pool.keys[column], pool.values[column] = tier.tokens[block].unbind(1)
+        pool.keys[column], pool.values[column] = tier.tokens[block].to(pool.raw.device).unbind(1)
