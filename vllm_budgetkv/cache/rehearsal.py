@@ -109,7 +109,13 @@ def _taking_over(place: HostPlace, chunks: Sequence[int]) -> tuple[HostPlace, li
     """All whole chunks and a token of the next are there already; and the chunks behind that."""
     *whole, odd, last = chunks
     stops = tuple(accumulate(whole))
-    taken = replace(place, num_shared=len(place.blocks), num_tokens=stops[-1] + 1, stops=stops)
+    taken = replace(
+        place,
+        num_shared=len(place.blocks),
+        num_tokens=stops[-1] + 1,
+        stops=stops,
+        found_tokens=stops[-1] + 1,
+    )
     return taken, [odd - 1, last]
 
 

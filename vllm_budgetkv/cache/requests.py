@@ -181,6 +181,11 @@ class RequestState:
         self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
         self.shared = False
 
+    def rewind(self, compressions: int) -> None:
+        """The next layer is filled from the first token, as often compressed as it was before."""
+        self.computed_tokens = self.grown_tokens = 0
+        self.compressions = compressions
+
     def lead(self, num_tokens: int) -> None:
         """Tokens were seen that each layer takes from host memory in front of the next chunk."""
         self.advance(num_tokens)
