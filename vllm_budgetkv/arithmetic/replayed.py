@@ -37,7 +37,10 @@ def replay_stops(
     """
     joined = [stop for stop in stops if stop <= joined_tokens]
     if joined:
-        yield from _even_stops(joined[-1], *most_chunk_tokens(quota, layer))
+        first_tokens, later_tokens = most_chunk_tokens(quota, layer)
+        num_later = ceil_div(max(0, joined[-1] - first_tokens), later_tokens)
+        # the first takes what is left over
+        yield from range(joined[-1] - num_later * later_tokens, joined[-1] + 1, later_tokens)
     yield from stops[len(joined) :]
 
 
@@ -49,13 +52,3 @@ def most_chunk_tokens(quota: Quota, layer: int) -> tuple[int, int]:
     width_tokens = quota.table_width_pages * quota.page_tokens
     first_tokens = min(room_tokens + kept_tokens, width_tokens)
     return first_tokens, min(room_tokens, width_tokens - quota.max_head_tokens)
-
-
-def _even_stops(end_tokens: int, first_tokens: int, later_tokens: int) -> Iterator[int]:
-    """Ends of as few chunks as can be, of like sizes: the last is at `end_tokens`."""
-    count = 1 + ceil_div(max(0, end_tokens - first_tokens), later_tokens)
-    for number in range(1, count + 1):
-        if count * later_tokens >= end_tokens:
-            yield number * end_tokens // count
-        else:
-            yield end_tokens - (count - number) * later_tokens
