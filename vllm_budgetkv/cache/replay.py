@@ -1,9 +1,13 @@
 """What a prompt takes over from host memory: its chunks once more, without the model.
 
 A layer's keys and values come from host memory instead of from its projections; everything else is
-as in a prefill, chunk by chunk and layer by layer: the tokens are appended, the request's own probe
-scores them, the policy drops what it drops. So the quota holds as it does there, and a request
-holds what it would hold if it had computed these tokens itself.
+as in a prefill: the tokens of a chunk are appended, the request's own probe scores them, the policy
+drops what it drops. But no layer waits for the one in front of it, so a layer is filled with all
+chunks before the next begins. Those behind it hold nothing yet, which is room for larger chunks and
+so for fewer compressions (`arithmetic/replayed.py`), and the quota holds as in a prefill.
+
+Only chunks of what another prompt left are joined. What a request computed itself is compressed
+where it was, so a preempted one holds what it held.
 
 Where the tokens that are taken over end inside a chunk, its first part is appended by each layer in
 front of the rest (`Lead`): the chunk is attended to and compressed as a whole, as ever.

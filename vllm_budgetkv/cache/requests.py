@@ -39,7 +39,8 @@ class RequestState:
         lead_tokens: of the tokens seen, the last that no layer holds yet: each takes them from host
             memory in front of the chunk that they begin.
         grown_tokens: tokens appended since its last compression.
-        compressions: how often all its layers were compressed.
+        compressions: how often its last layer was compressed, and so every other, but where chunks
+            were joined in a replay: then others less often.
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
         recalls: whether some of its heads bring tokens back from host memory.
