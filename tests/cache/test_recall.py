@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
@@ -52,6 +53,7 @@ class RecallLab(Lab):
         self.num_checked = 0
         self.families: dict[str, tuple[str, int]] = {}
         self.found: dict[str, Found] = {}
+        self.found_first: dict[str, int] = {}
         self.stops_of: dict[str, list[int]] = {}
         self.contents: dict[tuple[str, int], torch.Tensor] = {}
         super().__init__(*args, **kwargs)
@@ -128,6 +130,8 @@ class RecallLab(Lab):
         sizes = (client.request_id, client.prompt_tokens, self.keys_of(client), found)
         place = self.prompts.admit(*sizes, list(self.stops_of[client.request_id]))
         assert place is not None or not found.num_tokens
+        first = self.found_first.setdefault(client.request_id, found.num_tokens)
+        place = place and replace(place, found_tokens=first)
         for layer in range(self.layers):
             made = self.tokens_of(client, layer)[: found.num_tokens]
             kept = made[:, self.group * self.heads :].unflatten(1, (2, self.heads))

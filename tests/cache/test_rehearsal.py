@@ -9,7 +9,8 @@ import torch
 
 from tests.cache.client import Client, Feature
 from tests.cache.lab import Lab
-from tests.cache.test_recall import small_lab
+from tests.cache.test_recall import run, small_lab
+from tests.cache.test_replay import look_ahead
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.rehearsal import rehearse
@@ -108,6 +109,29 @@ def test_it_reaches_every_width(monkeypatch: pytest.MonkeyPatch) -> None:
     widths.clear()
     serve(lab)
     assert max(widths) <= max(rehearsed)
+
+
+def test_it_reaches_the_widths_of_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks that are joined are longer than those of a prefill, and so are the heads."""
+    lab, widths = small_lab(tier_blocks=200, options=PolicyOptions(probe_tokens=8)), []
+    score = ops.score
+
+    def watched(*args: Any) -> ops.Scores:
+        widths.append(args[-1])
+        return score(*args)
+
+    monkeypatch.setattr(ops, "score", watched)
+    rehearse(lab.cache)
+    rehearsed = max(widths)
+    assert rehearsed == lab.quota.table_width_pages * lab.quota.page_tokens
+    assert rehearsed > lab.quota.max_head_tokens + lab.quota.chunk_tokens
+    widths.clear()
+    lab.families = dict.fromkeys(("first", "second"), ("video", 380))
+    for client in (Client("first", 390), Client("second", 390)):
+        look_ahead(lab, client)
+        run(lab, client, outputs=1)
+    assert lab.found["second"].num_tokens == 376
+    assert lab.quota.max_head_tokens + lab.quota.chunk_tokens < max(widths) <= rehearsed
 
 
 def test_a_pool_of_one_quota_is_enough() -> None:

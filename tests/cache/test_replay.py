@@ -13,6 +13,7 @@ from tests.cache.client import LOOKAHEAD, Client, Feature
 from tests.cache.test_recall import MAX_TOKENS, NUMBERS, RECALL, RecallLab, make_lab, run, small_lab
 from tests.cache.test_scenarios import assert_empty, play
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.arithmetic.replayed import replay_stops
 from vllm_budgetkv.policy import PolicyOptions
 
 if TYPE_CHECKING:
@@ -87,11 +88,38 @@ class NaturalLab(RecallLab):
         yield from (stop for stop in natural_stops(self, MAX_TOKENS) if stop <= num_tokens)
 
 
-def natural_lab(**options: Any) -> NaturalLab:
+def natural_lab(*, room_blocks: int = 0, **options: Any) -> NaturalLab:
+    """`room_blocks`: for larger chunks, beside what leaves the same budget."""
     quota = Quota(**NUMBERS, recall=RECALL)
+    if room_blocks:
+        grown_tokens = quota.decode_interval_tokens + room_blocks * quota.page_tokens
+        more = {"blocks": quota.blocks + room_blocks, "decode_interval_tokens": grown_tokens}
+        quota = replace(quota, **more)
     known = PolicyOptions(probe_tokens=4, **options)
-    sizes = {"pool_blocks": 30, "heads": 2, "tier_blocks": 200, "options": known}
+    sizes = {"pool_blocks": 70, "heads": 2, "tier_blocks": 200, "options": known}
     return NaturalLab("hybrid", quota, **sizes)
+
+
+VIDEO = Feature(4, 160, 8)
+
+
+def ask(lab: RecallLab, shared_tokens: int, name: str) -> Client:
+    """The prefill of a client that begins as all of them do."""
+    lab.families[name] = ("video", shared_tokens)
+    client = Client(name, 300, [VIDEO])
+    look_ahead(lab, client)
+    return prefill(lab, client)
+
+
+def kept(lab: RecallLab, client: Client) -> list[list[list[int]]]:
+    """By layer and head, without what was recalled, which hangs on all layers."""
+    return [
+        [
+            lab.held(client, layer, head).tolist()[lab.num_recalled(client, layer, head) :]
+            for head in range(lab.heads)
+        ]
+        for layer in range(lab.layers)
+    ]
 
 
 def holdings(lab: RecallLab, client: Client) -> list[list[int]]:
@@ -99,21 +127,20 @@ def holdings(lab: RecallLab, client: Client) -> list[list[int]]:
     return [lab.held(client, layer, head).tolist() for layer in layers for head in heads]
 
 
-@pytest.mark.parametrize("shared_tokens", [8, 100, 168, 170, 250, 290])
+LENGTHS = pytest.mark.parametrize("shared_tokens", [8, 100, 168, 170, 250, 290])
+
+
+@LENGTHS
 def test_it_holds_what_a_prefill_would_hold(shared_tokens: int) -> None:
-    """At every length that is taken over: in whole chunks, and with a lead."""
+    """In the same chunks, at every length that is taken over: in whole ones, and with a lead."""
     labs = [natural_lab() for _ in range(2)]
-    for number, lab in enumerate(labs):
-        lab.families = dict.fromkeys(("first", "second"), ("video", shared_tokens))
-        video = Feature(4, 160, 8)
-        if number:
-            prefill(lab, Client("first", 300, [video]))
-        second = Client("second", 300, [video])
-        look_ahead(lab, second)
-        prefill(lab, second)
-        taken = lab.found["second"].num_tokens
-        assert taken == (number and shared_tokens // 8 * 8)
-    alone, behind = (holdings(lab, Client("second", 300)) for lab in labs)
+    ask(labs[1], shared_tokens, "first")
+    # as if nothing had been there when it was admitted first
+    labs[1].found_first["second"] = 0
+    clients = [ask(lab, shared_tokens, "second") for lab in labs]
+    found = [lab.found["second"].num_tokens for lab in labs]
+    assert found == [0, shared_tokens // 8 * 8]
+    alone, behind = (holdings(*pair) for pair in zip(labs, clients, strict=True))
     assert alone == behind
     states = [lab.cache.slots.requests["second"] for lab in labs]
     assert states[0].compressions == states[1].compressions
@@ -125,23 +152,70 @@ def test_it_holds_what_a_prefill_would_hold(shared_tokens: int) -> None:
     assert torch.equal(*sizes)
 
 
-def test_a_preempted_request_resumes_from_what_it_wrote() -> None:
+@LENGTHS
+@pytest.mark.parametrize("layer", range(3))
+def test_each_layer_holds_what_a_prefill_in_its_joined_chunks_would(
+    shared_tokens: int, layer: int
+) -> None:
+    """A prefill under a larger quota with the same budget has room for them, in all layers."""
+    lab, roomy = natural_lab(), natural_lab(room_blocks=20)
+    assert lab.quota.budget_tokens == roomy.quota.budget_tokens
+    ask(lab, shared_tokens, "first")
+    second = ask(lab, shared_tokens, "second")
+    found = lab.found["second"].num_tokens
+    assert found == shared_tokens // 8 * 8
+    roomy.families = lab.families
+    alone = Client("second", 300, [VIDEO])
+    look_ahead(roomy, alone)
+    roomy.room(alone)
+    natural = list(natural_stops(lab, 300))
+    joined = list(replay_stops(lab.quota, layer, [s for s in natural if s <= found], found))
+    for stop in (*joined, *(s for s in natural if s > found), lab.quota.chunks_end(300)):
+        roomy.step({alone: stop - alone.computed_tokens})
+    assert kept(lab, second)[layer] == kept(roomy, alone)[layer]
+    classes = [
+        one.cache.tables.is_static[one.state(client).slot, layer].tolist()
+        for one, client in ((lab, second), (roomy, alone))
+    ]
+    assert classes[0] == classes[1]
+    if layer == lab.layers - 1:
+        # the last layer is compressed the most often
+        assert lab.state(second).compressions == roomy.state(alone).compressions
+
+
+def test_a_third_client_holds_what_the_second_holds() -> None:
     lab = natural_lab()
-    client = Client("long", 300)
-    look_ahead(lab, client)
-    run(lab, prefill(lab, client), outputs=4)
+    ask(lab, 200, "first")
+    lab.contents |= {("third", layer): lab.content("second", layer) for layer in range(lab.layers)}
+    ahead = (f"{name}{LOOKAHEAD}" for name in ("second", "third"))
+    second, third = ([lab.content(name, layer) for layer in range(lab.layers)] for name in ahead)
+    for one, other in zip(third, second, strict=True):
+        one.copy_(other)
+    clients = [ask(lab, 200, name) for name in ("second", "third")]
+    assert [lab.found[client.request_id].num_tokens for client in clients] == [200, 200]
+    assert holdings(lab, clients[0]) == holdings(lab, clients[1])
+    joined, natural = lab.state(clients[0]).compressions, len([*natural_stops(lab, 300)])
+    assert joined < natural - 4
+
+
+@pytest.mark.parametrize("shared_tokens", [0, 8, 100, 170, 250])
+def test_a_preempted_request_holds_what_it_held(shared_tokens: int) -> None:
+    """It resumes from what it wrote, compressed where it was: joined chunks and its own."""
+    lab = natural_lab()
+    ask(lab, shared_tokens, "first")
+    client = run(lab, ask(lab, shared_tokens, "second"), outputs=4)
+    assert lab.found["second"].num_tokens == shared_tokens // 8 * 8
     before = holdings(lab, client)
     lab.give_blocks(client)
     lab.step({}, preempted=(client.request_id,))
     lab.room(client)
     assert client.computed_tokens == 300 - lab.options.probe_tokens
     lab.step({client: lab.room(client)})
-    assert lab.prompts.blocks.num_unheld == 200 - 38
     while client.computed_tokens < 303:
         lab.step({client: lab.room(client)})
     assert holdings(lab, client) == before
     lab.step({}, finished=(client.request_id,))
-    assert lab.finished[-1].reused_tokens == 296
+    assert lab.finished[-1].reused_tokens == 296 + shared_tokens // 8 * 8
 
 
 def test_the_largest_position_of_a_lead_counts() -> None:

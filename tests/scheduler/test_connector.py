@@ -134,6 +134,23 @@ def test_a_preempted_request_resumes_from_what_it_wrote(config: VllmConfig) -> N
     core.run()
     assert [place.num_tokens for place in places(core)["r"]] == [0, MOST]
     assert core.tokens["r"] == [*range(30)]
+    assert [place.found_tokens for place in places(core)["r"]] == [0, 0]
+
+
+def test_what_was_found_first_is_remembered(config: VllmConfig) -> None:
+    """A preempted request is compressed again where it was: chunks of its own are not joined."""
+    core = Core(config)
+    ask(core, "first")
+    core.scheduler.add_request(core.make("r", [*range(150), *range(5000, 5100)], output_tokens=30))
+    while len(core.tokens.get("r", [])) < 10:
+        core.step()
+    core.scheduler.reset_prefix_cache(reset_running_requests=True)
+    core.run()
+    shared = 150 // BLOCK_TOKENS * BLOCK_TOKENS
+    assert [place.num_tokens for place in places(core)["r"]] == [shared, MOST]
+    assert [place.found_tokens for place in places(core)["r"]] == [shared, shared]
+    ask(core, "r")
+    assert places(core)["r"][-1].found_tokens == MOST
 
 
 def test_the_end_of_a_picture_inside_a_block_is_found(config: VllmConfig) -> None:

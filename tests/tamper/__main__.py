@@ -52,6 +52,7 @@ TESTS = (
     "tests/cache/test_recall.py::test_without_room_a_request_is_served_as_before_and_its_report_says_so",
     "tests/cache/test_recall.py::test_a_preempted_request_gives_up_its_host_memory_and_takes_it_again",
     "tests/arithmetic/test_host_blocks.py",
+    "tests/arithmetic/test_replayed.py",
     "tests/cache/test_replay.py",
     "tests/arithmetic/test_pinned.py",
     "tests/start/test_request_rules.py",

@@ -92,8 +92,8 @@ OF_HOST = (
     Mutation(
         "replay: chunks are not compressed",
         "cache/replay.py",
-        "compresses = request.quota.compresses_after(stop_tokens, request.prompt_tokens)",
-        "compresses = False",
+        "return request.quota.compresses_after(stop_tokens, request.prompt_tokens)",
+        "return False",
     ),
     Mutation(
         "replay: the lead is left out",
@@ -110,8 +110,38 @@ OF_HOST = (
     Mutation(
         "replay: the probe stands where the chunk began",
         "cache/replay.py",
-        "self._run_chunk(request, stop_tokens, largest + 1, last=False)",
-        "self._run_chunk(request, stop_tokens, largest * 0, last=False)",
+        "next_position = largest + 1",
+        "next_position = largest * 0",
+    ),
+    Mutation(
+        "replay: a layer has the room of the one in front of it",
+        "arithmetic/replayed.py",
+        "filled_tokens = (layer + 1) *",
+        "filled_tokens = layer *",
+    ),
+    Mutation(
+        "replay: heads grow beyond their tables",
+        "arithmetic/replayed.py",
+        "min(room_tokens, width_tokens - quota.max_head_tokens)",
+        "room_tokens",
+    ),
+    Mutation(
+        "replay: a preempted request is compressed where it was not before",
+        "cache/replay.py",
+        "request.host.found_tokens)",
+        "request.host.num_tokens)",
+    ),
+    Mutation(
+        "replay: what a preempted request wrote counts as found",
+        "scheduler/connector.py",
+        "replace(place, found_tokens=first)",
+        "replace(place, found_tokens=num_external_tokens)",
+    ),
+    Mutation(
+        "replay: a layer's heads are classed as if they had been",
+        "cache/requests.py",
+        "        self.compressions = compressions\n",
+        "",
     ),
     Mutation(
         "tier: the beginning of a block is not copied",

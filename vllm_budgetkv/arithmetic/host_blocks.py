@@ -25,6 +25,8 @@ class HostPlace:
         tail_block: the block that keeps the last m % N of them, which begin the first block that is
             not shared; None if there are none.
         stops: where the chunks in front of m ended, ascending; at most m.
+        found_tokens: prompt tokens that were there when it was admitted first. Chunks of them may
+            be joined; those behind them it was, or may have been, compressed at.
     """
 
     blocks: tuple[int, ...]
@@ -32,6 +34,7 @@ class HostPlace:
     num_tokens: int = 0
     tail_block: int | None = None
     stops: tuple[int, ...] = ()
+    found_tokens: int = 0
 
 
 @dataclass

@@ -109,13 +109,22 @@ def _taking_over(place: HostPlace, chunks: Sequence[int]) -> tuple[HostPlace, li
     """All whole chunks and a token of the next are there already; and the chunks behind that."""
     *whole, odd, last = chunks
     stops = tuple(accumulate(whole))
-    taken = replace(place, num_shared=len(place.blocks), num_tokens=stops[-1] + 1, stops=stops)
+    taken = replace(
+        place,
+        num_shared=len(place.blocks),
+        num_tokens=stops[-1] + 1,
+        stops=stops,
+        found_tokens=stops[-1] + 1,
+    )
     return taken, [odd - 1, last]
 
 
 def _chunks(quota: Quota) -> Iterator[int]:
     """Whole chunks until a head may hold its most, one more, and an odd one as prompts end on."""
     longest_tokens = max(quota.tokens, quota.max_head_tokens)
+    if quota.recall is not None:
+        # as long as a head is while joined chunks are replayed
+        longest_tokens = quota.table_width_pages * quota.page_tokens
     for _ in range(-(-longest_tokens // quota.chunk_tokens) + 1):
         yield quota.chunk_tokens
     # Triton compiles again for numbers that 16 does not divide

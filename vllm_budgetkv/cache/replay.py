@@ -1,9 +1,13 @@
 """What a prompt takes over from host memory: its chunks once more, without the model.
 
 A layer's keys and values come from host memory instead of from its projections; everything else is
-as in a prefill, chunk by chunk and layer by layer: the tokens are appended, the request's own probe
-scores them, the policy drops what it drops. So the quota holds as it does there, and a request
-holds what it would hold if it had computed these tokens itself.
+as in a prefill: the tokens of a chunk are appended, the request's own probe scores them, the policy
+drops what it drops. But no layer waits for the one in front of it, so a layer is filled with all
+chunks before the next begins. Those behind it hold nothing yet, which is room for larger chunks and
+so for fewer compressions (`arithmetic/replayed.py`), and the quota holds as in a prefill.
+
+Only chunks of what another prompt left are joined. What a request computed itself is compressed
+where it was, so a preempted one holds what it held.
 
 Where the tokens that are taken over end inside a chunk, its first part is appended by each layer in
 front of the rest (`Lead`): the chunk is attended to and compressed as a whole, as ever.
@@ -19,6 +23,7 @@ import torch
 from torch.profiler import record_function
 
 from vllm_budgetkv import ops
+from vllm_budgetkv.arithmetic.replayed import replay_stops
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,16 +78,16 @@ class Replay:
     def run(self, request: RequestState) -> None:
         """Let a request that has seen nothing hold what it takes over."""
         assert request.host is not None
-        for stop_tokens in request.host.stops:
-            largest = self._largest(request, stop_tokens)
-            self._run_chunk(request, stop_tokens, largest + 1, last=False)
+        if stops := request.host.stops:
+            self._fill(request, stops, request.host.found_tokens)
         if rest_tokens := request.host.num_tokens - request.computed_tokens:
             request.lead(rest_tokens)
 
     def again(self, request: RequestState) -> None:
         """Choose anew what stays of a prompt whose chunks are all behind it.
 
-        Its probe, the question read where it stands, asks every chunk from there.
+        Its probe, the question read where it stands, asks every chunk from there. The last is as
+        large as in a prefill, whoever may have joined those in front of it.
         """
         assert request.position_offset is not None
         end_tokens, chunk_tokens = request.computed_tokens, request.quota.chunk_tokens
@@ -91,28 +96,59 @@ class Replay:
             self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
         request.restart()
         self.tables.restart(request.slot, request.blocks)
-        for start_tokens in range(0, end_tokens, chunk_tokens):
-            stop_tokens = min(start_tokens + chunk_tokens, end_tokens)
-            self._run_chunk(request, stop_tokens, next_position, last=stop_tokens == end_tokens)
+        stops = [*range(chunk_tokens, end_tokens, chunk_tokens), end_tokens]
+        self._fill(request, stops, end_tokens - 1, next_position)
 
-    def _largest(self, request: RequestState, stop_tokens: int) -> torch.Tensor:
-        return self.tier.largest_position(request.slot, request.computed_tokens, stop_tokens)
+    def _fill(
+        self,
+        request: RequestState,
+        stops: Sequence[int],
+        joined_tokens: int,
+        next_position: torch.Tensor | None = None,
+    ) -> None:
+        """Fill one layer behind the other, so that each has the room of those behind it.
+
+        Args:
+            request: holds nothing.
+            stops: where the chunks of a prefill would end.
+            joined_tokens: up to there chunks are joined, see `replay_stops`.
+            next_position: rotary position from which all chunks are asked, the last for good; None
+                to ask each from behind its own tokens.
+        """
+        if self._compresses(request, stops[-1]):
+            self.compressor.share(request)
+        compressions = request.compressions
+        for layer in range(self.tables.num_layers):
+            request.rewind(compressions)
+            for stop_tokens in replay_stops(request.quota, layer, stops, joined_tokens):
+                self._stand(request, stop_tokens, next_position)
+                last = next_position is not None and stop_tokens == stops[-1]
+                self._run_chunk(request, layer, stop_tokens, last=last)
+
+    def _stand(
+        self, request: RequestState, stop_tokens: int, next_position: torch.Tensor | None
+    ) -> None:
+        """Let the probe ask from a rotary position; None for that behind the chunk's tokens."""
+        if next_position is None:
+            start_tokens = request.computed_tokens
+            largest = self.tier.largest_position(request.slot, start_tokens, stop_tokens)
+            next_position = largest + 1
+        request.stand_at(next_position - stop_tokens)
+
+    def _compresses(self, request: RequestState, stop_tokens: int) -> bool:
+        return request.quota.compresses_after(stop_tokens, request.prompt_tokens)
 
     @record_function("budgetkv::replay")
     def _run_chunk(
-        self, request: RequestState, stop_tokens: int, next_position: torch.Tensor, *, last: bool
+        self, request: RequestState, layer: int, stop_tokens: int, *, last: bool
     ) -> None:
-        """Append a chunk and compress it, asked from a rotary position."""
-        num_tokens = stop_tokens - request.computed_tokens
-        compresses = request.quota.compresses_after(stop_tokens, request.prompt_tokens)
+        """Append a chunk of a layer and compress it."""
+        start_tokens = request.computed_tokens
+        num_tokens = stop_tokens - start_tokens
+        self._lead([request], [num_tokens], [start_tokens]).append(layer)
+        compresses = self._compresses(request, stop_tokens)
         if compresses:
-            self.compressor.share(request)
-        request.stand_at(next_position - stop_tokens)
-        lead = self._lead([request], [num_tokens], [request.computed_tokens])
-        for layer in range(self.tables.num_layers):
-            lead.append(layer)
-            if compresses:
-                self.compressor.compress(request, [layer], num_tokens, last=last)
+            self.compressor.compress(request, [layer], num_tokens, last=last)
         request.advance(num_tokens)
         if compresses:
             self.compressor.finished(request, last=last)

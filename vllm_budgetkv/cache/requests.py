@@ -39,7 +39,8 @@ class RequestState:
         lead_tokens: of the tokens seen, the last that no layer holds yet: each takes them from host
             memory in front of the chunk that they begin.
         grown_tokens: tokens appended since its last compression.
-        compressions: how often all its layers were compressed.
+        compressions: how often its last layer was compressed, and so every other, but where chunks
+            were joined in a replay: then others less often.
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
         recalls: whether some of its heads bring tokens back from host memory.
@@ -180,6 +181,11 @@ class RequestState:
         """Its heads hold nothing, though it has seen its prompt; its pages are nobody's yet."""
         self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
         self.shared = False
+
+    def rewind(self, compressions: int) -> None:
+        """The next layer is filled from the first token, as often compressed as it was before."""
+        self.computed_tokens = self.grown_tokens = 0
+        self.compressions = compressions
 
     def lead(self, num_tokens: int) -> None:
         """Tokens were seen that each layer takes from host memory in front of the next chunk."""

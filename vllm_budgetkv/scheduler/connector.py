@@ -8,7 +8,7 @@ reads host memory, a chunk of a layer at a time (`cache/replay.py`), told by the
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import KVTransferConfig
@@ -90,6 +90,7 @@ class HostConnector(KVConnectorBase_V1):
         self._hash = get_hash_fn_by_name(algorithm)
         self._admitted: dict[str, HostPlace] = {}
         self._keys: dict[str, PromptKeys] = {}
+        self._found_tokens: dict[str, int] = {}
 
     @classmethod
     def of(cls, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, **own: Any) -> Self:
@@ -129,6 +130,8 @@ class HostConnector(KVConnectorBase_V1):
     ) -> None:
         if not self._is_kept(request):
             return
+        # a preempted request may find more: what it wrote itself, behind its own chunks
+        first = self._found_tokens.setdefault(request.request_id, num_external_tokens)
         keys, found = PromptKeys(), Found()
         if self._reuses_for(request):
             keys = self._keys_of(request)
@@ -145,7 +148,7 @@ class HostConnector(KVConnectorBase_V1):
             list(self._stops(request, num_external_tokens)),
         )
         if place is not None:
-            self._admitted[request.request_id] = place
+            self._admitted[request.request_id] = replace(place, found_tokens=first)
 
     def _reuses_for(self, request: Request) -> bool:
         reuses = self._rules.terms_of(request).reuses and self._is_kept(request)
@@ -216,6 +219,7 @@ class HostConnector(KVConnectorBase_V1):
     ) -> tuple[bool, dict[str, Any] | None]:
         self._prompts.leave(request.request_id)
         self._keys.pop(request.request_id, None)
+        self._found_tokens.pop(request.request_id, None)
         return False, None
 
     def reset_cache(self) -> bool:
