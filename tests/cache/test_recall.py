@@ -261,11 +261,14 @@ PAGE: dict[str, Any] = {"page_words": 512, "code_words": 1}
 RECALL = Recall(num_heads=2, all_heads=6, **PAGE, slots_share=0.5, max_index_share=0.5)
 
 
-def small_lab(recall: Recall = RECALL, tier_blocks: int = 100, **kwargs: Any) -> RecallLab:
+def small_lab(
+    recall: Recall = RECALL,
+    tier_blocks: int = 100,
+    kind: type[RecallLab] = RecallLab,
+    **kwargs: Any,
+) -> RecallLab:
     quota = Quota(**NUMBERS, recall=recall)
-    return RecallLab(
-        "hybrid", quota, pool_blocks=30, heads=HEADS, tier_blocks=tier_blocks, **kwargs
-    )
+    return kind("hybrid", quota, pool_blocks=30, heads=HEADS, tier_blocks=tier_blocks, **kwargs)
 
 
 def run(lab: RecallLab, client: Client, outputs: int) -> Client:

@@ -34,10 +34,10 @@ def test_random_scenarios(block: int) -> None:
     assert checked > count
 
 
-def needle_lab(*, second_look: bool) -> RecallLab:
+def needle_lab(*, second_look: bool, kind: type[RecallLab] = RecallLab) -> RecallLab:
     """The question looks at one early token; what ran ahead of it at nothing there is."""
     known = {"probe_tokens": 4, "unlike_share": 0.0, "reach_tokens": 0}
-    lab = small_lab(options=PolicyOptions(**known, second_look=second_look))
+    lab = small_lab(kind=kind, options=PolicyOptions(**known, second_look=second_look))
     projected = lab.project
     needle = torch.full((1, lab.heads, lab.head_size), 2.0)
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.cache.client import Client, Feature
-from tests.cache.test_recall import NUMBERS, RECALL, make_lab, run
-from tests.cache.test_replay import FamilyLab
+from tests.cache.test_recall import NUMBERS, RECALL, RecallLab, make_lab, run
+from tests.cache.test_replay import FamilyLab, kept, look_ahead, prefill
 from tests.cache.test_scenarios import assert_empty, play
+from tests.cache.test_second_look import NEEDLE, needle_lab
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.policy import PolicyOptions
 
 SCENARIOS = 60
 
@@ -95,17 +97,80 @@ def streaming_lab(
 
 
 @pytest.mark.parametrize("interval_tokens", [1, 8, 20])
-def test_every_chunk_behind_the_first_compression_streams(interval_tokens: int) -> None:
+def test_every_chunk_attends_to_all(interval_tokens: int) -> None:
     """In pieces of one page, of the layers' growth, and in fewer; up to the prompt's last token."""
     lab = streaming_lab(REREADS_ALL, decode_interval_tokens=interval_tokens, blocks=16)
     assert lab.quota.piece_pages == max(1, 3 * interval_tokens // 8)
-    client = run(lab, Client("long", 300), outputs=1)
-    chunks = [stop for stop in range(24, 300, 24) if stop > lab.quota.budget_tokens]
-    assert lab.num_streamed >= lab.layers * (len(chunks) - 1)
-    # decode reads what is held and what comes back
-    streamed = lab.num_streamed
+    client, steps = Client("long", 300), 0
+    while client.computed_tokens < 300:
+        lab.step({client: lab.room(client)})
+        steps += 1
+        # what stays is chosen behind the first token
+        assert lab.state(client).postponed and not lab.state(client).recalls
+        assert not lab.cache.tables.lens[lab.state(client).slot].any()
+    assert lab.num_streamed == lab.layers * steps
     run(lab, client, outputs=3)
-    assert lab.num_streamed == streamed
+    assert not lab.state(client).postponed and lab.state(client).recalls
+    assert lab.num_streamed == lab.layers * steps
+
+
+def behind_a_prompt(lab: RecallLab, client: Client) -> list[list[list[int]]]:
+    """What is kept of a prompt, and of two tokens more."""
+    look_ahead(lab, client)
+    return kept(lab, run(lab, prefill(lab, client), outputs=3))
+
+
+def asking_lab(recall: dict[str, Any], shared_tokens: int) -> StreamingLab:
+    """Two clients with the same content, of which the second finds what it shares of it."""
+    quota = Quota(**NUMBERS, recall=replace(RECALL, **recall))
+    sizes = {"pool_blocks": 60, "heads": 2, "tier_blocks": 200}
+    lab = StreamingLab("hybrid", quota, options=PolicyOptions(probe_tokens=4), **sizes)
+    lab.rereading = recall
+    lab.families = {"first": ("second", shared_tokens), "second": ("second", shared_tokens)}
+    if shared_tokens:
+        prefill(lab, Client("first", 300))
+    return lab
+
+
+@pytest.mark.parametrize(
+    ("recall", "shared_tokens", "postpones"),
+    [
+        (REREADS_ALL, 100, True),
+        (REREADS_ALL, 250, True),
+        ({"question_tokens": 4}, 299, True),
+        ({"question_tokens": 4}, 250, False),
+        ({"question_tokens": 100}, 250, True),
+        ({}, 299, False),
+    ],
+    ids=str,
+)
+def test_what_stays_is_chosen_behind_the_prompt(
+    recall: dict[str, Any], shared_tokens: int, *, postpones: bool
+) -> None:
+    """The same of a prompt that was computed and of one that was found, preempted or not."""
+    alone = asking_lab(REREADS_ALL, 0)
+    expected = behind_a_prompt(alone, Client("second", 300))
+    lab, client = asking_lab(recall, shared_tokens), Client("second", 300)
+    found = behind_a_prompt(lab, client)
+    assert lab.found_first["second"] >= shared_tokens // 8 * 8 - 8
+    if not postpones:
+        assert found != expected
+        return
+    assert found == expected
+    lab.give_blocks(client)
+    lab.step({}, preempted=(client.request_id,))
+    while client.computed_tokens < 302:
+        lab.step({client: lab.room(client)})
+    assert kept(lab, client) == expected
+
+
+def test_the_question_finds_what_the_look_ahead_missed() -> None:
+    lab = needle_lab(second_look=False, kind=AllLab)
+    client = Client("long", 300)
+    look_ahead(lab, client)
+    run(lab, client, outputs=2)
+    found = [NEEDLE in held for heads in kept(lab, client) for held in heads]
+    assert all(found)
 
 
 def test_a_prompt_that_host_memory_has_no_room_for_does_not_stream() -> None:

@@ -201,6 +201,21 @@ class Quota:
         index_pages = self.recall.most_index_pages(longest_tokens, *sizes)
         return index_pages, self.recall.most_slot_pages(*sizes)
 
+    def postpones(self, prompt_tokens: int, found_tokens: int, end_of_vision: int) -> bool:
+        """Whether what stays of a prompt in host memory is chosen behind its first token.
+
+        Until then its heads hold nothing, and all that it computes attends to host memory.
+
+        Args:
+            prompt_tokens: of the prompt.
+            found_tokens: of it, that another prompt had left when it was admitted first.
+            end_of_vision: tokens up to the end of its last picture; 0 if there is none.
+        """
+        if self.recall is None or self.recall.rereads_all:
+            return self.recall is not None
+        first_stop = self.next_stop(found_tokens, prompt_tokens)
+        return found_tokens > 0 and self.recall.asks(first_stop, prompt_tokens, end_of_vision)
+
     def chunks_end(self, prompt_tokens: int) -> int:
         """Tokens of the prompt that come in chunks: with recall, its last token comes by itself.
 

@@ -43,7 +43,8 @@ class Recall:
         slots_share: recalled tokens as a share of what is left of the budget beside the index.
         max_index_share: most of the budget that the index may take; a prompt whose coarsest index
             takes more does without.
-        rereads_all: whether all chunks of a prompt attend to all of it that was seen.
+        rereads_all: whether all chunks of a prompt attend to all of it that was seen, so that what
+            stays is chosen behind it.
         question_tokens: last tokens of a prompt without pictures, which ask about the rest, and so
             attend to all of it in any case, as those behind the last picture of others; 0 if no
             question does.
@@ -63,8 +64,8 @@ class Recall:
         """Whether some chunks of a prompt attend to all of it that was seen, dropped or not."""
         return self.rereads_all or self.question_tokens > 0
 
-    def streams(self, stop_tokens: int, prompt_tokens: int, end_of_vision: int) -> bool:
-        """Whether a chunk of a prompt attends to all of it that was seen, dropped or not.
+    def asks(self, stop_tokens: int, prompt_tokens: int, end_of_vision: int) -> bool:
+        """Whether a chunk has tokens of the question, so that it attends to all of the prompt.
 
         Args:
             stop_tokens: tokens of the prompt up to the chunk's end.
@@ -72,7 +73,7 @@ class Recall:
             end_of_vision: tokens up to the end of its last picture; 0 if there is none.
         """
         question_start = end_of_vision or prompt_tokens - self.question_tokens
-        return self.rereads_all or (self.question_tokens > 0 and stop_tokens > question_start)
+        return self.question_tokens > 0 and stop_tokens > question_start
 
     def index_tokens(self, entry_tokens: int) -> int:
         """Tokens that a page speaks for as an index, with so many to an entry."""

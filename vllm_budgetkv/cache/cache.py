@@ -70,6 +70,10 @@ class BudgetCache:
         for request in self.slots.follow(scheduled):
             assert self.layers.replay is not None
             self.layers.replay.run(request)
+        for request_id in scheduled.num_scheduled_tokens:
+            request = self.slots.requests[request_id]
+            if request.postponed and not request.in_prefill(request.computed_tokens):
+                self._choose(request)
         self.plan_step(scheduled.num_scheduled_tokens)
 
     def plan_step(self, num_tokens_of: Mapping[str, int]) -> None:
@@ -169,12 +173,13 @@ class BudgetCache:
         stop_tokens = start_tokens + num_tokens
         plan = RowPlan(request, num_tokens)
         if request.in_prefill(start_tokens):
-            plan.compress = quota.compresses_after(stop_tokens, prompt_tokens)
+            compresses = quota.compresses_after(stop_tokens, prompt_tokens)
+            plan.compress = compresses and not request.postponed
         elif quota.compresses:
             last_stop = quota.next_stop(start_tokens, prompt_tokens)
             assert stop_tokens <= last_stop, "output runs past a compaction"
         compacts = quota.compacts_before(start_tokens, prompt_tokens)
-        if plan.compress or compacts:
+        if plan.compress or compacts or request.postponed:
             self.layers.compressor.share(request)
         if compacts:
             self._compact(request)
@@ -195,18 +200,33 @@ class BudgetCache:
         request.advance(plan.num_tokens)
         if plan.compress:
             self.layers.compressor.finished(request, last=ends_chunks)
-        if ends_chunks and request.in_tier and self.layers.compressor.options.second_look:
-            assert self.layers.recaller is not None and self.layers.replay is not None
-            self.layers.recaller.join()
-            self.layers.replay.again(request)
-        if ends_chunks and request.parent_id is None:
-            self.reports.prefilled(request)
-        if ends_chunks and request.recall_room is not None:
-            self._open_recall(request)
+        if ends_chunks and not request.postponed:
+            if request.in_tier and self.layers.compressor.options.second_look:
+                self._look_again(request)
+            self._end_chunks(request)
         if ends_prefill and request.parent_id is not None:
             assert request.bank is not None
             self.layers.probes.seed(request.parent_id, request.bank)
         self.reports.stepped(request)
+
+    def _choose(self, request: RequestState) -> None:
+        """Let a request hold what stays of its prompt, which is all behind it."""
+        self._look_again(request)
+        self._end_chunks(request)
+        assert self.layers.replay is not None
+        self.layers.replay.end(request)
+
+    def _look_again(self, request: RequestState) -> None:
+        assert self.layers.recaller is not None and self.layers.replay is not None
+        self.layers.recaller.join()
+        self.layers.replay.again(request)
+
+    def _end_chunks(self, request: RequestState) -> None:
+        """What stays of a prompt is chosen; what was dropped may come back."""
+        if request.parent_id is None:
+            self.reports.prefilled(request)
+        if request.recall_room is not None:
+            self._open_recall(request)
 
     def _open_recall(self, request: RequestState) -> None:
         """Let the heads of a request bring back what its prompt's compressions dropped."""

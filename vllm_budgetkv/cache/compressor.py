@@ -114,6 +114,18 @@ class Compressor:
         # a probe that attends to sinks alone may leave a head nothing to weigh
         request.retained_mass[rows] *= kept / whole.clamp(min=torch.finfo(mass.dtype).tiny)
 
+    def forget(self, request: RequestState, layer: int, num_tokens: int) -> None:
+        """Let a layer hold nothing of the tokens that were just appended to it, all that it holds.
+
+        Args:
+            request: postponed.
+            layer: index of the layer.
+            num_tokens: of the chunk.
+        """
+        heads = self.tables.of(request.slot, layer)
+        keep = torch.zeros(heads.num_heads, num_tokens, dtype=torch.bool, device=heads.lens.device)
+        ops.compact(keep, heads, self.tables.stack_of(request.slot), poison=self.poison)
+
     def share(self, request: RequestState) -> None:
         """Let a request's heads share its pages from its first compression on."""
         if not request.shared:

@@ -76,21 +76,26 @@ class Replay:
     rows: Rows
 
     def run(self, request: RequestState) -> None:
-        """Let a request that has seen nothing hold what it takes over."""
+        """Let a request that has seen nothing hold what it takes over, or nothing yet."""
         assert request.host is not None
+        if request.postponed:
+            self.compressor.share(request)
+            request.skip(request.host.num_tokens)
+            return
         if stops := request.host.stops:
             self._fill(request, stops, request.host.found_tokens)
         if rest_tokens := request.host.num_tokens - request.computed_tokens:
             request.lead(rest_tokens)
 
     def again(self, request: RequestState) -> None:
-        """Choose anew what stays of a prompt whose chunks are all behind it.
+        """Choose what stays of a prompt whose chunks are all behind it, whatever is held of it.
 
         Its probe, the question read where it stands, asks every chunk from there. The last is as
         large as in a prefill, whoever may have joined those in front of it.
         """
         assert request.position_offset is not None
-        end_tokens, chunk_tokens = request.computed_tokens, request.quota.chunk_tokens
+        end_tokens = request.quota.chunks_end(request.prompt_tokens)
+        chunk_tokens = request.quota.chunk_tokens
         next_position = request.position_offset + end_tokens
         if self.compressor.poison:
             self.tables.pool.poison(self.tables.pages_of(request.blocks).flatten())
@@ -98,6 +103,14 @@ class Replay:
         self.tables.restart(request.slot, request.blocks)
         stops = [*range(chunk_tokens, end_tokens, chunk_tokens), end_tokens]
         self._fill(request, stops, end_tokens - 1, next_position)
+
+    def end(self, request: RequestState) -> None:
+        """Append the last token of a prompt whose chunks are held, where it comes by itself."""
+        if num_tokens := request.prompt_tokens - request.computed_tokens:
+            lead = self._lead([request], [num_tokens], [request.computed_tokens])
+            for layer in range(self.tables.num_layers):
+                lead.append(layer)
+            request.advance(num_tokens)
 
     def _fill(
         self,

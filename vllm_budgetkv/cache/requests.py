@@ -44,6 +44,8 @@ class RequestState:
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
         recalls: whether some of its heads bring tokens back from host memory.
+        postponed: whether its heads hold nothing of its prompt yet: what stays is chosen behind the
+            first token of the answer.
         bank: its probe queries; None until it needs some.
         position_offset: int64 scalar on the device: what the rotary position of its next token is
             beyond the token's index. Text alone follows the prompt, so decode leaves it.
@@ -70,9 +72,15 @@ class RequestState:
     compression_seconds: float = field(default=0.0, init=False)
     has_digests: bool = field(default=False, init=False)
     recalls: bool = field(default=False, init=False)
+    postponed: bool = field(default=False, init=False)
     position_offset: torch.Tensor | None = field(default=None, init=False)
     layer_budgets: LayerBudgets | None = field(default=None, init=False)
     retained_mass: torch.Tensor | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.host is not None:
+            sizes = (self.prompt_tokens, self.host.found_tokens, self.spans.end_of_vision)
+            self.postponed = self.quota.postpones(*sizes)
 
     @property
     def quota(self) -> Quota:
@@ -180,7 +188,11 @@ class RequestState:
     def restart(self) -> None:
         """Its heads hold nothing, though it has seen its prompt; its pages are nobody's yet."""
         self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
-        self.shared = False
+        self.shared = self.postponed = False
+
+    def skip(self, num_tokens: int) -> None:
+        """Tokens were seen that no layer is given, since what stays of them is chosen later."""
+        self.computed_tokens += num_tokens
 
     def rewind(self, compressions: int) -> None:
         """The next layer is filled from the first token, as often compressed as it was before."""
@@ -220,6 +232,11 @@ class RowPlan:
     bank_positions: Sequence[int] = ()
 
     @property
+    def forgets(self) -> bool:
+        """Whether each layer holds nothing of its tokens behind their attention."""
+        return self.request.postponed
+
+    @property
     def stop_tokens(self) -> int:
         """Tokens of the request that have been seen behind this step."""
         return self.request.computed_tokens + self.num_tokens
@@ -233,11 +250,14 @@ class RowPlan:
     def streams(self) -> bool:
         """Whether its tokens attend to all of their prompt that was seen, held or not."""
         request = self.request
-        recall, start_tokens = request.quota.recall, request.computed_tokens
-        if recall is None or not (request.in_tier and request.has_classes):
+        recall = request.quota.recall
+        if recall is None or not request.in_prefill(request.computed_tokens):
             return False
+        if request.postponed:
+            return True
         sizes = (request.prompt_tokens, request.spans.end_of_vision)
-        return request.in_prefill(start_tokens) and recall.streams(self.stop_tokens, *sizes)
+        dropped = request.in_tier and request.has_classes
+        return dropped and recall.asks(self.stop_tokens, *sizes)
 
     @property
     def ends_prefill(self) -> bool:

@@ -147,7 +147,9 @@ class Step:
         for _, bank, write in self.writes:
             bank.write_queries(write, layer, query)
         for plan in self.plans:
-            if plan.compress:
+            if plan.forgets:
+                self.layers.compressor.forget(plan.request, layer, plan.num_tokens)
+            elif plan.compress:
                 self.layers.compressor.compress(
                     plan.request, [layer], plan.num_tokens, last=plan.ends_chunks
                 )
