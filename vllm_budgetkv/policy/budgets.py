@@ -56,11 +56,12 @@ def allocate(
     share = torch.where(share < page_tokens, share, share // page_tokens * page_tokens)
     dynamic = torch.minimum(share, caps)
 
-    counts = _pooled_counts(scores, tiers, is_static, dynamic, total_tokens)
     pool_tokens = total_tokens - dynamic.masked_fill(is_static, 0).sum(dim=-1, keepdim=True)
-    uniform = pool_tokens // is_static.sum(dim=-1, keepdim=True).clamp(min=1)
+    static = pool_tokens // is_static.sum(dim=-1, keepdim=True).clamp(min=1)
     floor = round(options.floor_ratio * RATIO_UNIT)
-    static = (counts * (RATIO_UNIT - floor) + uniform * floor) // RATIO_UNIT
+    if floor < RATIO_UNIT:
+        counts = _pooled_counts(scores, tiers, is_static, dynamic, total_tokens)
+        static = (counts * (RATIO_UNIT - floor) + static * floor) // RATIO_UNIT
 
     budgets = torch.where(is_static, torch.minimum(static, caps), dynamic)
     budgets = budgets + slack(budgets, caps * is_static, total_tokens)
