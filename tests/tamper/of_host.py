@@ -42,10 +42,10 @@ OF_HOST = (
         "return growth_tokens // self.page_tokens + 1",
     ),
     Mutation(
-        "streaming: the question is taken for what it asks about",
+        "streaming: the question does not begin behind the last picture",
         "arithmetic/recall.py",
-        "stop_tokens > question_start",
-        "stop_tokens > prompt_tokens",
+        "return end_of_vision or max(0,",
+        "return max(0,",
     ),
     Mutation(
         "host: what is not written yet can be found",

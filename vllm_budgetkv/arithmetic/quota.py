@@ -213,8 +213,8 @@ class Quota:
         """
         if self.recall is None or self.recall.rereads_all:
             return self.recall is not None
-        first_stop = self.next_stop(found_tokens, prompt_tokens)
-        return found_tokens > 0 and self.recall.asks(first_stop, prompt_tokens, end_of_vision)
+        question_start = self.recall.question_start(prompt_tokens, end_of_vision)
+        return found_tokens > 0 and question_start < self.next_stop(found_tokens, prompt_tokens)
 
     def chunks_end(self, prompt_tokens: int) -> int:
         """Tokens of the prompt that come in chunks: with recall, its last token comes by itself.

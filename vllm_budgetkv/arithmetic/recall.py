@@ -46,8 +46,7 @@ class Recall:
         rereads_all: whether all chunks of a prompt attend to all of it that was seen, so that what
             stays is chosen behind it.
         question_tokens: last tokens of a prompt without pictures, which ask about the rest, and so
-            attend to all of it in any case, as those behind the last picture of others; 0 if no
-            question does.
+            attend to all of it, as those behind the last picture of others; 0 if none do.
     """
 
     num_heads: int
@@ -64,16 +63,16 @@ class Recall:
         """Whether some chunks of a prompt attend to all of it that was seen, dropped or not."""
         return self.rereads_all or self.question_tokens > 0
 
-    def asks(self, stop_tokens: int, prompt_tokens: int, end_of_vision: int) -> bool:
-        """Whether a chunk has tokens of the question, so that it attends to all of the prompt.
+    def question_start(self, prompt_tokens: int, end_of_vision: int) -> int:
+        """Tokens in front of those that ask about them, and so attend to all; all if none does.
 
         Args:
-            stop_tokens: tokens of the prompt up to the chunk's end.
             prompt_tokens: of the prompt.
             end_of_vision: tokens up to the end of its last picture; 0 if there is none.
         """
-        question_start = end_of_vision or prompt_tokens - self.question_tokens
-        return self.question_tokens > 0 and stop_tokens > question_start
+        if not self.question_tokens:
+            return prompt_tokens
+        return end_of_vision or max(0, prompt_tokens - self.question_tokens)
 
     def index_tokens(self, entry_tokens: int) -> int:
         """Tokens that a page speaks for as an index, with so many to an entry."""

@@ -247,17 +247,17 @@ class RowPlan:
         return self.num_tokens == 1 and not self.request.in_prefill(self.request.computed_tokens)
 
     @property
-    def streams(self) -> bool:
-        """Whether its tokens attend to all of their prompt that was seen, held or not."""
-        request = self.request
-        recall = request.quota.recall
+    def streaming_tokens(self) -> int:
+        """Its last tokens that attend to all of their prompt that was seen, held or not."""
+        request, recall = self.request, self.request.quota.recall
         if recall is None or not request.in_prefill(request.computed_tokens):
-            return False
+            return 0
         if request.postponed:
-            return True
+            return self.num_tokens
+        if not (request.in_tier and request.has_classes):
+            return 0
         sizes = (request.prompt_tokens, request.spans.end_of_vision)
-        dropped = request.in_tier and request.has_classes
-        return dropped and recall.asks(self.stop_tokens, *sizes)
+        return min(self.num_tokens, max(0, self.stop_tokens - recall.question_start(*sizes)))
 
     @property
     def ends_prefill(self) -> bool:

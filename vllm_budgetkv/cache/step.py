@@ -166,10 +166,14 @@ class Step:
 
     @cached_property
     def _num_reading(self) -> tuple[int, int]:
-        """Rows and tokens in front of the streaming rows that end the batch."""
+        """Rows and tokens in front of the rows that end the batch and stream from their first."""
         num_rows = len(self.rows.slots)
         if self.streams:
-            others = [row for row, plan in enumerate(self.plans) if not plan.streams]
+            others = [
+                row
+                for row, plan in enumerate(self.plans)
+                if plan.streaming_tokens < plan.num_tokens
+            ]
             num_rows = max(others, default=-1) + 1
         return num_rows, self.starts[num_rows]
 

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stream:
-    """A row of a batch whose tokens attend to all tokens of their prompt up to themselves.
+    """Last tokens of a row that attend to all tokens of their prompt up to themselves.
 
     Args:
         request: it has seen `start_tokens` before this row.
-        tokens: of the batch, the row's.
+        tokens: of the batch, those that do.
         start_tokens, stop_tokens: of the prompt, the row's.
-        rows: the row alone, in slot 0.
+        rows: these tokens alone, in slot 0.
     """
 
     request: RequestState
@@ -66,18 +66,21 @@ class Streaming:
 
         Args:
             plans: of all rows.
-            starts: first query token of each row.
+            starts: first query token of each row, and their number.
         """
-        return [self._stream(plan, starts[row]) for row, plan in enumerate(plans) if plan.streams]
+        return [
+            self._stream(plan, starts[row + 1])
+            for row, plan in enumerate(plans)
+            if plan.streaming_tokens
+        ]
 
-    def _stream(self, plan: RowPlan, first_row: int) -> Stream:
-        request, num_tokens = plan.request, plan.num_tokens
-        numbers = upload(
-            [0, 0, num_tokens, request.computed_tokens], torch.int32, self.tables.lens.device
-        )
-        rows = ops.BatchRows(numbers[:1], numbers[1:3], numbers[3:], numbers[:1].bool())
-        tokens = slice(first_row, first_row + num_tokens)
-        return Stream(request, tokens, request.computed_tokens, plan.stop_tokens, rows)
+    def _stream(self, plan: RowPlan, end: int) -> Stream:
+        count, stop_tokens = plan.streaming_tokens, plan.stop_tokens
+        numbers = [0, 0, count, stop_tokens - count]
+        uploaded = upload(numbers, torch.int32, self.tables.lens.device)
+        rows = ops.BatchRows(uploaded[:1], uploaded[1:3], uploaded[3:], uploaded[:1].bool())
+        computed_tokens = plan.request.computed_tokens
+        return Stream(plan.request, slice(end - count, end), computed_tokens, stop_tokens, rows)
 
     @record_function("budgetkv::stream")
     def attend(self, stream: Stream, layer: int, query: torch.Tensor, out: torch.Tensor) -> None:

@@ -86,9 +86,9 @@ class PolicyFlags:
     recall_prefill: Rereading = option(
         "question",
         "Chunks of a prompt that attend to all tokens in front of them, which --kv-host-memory "
-        "keeps, not only to those that stayed: those of the question, behind the last picture or "
-        "at the end, or `all`, so that keys and values are those of the full cache and reading a "
-        "prompt takes as long as with it.",
+        "keeps, not only to those that stayed: the tokens of the question, behind the last picture "
+        "or the last --kv-lookahead-tokens of text, or `all`, so that keys and values are those of "
+        "the full cache and reading a prompt takes as long as with it.",
         choices=get_args(Rereading),
         policies=("hybrid",),
     )

@@ -84,7 +84,7 @@ def _recall_of(engine: EngineConfig, config: BudgetConfig) -> Recall | None:
         slots_share=options.recall_share,
         max_index_share=options.recall_index_share,
         rereads_all=options.recall_prefill == "all",
-        question_tokens=0 if options.recall_prefill == "none" else options.probe_tokens,
+        question_tokens=0 if options.recall_prefill == "none" else config.lookahead_tokens,
     )
 
 
