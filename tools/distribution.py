@@ -75,8 +75,10 @@ def build(dist: Path) -> Path:
     dist.mkdir(parents=True, exist_ok=True)
     for old in (*dist.glob("*.whl"), *dist.glob("*.tar.gz")):
         old.unlink()
-    code = f"import setuptools.build_meta as b; b.build_sdist({str(dist)!r})"
-    _run([sys.executable, "-c", code])
+    with tempfile.TemporaryDirectory() as metadata:
+        # not in the repository: metadata of another version there would be found before ours
+        setup = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", metadata]
+        _run([*setup, "sdist", "--formats", "gztar", "--dist-dir", str(dist)], REPOSITORY)
     source = _only(dist, "*.tar.gz")
     require_sources(source)
     logger.info("%s has what a build needs; building the wheel from it, minutes", source.name)
@@ -132,12 +134,11 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def _run(command: list[str | Path], **variables: str) -> None:
+def _run(command: list[str | Path], where: Path | None = None, **variables: str) -> None:
+    """Run in `where`, or in a folder that has no package of ours to import by accident."""
     environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
     environment |= variables
-    # from a folder that has no package of ours to import by accident
-    where = REPOSITORY if "-c" in command else Path(tempfile.gettempdir())
-    subprocess.run(command, check=True, cwd=where, env=environment)
+    subprocess.run(command, check=True, cwd=where or tempfile.gettempdir(), env=environment)
 
 
 if __name__ == "__main__":
