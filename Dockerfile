@@ -14,7 +14,7 @@ COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE CHANGELOG.md CITATION
 COPY csrc csrc
 COPY vllm_budgetkv vllm_budgetkv
 # against the torch of the image, hence no build isolation; no dependency is touched in either stage
-RUN python3 -m pip install --no-cache-dir "setuptools>=77,<81" wheel ninja \
+RUN python3 -m pip install --no-cache-dir "setuptools>=77,<81" "wheel>=0.45" "ninja>=1.11" \
  && python3 -m pip wheel . --no-build-isolation --no-deps --wheel-dir /wheels
 
 FROM ${BASE}

@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env check lint fmt types test demo bench quality quality-real train build clean
+.PHONY: help env check lint fmt types test demo bench quality quality-real train build dist clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -24,6 +24,7 @@ lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*.inl
+	$(BIN)/hadolint Dockerfile
 
 fmt: env
 	$(BIN)/ruff check --fix .
@@ -56,6 +57,10 @@ train: env
 build: env
 	rm -rf build/lib* build/bdist*
 	$(BIN)/python -m pip wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+# what is published, in dist/: built, audited, and tried in an empty environment
+dist: env
+	$(BIN)/python tools/distribution.py
 
 clean:
 	rm -rf build dist *.egg-info vllm_budgetkv/_C*.so

@@ -26,6 +26,9 @@ WITHOUT_VLLM = (
     "start.refusals",
     "worker.engine_view",
     "plugin",
+    "batch.folder",
+    "batch.answerer",
+    "ray",
 )
 
 
@@ -49,7 +52,7 @@ def test_the_package_imports_nothing_heavy() -> None:
 def test_most_of_it_works_without_vllm_and_triton() -> None:
     """In one process: a blocked module fails whoever imports it first."""
     lines = "\n".join(f"import vllm_budgetkv.{module}" for module in WITHOUT_VLLM)
-    run(BLOCK.format(blocked=("vllm", "triton")) + lines)
+    run(BLOCK.format(blocked=("vllm", "triton", "ray")) + lines)
 
 
 def test_quota_arithmetic_works_without_torch() -> None:
