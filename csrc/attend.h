@@ -22,11 +22,13 @@ struct AttendArgs {
   const void* keys;    // [P, N, D], pages `page_stride` apart
   const void* values;  // as keys
   int64_t page_stride;
-  int64_t num_pages;  // P
-  int page_tokens;    // N
-  int head_size;      // D
-  int group;          // G
-  float scale;        // of the scores
+  int64_t num_pages;   // P
+  int page_tokens;     // N
+  int head_size;       // D
+  int group;           // G
+  float scale;         // of the scores
+  float soft_cap;      // that bends them; 0 for none
+  const float* sinks;  // [Hq], scores of tokens without a value; null for none
 };
 
 struct AttendTile {

@@ -45,7 +45,7 @@ BUDGETKV_INLINE void combine_of_type(const AttendArgs& args, const AttendTile& t
         store(sum + d, load(sum + d, is_tail) + more, is_tail);
       });
     }
-    write_row<T>(args, tile, q, sum, total);
+    write_row<T>(args, tile, q, sum, peak, total);
   }
 }
 

@@ -30,10 +30,16 @@ BUDGETKV_INLINE const T* query_row(const AttendArgs& args, const AttendTile& til
 
 template <class T>
 BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, int query,
-                               const float* sum, float total) {
+                               const float* sum, float peak, float total) {
   const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
   const int64_t token = tile.first_token + tile.token_of(query, args.group);
   T* out = static_cast<T*>(args.out) + token * args.out_token_stride + head * args.out_head_stride;
+  if (args.sinks != nullptr && total > 0) {
+    // beyond that, what the tokens give vanishes beside it in any case
+    constexpr float kMostAbove = 80.0f;
+    const float above = args.sinks[head] - peak;
+    total += exp(splat(above < kMostAbove ? above : kMostAbove))[0];
+  }
   const Vec weight = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
   for_each_vector(args.head_size, [&](int d, bool is_tail) {
     store(out + d, load(sum + d, is_tail) * weight, is_tail);
@@ -82,6 +88,15 @@ BUDGETKV_INLINE void prefetch(const Block<T>& next, int first, int count, int si
   }
 }
 
+// Bends the scores of whole vectors to stay below the soft cap, if there is one.
+BUDGETKV_INLINE void cap_scores(const AttendArgs& args, float* scores, int stride, int count) {
+  if (args.soft_cap == 0) return;
+  const float unit = 1.0f / args.soft_cap;
+  for (int i = 0; i < count; ++i, scores += stride) {
+    store(scores, tanh(load(scores) * unit) * args.soft_cap);
+  }
+}
+
 // Turns one vector of queries' scores into weights and moves its peak and total along. Returns the
 // factor by which what was summed before must shrink.
 BUDGETKV_INLINE Vec soften(float* scores, int stride, int num_keys, Vec& peak, Vec& total) {
@@ -107,7 +122,7 @@ BUDGETKV_INLINE void finish_split(const AttendArgs& args, const AttendTile& tile
                                   const Partial& result) {
   if (tile.num_splits == 1) {
     for (int q = 0; q < tile.num_queries; ++q) {
-      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.total[q]);
+      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.peak[q], result.total[q]);
     }
     return;
   }

@@ -39,11 +39,12 @@ def configure(kind: str, budget: dict[str, Any], **engine: Any) -> VllmConfig:
 
 @pytest.mark.parametrize("kind", sliding.FAMILIES)
 def test_the_quota_is_of_full_layers_alone(kind: str) -> None:
-    config = configure(kind, {})
-    assert quota_of(config).num_layers == 2
+    config, num_layers = configure(kind, {}), sliding.num_full_layers(kind)
+    assert quota_of(config).num_layers == num_layers
     assert (quota_of(config).page_tokens, quota_of(config).block_pages) == (32, 1)
     groups = groups_of(config)
-    assert (groups.num_layers, groups.num_windowed, groups.blocks_beside) == (2, 4, 0)
+    assert (groups.num_layers, groups.num_windowed) == (num_layers, 6 - num_layers)
+    assert groups.blocks_beside == 0
 
 
 def test_every_family_that_is_served_is_tried() -> None:

@@ -28,6 +28,7 @@ from vllm_budgetkv.ops.views import (
     PageChoice,
     PagedHeads,
     RecallHeads,
+    Softmax,
     TierLayer,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "PagedHeads",
     "RecallHeads",
     "Scores",
+    "Softmax",
     "TierLayer",
     "append",
     "attend",

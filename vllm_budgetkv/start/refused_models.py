@@ -25,8 +25,6 @@ SPARSE = "sparse attention with a cache of its own to find keys"
 ALWAYS = {
     "HrmTextForCausalLM": BOTH_WAYS,
     "FlintForCausalLM": SINKS,
-    "GptOssForCausalLM": SINKS,
-    "gpt_oss": SINKS,
     "MiniMaxM3SparseForCausalLM": SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": SPARSE,
     "InklingForCausalLM": "convolutions and sliding windows inside its attention",
@@ -80,7 +78,9 @@ STATE_BESIDE = {
 WINDOWS_BESIDE = {
     "Cohere2ForCausalLM",
     "Exaone4ForCausalLM",
+    "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "GptOssForCausalLM",
     "Llama4ForCausalLM",
     "MinistralForCausalLM",
     "MistralForCausalLM",
@@ -175,8 +175,7 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
     names = [*model.architectures, *(getattr(text, "architectures", None) or []), text.model_type]
     yield from (ALWAYS[name] for name in names if name in ALWAYS)
     for field, words in SWITCHES.items():
-        is_beside = field == "attention_chunk_size" and keeps_windows(model)
-        if (value := getattr(text, field, None)) and not is_beside:
+        if (value := getattr(text, field, None)) and not _is_served(field, model):
             yield words.format(value)
     if text.model_type in ("granite", "granitemoe") and _sinks_by_default(text):
         yield SINKS
@@ -194,6 +193,13 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
             f"heads of {head_size} elements, not a multiple of 8 from {MIN_HEAD_SIZE} to "
             f"{MAX_HEAD_SIZE}"
         )
+
+
+def _is_served(field: str, model: ModelConfig) -> bool:
+    """Whether what a field of `SWITCHES` turns on is served in this model."""
+    if field == "attn_logit_softcapping":
+        return bool(WINDOWS_BESIDE.intersection(model.architectures))
+    return field == "attention_chunk_size" and keeps_windows(model)
 
 
 def _layer_types(text: Any) -> set[str]:

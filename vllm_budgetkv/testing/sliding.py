@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, Qwen2Tokenizer
 
 WINDOW_TOKENS = 64
-# every so many layers one has full attention
-PERIOD = 3
+# learned sinks of the first and the last query head
+SINKS = (-1.0, 3.0)
 # factors of the norms of queries and of keys
 QUERY_NORM, KEY_NORM = 1.6, 1.2
 # of embeddings that are the output's weights too: else each token would be followed by itself
@@ -39,6 +39,7 @@ class Family:
         norm_origin: weight of a norm that multiplies by nothing: some add one to it.
         is_tied: whether the embeddings are the weights of the output too.
         scales_embeddings: whether the model multiplies them by the root of its width.
+        period: of so many layers the last has full attention.
         fields: of the configuration.
     """
 
@@ -47,6 +48,7 @@ class Family:
     norm_origin: float = 0.0
     is_tied: bool = False
     scales_embeddings: bool = False
+    period: int = 3
     fields: dict[str, Any] = field(default_factory=dict)
 
 
@@ -58,6 +60,22 @@ FAMILIES = {
         scales_embeddings=True,
         fields={"query_pre_attn_scalar": 32},
     ),
+    # logits with a soft cap, low enough to bend them
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        norm_origin=1.0,
+        is_tied=True,
+        scales_embeddings=True,
+        period=2,
+        fields={"query_pre_attn_scalar": 32, "attn_logit_softcapping": 3.0},
+    ),
+    "gpt_oss": Family(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        period=2,
+        fields={"num_local_experts": 2, "num_experts_per_tok": 1},
+    ),
     # full layers without rotary embedding
     "exaone4": Family("Exaone4Config", "Exaone4ForCausalLM"),
     "cohere2": Family("Cohere2Config", "Cohere2ForCausalLM", is_tied=True),
@@ -66,7 +84,7 @@ FAMILIES = {
         "Llama4ForCausalLM",
         fields={
             "attention_chunk_size": WINDOW_TOKENS,
-            "no_rope_layer_interval": PERIOD,
+            "no_rope_layer_interval": 3,
             "interleave_moe_layer_step": 64,
             "num_local_experts": 2,
             "num_experts_per_tok": 1,
@@ -114,16 +132,20 @@ def build(kind: str, cache: Path, **decoder: Any) -> Path:
     return models.cached(cache, shapes.fingerprint(kind, shape, source=source), write)
 
 
-def layer_types(layers: int, other: str = "sliding_attention") -> list[str]:
-    """What each layer of a model is: every `PERIOD`-th has full attention."""
-    return [other if (i + 1) % PERIOD else "full_attention" for i in range(layers)]
+def num_full_layers(kind: str, layers: int = 6) -> int:
+    """Layers with full attention of a model."""
+    return layers // FAMILIES[kind].period
 
 
 def _fields(family: Family, shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> dict[str, Any]:
+    is_chunked = "attention_chunk_size" in family.fields
+    other = "chunked_attention" if is_chunked else "sliding_attention"
     return {
         **models.decoder_fields(shape, vocabulary),
         "head_dim": shape.head_dim,
-        "layer_types": layer_types(shape.layers),
+        "layer_types": [
+            other if (i + 1) % family.period else "full_attention" for i in range(shape.layers)
+        ],
         "sliding_window": WINDOW_TOKENS,
         "tie_word_embeddings": family.is_tied,
         **family.fields,
@@ -131,7 +153,7 @@ def _fields(family: Family, shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> 
 
 
 def _scale(model: PreTrainedModel, family: Family) -> None:
-    """Undo what `randomise` does to norms that add one, and to embeddings that are scaled."""
+    """Undo what `randomise` does to norms that add one and to embeddings; sinks that differ."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("q_norm.weight"):
@@ -140,6 +162,8 @@ def _scale(model: PreTrainedModel, family: Family) -> None:
                 parameter.fill_(KEY_NORM - family.norm_origin)
             elif name.endswith("norm.weight"):
                 parameter.fill_(1.0 - family.norm_origin)
+            elif name.endswith("sinks"):
+                parameter.copy_(torch.linspace(*SINKS, len(parameter)))
             elif "embed_tokens" in name:
                 parameter.mul_(TIED_GAIN if family.is_tied else 1.0)
                 parameter.mul_(parameter.shape[1] ** -0.5 if family.scales_embeddings else 1.0)

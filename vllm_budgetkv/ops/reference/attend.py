@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv.ops.views import Softmax
+
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
     from vllm_budgetkv.ops.views import BatchRows, PagedHeads
@@ -16,11 +18,12 @@ def attend(
     heads: PagedHeads,
     rows: BatchRows,
     out: torch.Tensor,
-    scale: float,
+    scale: float | Softmax,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
+    softmax = Softmax.of(scale)
     group = query.shape[1] // heads.num_heads
     for row, slot in enumerate(rows.slots.tolist()):
         start, end = rows.query_start[row : row + 2].tolist()
@@ -32,10 +35,20 @@ def attend(
             # Query i sees the first num_keys - t + i + 1 keys.
             last_seen = torch.arange(num_keys - end + start, num_keys, device=query.device)
             hidden = torch.arange(num_keys, device=query.device) > last_seen[:, None]
-            scores = (rotated @ keys.T * scale).masked_fill(hidden, -torch.inf)
+            scores = soft_cap(rotated @ keys.T * softmax.scale, softmax.soft_cap)
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if softmax.sinks is not None:
+                sinks = softmax.sinks[query_heads].to(compute_dtype)
+                sinks = sinks[:, None, None].expand(-1, end - start, 1)
+                scores = torch.cat((scores, sinks), dim=-1)
             # A query that sees no key gets zeros: softmax gives NaN there.
-            weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+            weights = scores.softmax(dim=-1)[..., :num_keys].masked_fill(hidden, 0.0)
             out[start:end, query_heads] = (weights @ values).transpose(0, 1).to(out.dtype)
+
+
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits bent to stay below the cap; as they are if it is 0."""
+    return cap * (logits / cap).tanh() if cap else logits
 
 
 def _read_head(
