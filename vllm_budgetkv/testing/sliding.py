@@ -26,7 +26,7 @@ SINKS = (-1.0, 3.0)
 # factors of the norms of queries and of keys
 QUERY_NORM, KEY_NORM = 1.6, 1.2
 # of embeddings that are the output's weights too: else each token would be followed by itself
-TIED_GAIN = 0.2
+TIED_GAIN = 0.02
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,6 @@ class Weighing(NamedTuple):
         return cls(softmax.scale / unit, softmax.soft_cap / unit, sinks)
 
 
-def kinds_of(softmax: Softmax) -> dict[str, bool]:
-    """What a kernel is compiled for: with or without a cap, and sinks."""
-    return {"CAPPED": softmax.soft_cap > 0, "HAS_SINKS": softmax.sinks is not None}
-
-
 class Stacks(NamedTuple):
     """Free stacks of all slots and their heights."""
 

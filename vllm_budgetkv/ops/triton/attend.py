@@ -6,14 +6,7 @@ from typing import TYPE_CHECKING
 
 import triton
 
-from vllm_budgetkv.ops.triton.arguments import (
-    Pages,
-    Tables,
-    Tokens,
-    Weighing,
-    kinds_of,
-    require_dense,
-)
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, Weighing, require_dense
 from vllm_budgetkv.ops.triton.attend_decode import (
     MIN_BLOCK_QUERIES,
     Runs,
@@ -58,10 +51,11 @@ def attend(
     num_runs = max(1, triton.cdiv(heads.capacity_tokens, run))
     runs = Runs.empty(num_rows, num_query_heads, num_runs, query)
     cut = {"RUN_TOKENS": run, "NUM_RUNS": num_runs, "GROUP": group}
+    cut["HAS_SINKS"] = softmax.sinks is not None
     size = {"HEAD_SIZE": layout.head_size, "BLOCK_SIZE": triton.next_power_of_2(layout.head_size)}
     common = {"PAGE_TOKENS": layout.page_tokens, "DOT": dot_type(layout.dtype), **cut, **size}
     sources = (Tokens.of(query), to, Pages.of(heads.pool), tables, *where)
-    weighing, kinds = Weighing.of(softmax, runs.totals), kinds_of(softmax)
+    common["CAPPED"], weighing = softmax.soft_cap > 0, Weighing.of(softmax, runs.totals)
     decode_kernel[(num_rows, num_heads, num_runs)](
         *sources,
         runs,
@@ -69,7 +63,6 @@ def attend(
         BLOCK_QUERIES=max(MIN_BLOCK_QUERIES, triton.next_power_of_2(group)),
         EVERY_ROW=is_decode,
         **common,
-        **kinds,
         **decode_options(layout),
     )
     block_runs = triton.next_power_of_2(num_runs)
@@ -77,18 +70,8 @@ def attend(
         options = prefill_options(layout)
         blocks = count_blocks(num_tokens, num_rows, options["BLOCK_QUERIES"] // group)
         prefill_kernel[(blocks, num_heads)](
-            *sources,
-            num_rows,
-            runs,
-            weighing,
-            BLOCK_RUNS=block_runs,
-            **common,
-            **kinds,
-            **options,
+            *sources, num_rows, runs, weighing, BLOCK_RUNS=block_runs, **common, **options
         )
     elif num_runs > 1:
         joined = (to, tables, *where, runs, weighing)
-        has_sinks = kinds["HAS_SINKS"]
-        join_kernel[(num_rows, num_query_heads)](
-            *joined, BLOCK_RUNS=block_runs, HAS_SINKS=has_sinks, **cut, **size
-        )
+        join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block_runs, **cut, **size)

@@ -16,6 +16,7 @@ from vllm_budgetkv.ops.triton.online_softmax import (
     empty_state,
     mean,
     with_sink,
+    with_sinks,
 )
 from vllm_budgetkv.ops.triton.scratch import scratch
 
@@ -113,9 +114,8 @@ def decode_kernel(
             )
             # fmt: on
             if NUM_RUNS == 1:
-                if HAS_SINKS:
-                    sink = tl.load(weighing.sinks + query_head, mask=member < GROUP, other=0.0)
-                    total = with_sink(total, peak, sink)
+                is_head = member < GROUP
+                total = with_sinks(total, peak, weighing, query_head, is_head, HAS_SINKS)
                 vectors = token * out.stride + query_head[:, None] * out.head_stride
                 answer = mean(sums, total).to(out.data.dtype.element_ty)
                 tl.store(out.data + vectors + channel[None, :], answer, mask=mask)

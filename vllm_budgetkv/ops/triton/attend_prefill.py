@@ -12,7 +12,7 @@ from vllm_budgetkv.ops.triton.online_softmax import (
     attend_keys,
     empty_state,
     mean,
-    with_sink,
+    with_sinks,
 )
 from vllm_budgetkv.ops.triton.rows import find_row, first_block
 
@@ -97,25 +97,22 @@ def prefill_kernel(
     row_token, query_head = (start + token).to(tl.int64), head * GROUP + index % GROUP
     vectors = row_token * query.stride + query_head * query.head_stride
     queries = tl.load(query.data + vectors[:, None] + channel[None, :], mask=mask, other=0.0)
-
     # the first query of the tile sees all of the first keys, the last one the most
     visible = num_keys - num_tokens + token + 1
     all_see = tl.maximum(num_keys - num_tokens + first + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     last = tl.minimum(first + BLOCK_TOKENS, num_tokens)
     entries = tables.table + slot * tables.slot_stride + head * tables.head_stride
-    state = empty_state(BLOCK_QUERIES, BLOCK_SIZE)
     # fmt: off
     state = attend_keys(
-        state, queries.to(DOT), visible, 0, all_see, pages, entries, weighing,
-        PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, CAPPED,
+        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), visible, 0, all_see, pages,
+        entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, CAPPED,
     )
     sums, peak, total = attend_keys(
         state, queries.to(DOT), visible, all_see, num_keys - num_tokens + last, pages, entries,
         weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, CAPPED,
     )
     # fmt: on
-    if HAS_SINKS:
-        total = with_sink(total, peak, tl.load(weighing.sinks + query_head))
+    total = with_sinks(total, peak, weighing, query_head, is_query, HAS_SINKS)
     vectors = row_token * out.stride + query_head * out.head_stride
     answer = mean(sums, total).to(out.data.dtype.element_ty)
     tl.store(out.data + vectors[:, None] + channel[None, :], answer, mask=mask)

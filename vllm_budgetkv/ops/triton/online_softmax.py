@@ -101,6 +101,21 @@ def with_sink(total: tl.tensor, peak: tl.tensor, sink: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def with_sinks(
+    total: tl.tensor,
+    peak: tl.tensor,
+    weighing: tl.tuple,
+    query_head: tl.tensor,
+    mask: tl.tensor,
+    HAS_SINKS: tl.constexpr,
+) -> tl.tensor:
+    """The same of queries of several heads, where there are sinks."""
+    if HAS_SINKS:
+        total = with_sink(total, peak, tl.load(weighing.sinks + query_head, mask=mask, other=0.0))
+    return total
+
+
+@triton.jit
 def empty_state(BLOCK_QUERIES: tl.constexpr, BLOCK_SIZE: tl.constexpr) -> tl.tuple:
     """Sums, peak and total of a tile that has seen no key."""
     sums = tl.zeros([BLOCK_QUERIES, BLOCK_SIZE], tl.float32)

@@ -88,8 +88,7 @@ def score(
         **options,
     )
     found = Found(mass, topk_mass)
-    sinks = None if softmax.sinks is None else weighing.sinks
-    _finish(work, heads.lens, positions, found, sinks, (top_k, num_sinks, takes_largest))
+    _finish(work, heads.lens, positions, found, softmax.sinks, (top_k, num_sinks, takes_largest))
     return mass, topk_mass, norms, positions
 
 
