@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <vector>
 
 #include "checks.h"
@@ -27,8 +28,9 @@ struct Kernel {
 
 Kernel prefill_kernel(const AttendArgs& args) {
 #if defined(__x86_64__)
-  // its softmax takes the largest product for the largest score
-  if (args.type == FloatType::kBfloat16 && current_isa() == Isa::kAmx && args.scale >= 0) {
+  // its softmax takes the largest product for the largest score, and bends none
+  if (args.type == FloatType::kBfloat16 && current_isa() == Isa::kAmx && args.scale >= 0 &&
+      args.soft_cap == 0) {
     return {amx::attend_tile_queries(), amx::attend_scratch_floats(args.head_size),
             &amx::attend_split};
   }
@@ -109,7 +111,8 @@ void run(const AttendArgs& args, const Kernel& prefill, Plan& plan) {
 }
 
 AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                     const at::Tensor& table, const at::Tensor& out, double scale) {
+                     const at::Tensor& table, const at::Tensor& out, double scale, double soft_cap,
+                     const std::optional<at::Tensor>& sinks) {
   check_pool_field("keys", keys);
   check_pool_field("values", values);
   check_last_stride("query", query);
@@ -131,6 +134,8 @@ AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::
   args.group = static_cast<int>(query.size(1) / table.size(1));
   args.num_query_heads = static_cast<int>(query.size(1));
   args.scale = static_cast<float>(scale);
+  args.soft_cap = static_cast<float>(soft_cap);
+  args.sinks = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
   return args;
 }
 
@@ -170,8 +175,11 @@ void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table
 
 void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
             const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
-            const at::Tensor& query_start, const at::Tensor& out, double scale) {
-  const AttendArgs args = make_args(query, keys, values, table, out, scale);
+            const at::Tensor& query_start, const at::Tensor& out, double scale, double soft_cap,
+            const std::optional<at::Tensor>& sinks_in) {  // float32 [Hq]
+  std::optional<at::Tensor> sinks = sinks_in;
+  if (sinks.has_value()) sinks = sinks->contiguous();
+  const AttendArgs args = make_args(query, keys, values, table, out, scale, soft_cap, sinks);
   const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
   attend_rows("attend", args, table, lens, rows, nullptr, 0);
 }
@@ -180,7 +188,7 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
                  const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
                  const at::Tensor& query_start, const at::Tensor& first_position,
                  int64_t first_token, const at::Tensor& out, const at::Tensor& lse, double scale) {
-  AttendArgs args = make_args(query, keys, values, table, out, scale);
+  AttendArgs args = make_args(query, keys, values, table, out, scale, 0.0, std::nullopt);
   TORCH_CHECK_VALUE(lse.is_contiguous() && first_position.is_contiguous(),
                     "attend_part: lse and first_position must be contiguous");
   args.lse = lse.mutable_data_ptr<float>();
@@ -195,7 +203,7 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, Tensor slots, "
-      "Tensor query_start, Tensor(a!) out, float scale) -> ()");
+      "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks) -> ()");
   m.def(
       "attend_part(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, "
       "Tensor slots, Tensor query_start, Tensor first_position, int first_token, Tensor(a!) out, "

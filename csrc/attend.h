@@ -29,6 +29,8 @@ struct AttendArgs {
   int group;            // G
   int num_query_heads;  // Hq
   float scale;          // of the scores
+  float soft_cap;       // that bends them; 0 for none
+  const float* sinks;   // [Hq], scores of tokens without a value; null for none, and with `lse`
 };
 
 struct AttendTile {

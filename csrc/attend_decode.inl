@@ -126,6 +126,8 @@ bool decode_group(const AttendArgs& args, const AttendTile& tile, int begin, int
       float* scores_q = scores + q * kBlockKeys;
       score_keys<T, kQ>(block, next, q == 0, queries + q * padded, size, padded, scores_q);
       for (int i = 0; i < kQ; ++i) {
+        const int vectors = (num_keys + kLanes - 1) / kLanes;
+        cap_scores(args, scores_q + i * kBlockKeys, kLanes, vectors);
         decay[q + i] = soften_row(scores_q + i * kBlockKeys, num_keys, peak[q + i], total[q + i]);
       }
       weigh_values<T, kQ>(block.values, num_keys, size, scores_q, decay + q, padded,

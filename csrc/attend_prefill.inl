@@ -145,6 +145,7 @@ bool prefill(const AttendArgs& args, const AttendTile& tile, int begin, int end,
     }
     const bool is_masked = first + num_keys > tile.visible(0, args.group);
     for (int v = 0; v < kV; ++v) {
+      cap_scores(args, scores + v * kLanes, kWidth, num_keys);
       for (int key = 0; is_masked && key < num_keys; ++key) {
         float* at = scores + key * kWidth + v * kLanes;
         store(at, select(Int{} + first + key < visible[v], load(at), splat(-kInfinity)));

@@ -42,6 +42,12 @@ BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, i
   const int64_t token = tile.first_token + tile.token_of(query, args.group);
   const int64_t place = token * args.out_token_stride + head * args.out_head_stride;
   if (args.lse == nullptr) {
+    if (args.sinks != nullptr && total > 0) {
+      // beyond that, what the tokens give vanishes beside it in any case
+      constexpr float kMostAbove = 80.0f;
+      const float above = args.sinks[head] - peak;
+      total += exp(splat(above < kMostAbove ? above : kMostAbove))[0];
+    }
     write_mean(static_cast<T*>(args.out) + place, args.head_size, sum, total);
     return;
   }
@@ -90,6 +96,15 @@ BUDGETKV_INLINE void prefetch(const Block<T>& next, int first, int count, int si
       __builtin_prefetch(next.keys[i] + d, 0, 2);
       __builtin_prefetch(next.values[i] + d, 0, 2);
     }
+  }
+}
+
+// Bends the scores of whole vectors to stay below the soft cap, if there is one.
+BUDGETKV_INLINE void cap_scores(const AttendArgs& args, float* scores, int stride, int count) {
+  if (args.soft_cap == 0) return;
+  const float unit = 1.0f / args.soft_cap;
+  for (int i = 0; i < count; ++i, scores += stride) {
+    store(scores, tanh(load(scores) * unit) * args.soft_cap);
   }
 }
 

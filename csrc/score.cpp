@@ -13,13 +13,17 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <numbers>
+#include <optional>
 #include <vector>
 
 #include "tables.h"
 
 namespace budgetkv {
 namespace {
+
+constexpr float kLog2E = std::numbers::log2e_v<float>;
 
 struct Head {
   Segment sinks, rest;
@@ -30,7 +34,8 @@ struct Head {
 
 // What is asked of every head.
 struct Numbers {
-  float scale;  // of the logits, times log2(e)
+  float scale, soft_cap;  // of the logits, times log2(e)
+  const float* sinks;     // [Hq], learned; null for none
   int64_t top_k;
   bool takes_largest;
 };
@@ -108,6 +113,9 @@ void score_heads(const std::vector<Head>& heads, const at::Tensor& queries,  // 
                            head.rest,
                            queries.const_data_ptr<float>() + q * num_rows * head_size,
                            numbers.scale,
+                           numbers.soft_cap,
+                           numbers.sinks == nullptr ? -std::numeric_limits<float>::infinity()
+                                                    : numbers.sinks[q] * kLog2E,
                            num_rows,
                            head_size,
                            numbers.top_k,
@@ -141,7 +149,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
     const at::Tensor& positions,  // int32 [P, N]
     const at::Tensor& table_in,   // int32 [H, W]
     const at::Tensor& lens,       // int32 [H]
-    double scale, int64_t top_k, int64_t num_sinks, bool takes_largest, int64_t max_tokens) {
+    double scale, double soft_cap,
+    const std::optional<at::Tensor>& learned_sinks,  // float32 [H * G]
+    int64_t top_k, int64_t num_sinks, bool takes_largest, int64_t max_tokens) {
   const int64_t num_heads = lens.size(0), group = probe.size(1) / num_heads;
   const at::Tensor table = table_in.contiguous();
   const auto pages = table.accessor<int32_t, 2>();
@@ -170,7 +180,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
   float* packed_data = packed.mutable_data_ptr<float>();
   pack_heads(heads, keys, values, pages, packed_data, norms);
   at::Tensor partial = at::zeros({num_slots * group}, options);
-  const Numbers numbers{static_cast<float>(scale * std::numbers::log2e), top_k, takes_largest};
+  const at::Tensor learned = learned_sinks.has_value() ? learned_sinks->contiguous() : at::Tensor();
+  const Numbers numbers{static_cast<float>(scale * std::numbers::log2e),
+                        static_cast<float>(soft_cap * std::numbers::log2e),
+                        learned.defined() ? learned.const_data_ptr<float>() : nullptr, top_k,
+                        takes_largest};
   score_heads(heads, queries, packed_data, numbers, partial.mutable_data_ptr<float>(),
               topk_mass.mutable_data_ptr<float>());
   const int64_t summed_rows = takes_largest ? 1 : probe.size(0);
@@ -186,7 +200,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "score(Tensor probe, Tensor keys, Tensor values, Tensor positions, Tensor table, "
-      "Tensor lens, float scale, int top_k, int num_sinks, bool takes_largest, int max_tokens) "
+      "Tensor lens, float scale, float soft_cap, Tensor? learned_sinks, int top_k, int num_sinks, "
+      "bool takes_largest, int max_tokens) "
       "-> (Tensor mass, Tensor topk_mass, Tensor value_norms, Tensor positions)");
 }
 

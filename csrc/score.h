@@ -33,6 +33,8 @@ struct ScoreTask {
   Segment sinks, rest;
   const float* queries;  // [num_rows, head_size]
   float scale;           // of the logits, times log2(e)
+  float soft_cap;        // that bends them, times log2(e); 0 for none
+  float sink;            // logit of a token without a key, times log2(e); -inf for none
   int64_t num_rows, head_size, top_k;
   bool takes_largest;  // of the probabilities over rows, not their sum
   float* logits;       // scratch [kRowTile, sinks.padded() + rest.padded()]

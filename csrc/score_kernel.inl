@@ -51,7 +51,9 @@ static void multiply_block(const float* block, const float* queries, const Score
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) {
-        store(logits + r * row_stride + first + v * kLanes, sum[r][v] * task.scale);
+        Vec logit = sum[r][v] * task.scale;
+        if (task.soft_cap != 0) logit = tanh(logit * (1.0f / task.soft_cap)) * task.soft_cap;
+        store(logits + r * row_stride + first + v * kLanes, logit);
       }
     }
   }
@@ -166,8 +168,12 @@ static float score_row(const ScoreTask& task, float* logits, int32_t* guess) {
   const float highest = sink_max > rest_max ? sink_max : rest_max;
   const float sink_sum = weigh(logits, sinks, sink_max);
   const float rest_sum = weigh(rest_logits, rest, rest_max);
-  const Vec gaps = exp2(Vec{sink_max - highest, rest_max - highest});
-  const float total = sink_sum * gaps[0] + rest_sum * gaps[1];
+  // beyond the bound, what the tokens have vanishes beside the learned sink in any case
+  constexpr float kMostAbove = 120.0f;
+  const float above = task.sink - highest;
+  const Vec gaps =
+      exp2(Vec{sink_max - highest, rest_max - highest, above < kMostAbove ? above : kMostAbove});
+  const float total = sink_sum * gaps[0] + rest_sum * gaps[1] + gaps[2];
   const auto take = task.takes_largest ? raise_to_scaled : add_scaled;
   take(task.mass, logits, sinks, gaps[0] / total);
   take(rest_mass, rest_logits, rest, gaps[1] / total);

@@ -187,6 +187,23 @@ BUDGETKV_INLINE Vec exp2(Vec x) {
 
 BUDGETKV_INLINE Vec exp(Vec x) { return exp2(x * 1.44269504f); }
 
+// To 3 ulp: an odd polynomial near 0, where 1 - e^-2x would cancel. NaN for NaN.
+BUDGETKV_INLINE Vec tanh(Vec x) {
+  const Int is_negative = x < 0.0f;
+  const Vec size = select(is_negative, -x, x);
+  const Vec decay = exp(size * -2.0f);
+  const Vec far = (1.0f - decay) / (1.0f + decay);
+  const Vec square = x * x;
+  Vec p = splat(-1382.0f / 155925.0f);
+  p = p * square + 62.0f / 2835.0f;
+  p = p * square - 17.0f / 315.0f;
+  p = p * square + 2.0f / 15.0f;
+  p = p * square - 1.0f / 3.0f;
+  const Vec near = size + size * square * p;
+  const Vec result = select(size < 0.3f, near, far);
+  return select(is_negative, -result, result);
+}
+
 // Lane `o` of the lower (or upper) operand of step `step` of reduce_each; >= kLanes: of b.
 constexpr int fold_source(int step, bool upper, int o) {
   const int quad = o / 4 * 4, r = o % 4, blocks = kLanes / 4, block = o / 4, lane = o % 4;

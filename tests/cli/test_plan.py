@@ -16,8 +16,11 @@ from vllm_budgetkv.cli.engine import read_arguments
 from vllm_budgetkv.cli.main import main
 from vllm_budgetkv.start.config import SECTION
 from vllm_budgetkv.testing.recurrent import build_qwen3_5
+from vllm_budgetkv.testing.sliding import build_gemma3
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.cli.conftest import RunPlan
 
 MODELS = Path(__file__).parents[2] / "build" / "models"
@@ -151,11 +154,15 @@ def test_refusals(seven_b: Path, plan_of: RunPlan, arguments: tuple[str, ...], t
     assert "Traceback" not in str(refusal.value)
 
 
-def test_recurrent_state_is_not_planned(plan_of: RunPlan) -> None:
-    """A server with such a model starts; what its state takes is told there."""
-    model = build_qwen3_5(MODELS)
-    with pytest.raises(ValueError, match="no plan counts recurrent state yet: start the server"):
-        plan_of("--model", str(model))
+@pytest.mark.parametrize(
+    ("build", "kept"), [(build_qwen3_5, "recurrent state"), (build_gemma3, "windows")]
+)
+def test_layers_of_other_kinds_are_not_planned(
+    plan_of: RunPlan, build: Callable[[Path], Path], kept: str
+) -> None:
+    """A server with such a model starts; what those layers take is told there."""
+    with pytest.raises(ValueError, match=f"no plan counts {kept} yet: start the server"):
+        plan_of("--model", str(build(MODELS)))
 
 
 @pytest.mark.usefixtures("environment")

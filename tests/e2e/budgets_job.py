@@ -1,4 +1,4 @@
-"""Runs the same requests under several budgets: `python -m tests.e2e.budgets_job`, job on stdin.
+"""Runs requests under several budgets: `python -m tests.e2e.budgets_job`, job on stdin.
 
 One engine after another in one process, so that vLLM is imported once.
 """
@@ -13,13 +13,15 @@ from typing import Any
 from tests.e2e.job import describe, drive
 
 
-def answer_under(budget: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
-    """Answers, blocks held and engine of one budget."""
+def answer_of(run: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    """Answers, blocks held and engine of one run; a budget that is None is vLLM as it is."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    llm = LLM(**job["engine"], additional_config={"budgetkv": budget})
-    answer = drive(llm, job)
+    budget = run["budget"]
+    ours = {} if budget is None else {"additional_config": {"budgetkv": budget}}
+    llm = LLM(**engine, **ours)
+    answer = drive(llm, run)
     answer["engine"] = describe(llm)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
@@ -28,7 +30,7 @@ def answer_under(budget: dict[str, Any], job: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     job = json.load(sys.stdin)
-    answers = {budget["policy"]: answer_under(budget, job) for budget in job["budgets"]}
+    answers = {name: answer_of(run, job["engine"]) for name, run in job["runs"].items()}
     Path(job["answer_file"]).write_text(json.dumps(answers), encoding="utf-8")
 
 

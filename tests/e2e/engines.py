@@ -77,7 +77,15 @@ def run_budgets(
     **engine: Any,
 ) -> dict[str, Any]:
     """What `run` answers, by policy: one engine after another in one process."""
-    job = {"engine": arguments_of(model, **engine), "requests": requests, "budgets": budgets}
+    runs = {budget["policy"]: {"budget": budget, "requests": requests} for budget in budgets}
+    return run_each(tmp_path, model, runs, **engine)
+
+
+def run_each(
+    tmp_path: Path, model: Path, runs: dict[str, dict[str, Any]], **engine: Any
+) -> dict[str, Any]:
+    """What `run` answers, by name of the run, which has `requests` and a `budget` or None."""
+    job = {"engine": arguments_of(model, **engine), "runs": runs}
     return _answer_of("budgets_job", job, tmp_path, environment())
 
 

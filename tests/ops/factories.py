@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
-from vllm_budgetkv.ops import BatchRows, FreeStack, PagedHeads
+from vllm_budgetkv.ops import BatchRows, FreeStack, PagedHeads, Softmax
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -155,6 +155,22 @@ def strided_randn(
     fused = torch.full((tokens, heads + 2, size), torch.nan, dtype=dtype)
     fused[:, 1:-1] = (torch.randn(tuple(shape), generator=generator) * scale).to(dtype)
     return fused[:, 1:-1]
+
+
+# kinds of `Softmax`, but for the plain one: with the tests' keys logits reach 3 and more
+SOFTMAXES = ("cap", "sinks", "cap-and-sinks")
+
+
+def softmax_of(kind: str, head_size: int, num_query_heads: int) -> Softmax:
+    """A `Softmax` of a kind; sinks from far below all logits to far above them."""
+    generator = torch.Generator().manual_seed(3)
+    sinks = torch.randn(num_query_heads, generator=generator) * 3
+    sinks[::5], sinks[3::5] = -300.0, 300.0
+    return Softmax(
+        head_size**-0.5,
+        soft_cap=1.5 if "cap" in kind else 0.0,
+        sinks=sinks if "sinks" in kind else None,
+    )
 
 
 def assert_within_budget(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
@@ -11,7 +10,15 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, assert_within_budget, batch_rows, make_cache, strided_randn
+from tests.ops.factories import (
+    SOFTMAXES,
+    Cache,
+    assert_within_budget,
+    batch_rows,
+    make_cache,
+    softmax_of,
+    strided_randn,
+)
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
@@ -25,14 +32,19 @@ GROUPS = (1, 2, 4, 7, 8, 16)
 
 
 def check_kernel(
-    cache: Cache, group: int, slots: Sequence[int], tokens: Sequence[int], query_scale: float = 1.0
+    cache: Cache,
+    group: int,
+    slots: Sequence[int],
+    tokens: Sequence[int],
+    query_scale: float = 1.0,
+    kind: str = "plain",
 ) -> None:
     """Run kernel and references on random queries and compare them."""
     layout = cache.pool.layout
     shape = (sum(tokens), cache.lens.shape[1] * group, layout.head_size)
     query = strided_randn(shape, layout.dtype, seed=1, scale=query_scale)
     rows = batch_rows(slots, tokens)
-    scale = 1 / math.sqrt(layout.head_size)
+    scale = softmax_of(kind, layout.head_size, shape[1])
     actual = strided_randn(shape, layout.dtype, seed=2)
     around = actual._base
     attend(query, cache.heads, rows, actual, scale)
@@ -40,7 +52,10 @@ def check_kernel(
     attend_reference(query, cache.heads, rows, low_precision, scale)
     exact = torch.full(shape, torch.nan, dtype=torch.float64)
     attend_reference(query, cache.heads, rows, exact, scale, torch.float64)
-    assert_within_budget(actual, low_precision, exact)
+    # a rounding step of a logit moves its weight by as many as the logit is large, and a sink does
+    # not move along
+    steps = max(1.0, query_scale) if scale.sinks is not None else 1.0
+    assert_within_budget(actual, low_precision, exact, rounding_steps=steps)
     assert around is not None
     assert around[:, [0, -1]].isnan().all(), "wrote outside of out"
 
@@ -63,6 +78,40 @@ def test_reference_equals_dense_attention(group: int, chunk: int) -> None:
         query.double().transpose(0, 1), keys, values, attn_mask=mask, scale=0.125
     )
     torch.testing.assert_close(out, dense.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SOFTMAXES)
+def test_reference_equals_the_formula(kind: str) -> None:
+    """One query head, one query at a time: a sink is a logit whose token has no value."""
+    cache = make_cache([[37, 20]], PageLayout(16, 64, torch.float32))
+    query = strided_randn((5, 4, 64), torch.float32, seed=1)
+    softmax = softmax_of(kind, 64, 4)
+    out = torch.empty(query.shape, dtype=torch.float64)
+    attend_reference(query, cache.heads, batch_rows([0], [5]), out, softmax, torch.float64)
+    for head in range(4):
+        keys, values = (x.double() for x in cache.head(0, head // 2))
+        for token in range(5):
+            seen = len(keys) - 4 + token
+            logits = keys[:seen] @ query[token, head].double() * softmax.scale
+            if softmax.soft_cap:
+                logits = softmax.soft_cap * torch.tanh(logits / softmax.soft_cap)
+            weights = logits.exp()
+            sink = 0.0 if softmax.sinks is None else softmax.sinks[head].double().exp()
+            expected = weights @ values[:seen] / (weights.sum() + sink)
+            torch.testing.assert_close(out[token, head], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", SOFTMAXES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("query_scale", [0.1, 1.0, 200.0])
+def test_softmax(instruction_set: str, kind: str, dtype: torch.dtype, query_scale: float) -> None:
+    """Chunks and decodes, of one split and of several; a head without a token, rows that see none.
+
+    Small scores, where a cap must not lose them, and such as it flattens.
+    """
+    cache = make_cache([[70, 5200], [5000, 0], [8, 33]], PageLayout(16, 64, dtype))
+    for tokens in ([9, 1, 20], [1, 1, 1]):
+        check_kernel(cache, 5, [0, 1, 2], tokens, query_scale, kind)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import Cache, assert_within_budget, make_cache, strided_randn
+from tests.ops.factories import (
+    SOFTMAXES,
+    Cache,
+    assert_within_budget,
+    make_cache,
+    softmax_of,
+    strided_randn,
+)
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.score import score as score_reference
 from vllm_budgetkv.ops.score import Scores, score
@@ -16,6 +23,8 @@ from vllm_budgetkv.ops.select import select
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vllm_budgetkv.ops.views import Softmax
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RAGGED = (0, 1, 15, 16, 17, 1000)
 
@@ -23,7 +32,7 @@ RAGGED = (0, 1, 15, 16, 17, 1000)
 def naive_score(
     probe: torch.Tensor,
     cache: Cache,
-    scale: float,
+    softmax: Softmax,
     top_k: int,
     num_sinks: int,
     takes_largest: bool,
@@ -45,8 +54,14 @@ def naive_score(
         for query_head in range(head * group, (head + 1) * group):
             shares, rows = [], []
             for row in probe[:, query_head].double():
-                weights = ((keys.double() @ row) * scale).softmax(0)
-                rows.append(weights)
+                logits = (keys.double() @ row) * softmax.scale
+                if softmax.soft_cap:
+                    logits = softmax.soft_cap * torch.tanh(logits / softmax.soft_cap)
+                weights = logits.softmax(0)
+                sink = logits.new_zeros(0)
+                if softmax.sinks is not None:
+                    sink = softmax.sinks[query_head, None].double()
+                rows.append(torch.cat((logits, sink)).softmax(0)[:count])
                 ranked = weights[rest].sort(descending=True).values
                 shares.append(ranked[:top_k].sum() / ranked.sum() if rest.any() else 1.0)
             topk_mass[query_head] = sum(shares) / len(shares)
@@ -75,11 +90,13 @@ def check_score(
     num_rows: int = 5,
     top_k: int = 8,
     num_sinks: int = 4,
+    kind: str = "plain",
 ) -> Scores:
     """Reference against the naive formula, the op against both; returns the op's result."""
     cache = make_cache([lens], layout)
     probe = strided_randn((num_rows, len(lens) * group, layout.head_size), layout.dtype, seed=1)
-    numbers = (layout.head_size**-0.5, top_k, num_sinks, takes_largest, max(lens) + 7)
+    softmax = softmax_of(kind, layout.head_size, probe.shape[1])
+    numbers = (softmax, top_k, num_sinks, takes_largest, max(lens) + 7)
     actual = score(probe, cache.heads_of(0), *numbers)
     reference = score_reference(probe, cache.heads_of(0), *numbers)
     exact = naive_score(probe, cache, *numbers)
@@ -95,7 +112,7 @@ def check_score(
             # over the rows averages that out
             steps = 1.0
             if name == "mass" and takes_largest:
-                steps = max(1.0, largest_logit(probe, cache, numbers[0]))
+                steps = max(1.0, largest_logit(probe, cache, softmax.scale))
             assert_within_budget(got, low_precision, true, rounding_steps=steps)
     return actual
 
@@ -124,6 +141,13 @@ def test_head_sizes(
     instruction_set: str, takes_largest: bool, head_size: int, dtype: torch.dtype
 ) -> None:
     check_score((131, 0, 17), PageLayout(16, head_size, dtype), takes_largest)
+
+
+@pytest.mark.parametrize("kind", SOFTMAXES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax(instruction_set: str, takes_largest: bool, kind: str, dtype: torch.dtype) -> None:
+    """Sinks take of the mass, and of the top k nothing; a cap bends both."""
+    check_score((131, 0, 17), PageLayout(16, 64, dtype), takes_largest, group=5, kind=kind)
 
 
 @pytest.mark.parametrize("page_tokens", [8, 16, 256])

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import batch_rows, int32, make_cache
+from tests.ops.factories import batch_rows, int32, make_cache, softmax_of
 from tests.ops.recall_factory import make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.ops import PageChoice
+from vllm_budgetkv.ops import PageChoice, Softmax
 
 pytest.importorskip("triton")
 
@@ -61,7 +61,7 @@ def launch_attend(layout: PageLayout, group: int) -> None:
     query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     for num_tokens in (20, 2):
         queries, rows = query[:num_tokens], batch_rows([0, 1], [1, num_tokens - 1])
-        attend(queries, cache.heads, rows, queries, 0.1)
+        attend(queries, cache.heads, rows, queries, Softmax(0.1))
 
 
 def launch_score(layout: PageLayout, group: int) -> None:
@@ -71,7 +71,21 @@ def launch_score(layout: PageLayout, group: int) -> None:
     probe = torch.zeros(32, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
     for max_tokens in (4096, WIDTH_PAGES * layout.page_tokens):
         for takes_largest in (False, True):
-            score(probe, cache.heads_of(0), 0.1, 64, 4, takes_largest, max_tokens)
+            score(probe, cache.heads_of(0), Softmax(0.1), 64, 4, takes_largest, max_tokens)
+
+
+def launch_softmax(layout: PageLayout, group: int) -> None:
+    """`attend` and `score` with a soft cap and with sinks."""
+    from vllm_budgetkv.ops.triton.attend import attend
+    from vllm_budgetkv.ops.triton.score import score
+
+    cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
+    query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
+    softmax = softmax_of("cap-and-sinks", layout.head_size, query.shape[1])
+    for num_tokens in (20, 2):
+        queries, rows = query[:num_tokens], batch_rows([0, 1], [1, num_tokens - 1])
+        attend(queries, cache.heads, rows, queries, softmax)
+    score(query, cache.heads_of(0), softmax, 64, 4, False, 4096)
 
 
 def launch_contrast(layout: PageLayout, group: int) -> None:
@@ -184,6 +198,7 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_reserve: 1,
     launch_attend: 4,
     launch_score: 8,
+    launch_softmax: 6,
     launch_contrast: 2,
     launch_retrieve: 2,
     launch_select: 1,

@@ -7,9 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.core.kv_cache_utils import (
+    _get_kv_cache_groups_uniform_page_size,
+    _pool_bytes_per_block,
+    get_kv_cache_groups,
+)
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheLayout,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
+from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.scheduler.spec import QuotaSpec, is_ours, windows_of
 from vllm_budgetkv.start.groups import Groups, block_pages_of, page_tokens_of
 
 ATTENTION: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
@@ -33,6 +46,64 @@ def test_groups_are_vllms(num_layers: int, num_recurrent: int) -> None:
     if not groups.is_split:
         most = max(len(group.layer_names) for group in found)
         assert groups.block_layers == max(most, num_layers)
+
+
+def windowed(num_layers: int, windows: dict[int, int], is_chunked: bool) -> dict[str, Any]:
+    """Specs of our layers and of others, by tokens of their window, as vLLM's CPU worker says."""
+    sizes = {**ATTENTION, "block_size": 16}
+    quota = Quota(
+        blocks=64,
+        page_tokens=16,
+        num_layers=num_layers,
+        chunk_tokens=256,
+        decode_interval_tokens=64,
+    )
+    ours = QuotaSpec.of(FullAttentionSpec(**sizes), quota)
+    specs: dict[str, KVCacheSpec] = {f"a{i}": ours for i in range(num_layers)}
+    for tokens, count in windows.items():
+        spec: KVCacheSpec
+        if is_chunked:
+            spec = ChunkedLocalAttentionSpec(**sizes, attention_chunk_size=tokens)
+        else:
+            spec = SlidingWindowSpec(**sizes | {"block_size": 32}, sliding_window=tokens)
+        specs |= {f"w{tokens}.{i}": spec for i in range(count)}
+    return specs
+
+
+def engine_of_windows() -> Any:
+    return SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        attention_config=SimpleNamespace(hisparse_config=None),
+        cache_config=SimpleNamespace(get_resolved_kv_cache_layout=lambda: KVCacheLayout.BLHNC),
+        model_config=SimpleNamespace(max_model_len=4096),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        speculative_config=None,
+        max_in_flight_tokens=512,
+    )
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["sliding", "chunked"])
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 12])
+@pytest.mark.parametrize(
+    "windows", [{64: 1}, {64: 4}, {64: 5, 100: 7}, {1024: 36}], ids=lambda value: str(value)
+)
+def test_groups_with_windows_are_vllms(
+    num_layers: int, windows: dict[int, int], is_chunked: bool
+) -> None:
+    """Our layers are one group; blocks of the others, and how long a block is for all."""
+    engine, specs = engine_of_windows(), windowed(num_layers, windows, is_chunked)
+    found = get_kv_cache_groups(engine, dict(specs))
+    (ours,) = (group for group in found if is_ours(group.kv_cache_spec))
+    assert len(ours.layer_names) == Groups(num_layers, num_windowed=1).block_layers == num_layers
+    blocks = [
+        -(-spec.max_memory_usage_bytes(engine) // spec.page_size_bytes)
+        for group in found
+        if not is_ours(spec := group.kv_cache_spec)
+    ]
+    windows_take = windows_of(specs.values(), engine)
+    assert windows_take is not None
+    assert windows_take.blocks == sum(blocks)
+    assert windows_take.block_bytes == _pool_bytes_per_block(engine, found)
 
 
 def test_one_kind_of_layers_is_one_group() -> None:

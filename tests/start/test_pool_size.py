@@ -8,14 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
+from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start import pool_size
 from vllm_budgetkv.start.config import BudgetConfig
 from vllm_budgetkv.start.request_rules import RequestRules
 
 QUOTA = Quota(blocks=64, page_tokens=16, num_layers=4, chunk_tokens=256, decode_interval_tokens=64)
+SIZES: Any = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+# 63 tokens and 100 in flight
+WINDOW = SlidingWindowSpec(**SIZES, sliding_window=64)
 LAYOUT = PageLayout(16, 32, torch.float32)
 BLOCK_BYTES = 4 * 2 * LAYOUT.page_bytes
 
@@ -26,12 +31,14 @@ def engine(override: int | None = None, recurrent_layers: int = 0) -> Any:
         get_head_size=lambda: 32,
         get_num_kv_heads=lambda parallel_config: 2,
         is_hybrid=recurrent_layers > 0,
+        max_model_len=4096,
+        architectures=["LlamaForCausalLM"],
         get_num_layers=lambda parallel_config: 4 + recurrent_layers,
         get_num_layers_by_block_type=lambda parallel_config, kind: 4,
     )
     return SimpleNamespace(
         model_config=model,
-        parallel_config=None,
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         cache_config=SimpleNamespace(num_gpu_blocks_override=override, mamba_cache_mode="align"),
     )
 
@@ -93,6 +100,19 @@ def test_recurrent_state_has_blocks_of_its_own() -> None:
     pool_size.check(engine(71, recurrent_layers=12), QUOTA, None)
 
 
+def test_windows_have_blocks_of_their_own() -> None:
+    """Once the layers are known; before, the pool may be large enough."""
+    windows = pool_size.Windows(blocks=20, block_bytes=2 * BLOCK_BYTES)
+    pool_size.check(engine(70), QUOTA, None)
+    with pytest.raises(ValueError, match="64 blocks of 16 tokens and 20 of windows") as error:
+        pool_size.check(engine(84), QUOTA, None, windows=windows)
+    assert "set --kv-page-quota to at most 63, or give the pool 85 blocks" in str(error.value)
+    pool_size.check(engine(85), QUOTA, None, windows=windows)
+    pool_size.check(engine(), QUOTA, 85 * 2 * BLOCK_BYTES, windows=windows)
+    with pytest.raises(ValueError, match="but the pool has 84, of which"):
+        pool_size.check(engine(), QUOTA, 85 * 2 * BLOCK_BYTES - 1, windows=windows)
+
+
 def test_a_block_is_of_the_layers_of_a_group() -> None:
     """5 layers of state are padded to rather than split from 4: a block is of 5."""
     assert pool_size.block_bytes(engine(recurrent_layers=12), QUOTA) == BLOCK_BYTES
@@ -119,5 +139,9 @@ def test_the_worker_checks_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> 
     worker.budget_rules = RequestRules(worker.budget_config, fitting)
     assert worker.determine_available_memory() == 64 * BLOCK_BYTES
     worker.budget_rules = RequestRules(worker.budget_config, {"window": QUOTA})
-    with pytest.raises(ValueError, match="the pool has 64, of which vLLM reserves 1"):
+    ours = QuotaSpec.of(FullAttentionSpec(**SIZES), QUOTA)
+    specs = {"w": WINDOW, **dict.fromkeys("abcd", ours)}
+    monkeypatch.setattr(worker, "get_kv_cache_spec", lambda: specs)
+    worker.vllm_config.max_in_flight_tokens = 100
+    with pytest.raises(ValueError, match="and 12 of windows, but the pool has 64, of which vLLM"):
         worker.determine_available_memory()

@@ -40,6 +40,7 @@ WORDS = ARGUMENTS | LAYERS | {"AttentionLayerBase", "(Attention"}
 
 FIELD = "a field in `refused_models.SWITCHES`"
 NAME = "a name in `refused_models.ALWAYS`"
+SERVED = "served: `refused_models.WINDOWS_BESIDE`"
 WINDOW = "`get_sliding_window`"
 KNOWN = {
     "bloom": "`uses_alibi`",
@@ -48,12 +49,12 @@ KNOWN = {
     "deepseek_v41": "`use_mla`",
     "extract_hidden_states": "a draft model: speculative decoding",
     "falcon": "`uses_alibi`",
-    "gemma2": FIELD,
+    "gemma2": SERVED,
     "gemma3": "nothing to refuse: its soft cap is None",
     "gemma3n": FIELD,
     "gemma4": FIELD,
     "gemma4_mtp": "a draft model: speculative decoding",
-    "gpt_oss": NAME,
+    "gpt_oss": SERVED,
     "granite": "`refused_models._sinks_by_default`",
     "granitemoe": "`refused_models._sinks_by_default`",
     "hrm_text": NAME,
@@ -64,7 +65,7 @@ KNOWN = {
     "k2_horizon": FIELD,
     "kimi_k3": "`use_mla`",
     "laguna": FIELD,
-    "llama4": FIELD,
+    "llama4": SERVED,
     "mimo_v2": NAME,
     "minimax_m3": NAME,
     "muse_glimmer": WINDOW,

@@ -70,7 +70,7 @@ IMPLEMENTATION: dict[str, Served | Refused] = {
     "kv_cache_dtype": Served("a quantised cache is refused at start and by the layer's spec"),
     "alibi_slopes": Refused([0.5], "ALiBi"),
     "sliding_window": Refused(128, "a sliding window"),
-    "logits_soft_cap": Refused(50.0, "a soft cap on logits"),
+    "logits_soft_cap": Served("of the logits, `Softmax.soft_cap`"),
     "attn_type": Refused(AttentionType.ENCODER_ONLY, "encoder_only attention"),
     "kv_sharing_target_layer_name": Refused("model.layers.0.attn", "layers that share their cache"),
 }
@@ -198,7 +198,6 @@ def implementation(**arguments: Any) -> BudgetAttention:
     ("name", "value", "message"),
     [
         *refused(IMPLEMENTATION),
-        ("sinks", ONE, "learned attention sinks"),
         ("dual_chunk_attention_config", {"chunk_size": 64}, "dual chunk attention"),
         ("rotates_values", True, "attention with rotates_values"),
     ],
@@ -209,7 +208,10 @@ def test_refused_implementations(name: str, value: Any, message: str) -> None:
 
 
 def test_a_plain_implementation_is_served() -> None:
-    assert implementation(num_kv_heads=2, sinks=None, logits_soft_cap=0.0).num_kv_heads == 2
+    plain = implementation(num_kv_heads=2, sinks=None, logits_soft_cap=None)
+    assert (plain.num_kv_heads, plain.soft_cap, plain.sinks) == (2, 0.0, None)
+    special = implementation(num_kv_heads=2, sinks=ONE, logits_soft_cap=50.0)
+    assert special.soft_cap == 50.0 and special.sinks is ONE
 
 
 def test_vllm_refuses_what_the_backend_does_not_claim() -> None:

@@ -41,12 +41,19 @@ def specs_of(
     layers: dict[str, Any],
     *,
     is_hybrid: bool = False,
+    architecture: str = "Qwen3NextForCausalLM",
 ) -> dict[str, KVCacheSpec]:
     """What a worker answers whose model has these layers."""
     monkeypatch.setattr(Worker, "get_kv_cache_spec", lambda self: specs)
     worker: Any = BudgetWorker.__new__(BudgetWorker)
     compilation = SimpleNamespace(static_forward_context=layers)
-    model = SimpleNamespace(is_hybrid=is_hybrid, architectures=["Qwen3NextForCausalLM"])
+    text = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+    model = SimpleNamespace(
+        is_hybrid=is_hybrid,
+        architectures=[architecture],
+        disable_sliding_window=False,
+        hf_text_config=text,
+    )
     worker.vllm_config = SimpleNamespace(compilation_config=compilation, model_config=model)
     worker.budget_config = BudgetConfig(policy="window", page_quota=QUOTA.blocks)
     worker.budget_rules = RequestRules(worker.budget_config, {"window": QUOTA})
@@ -84,6 +91,23 @@ def test_state_stays_the_engines_own(monkeypatch: pytest.MonkeyPatch) -> None:
     window = {**specs, "b": SlidingWindowSpec(**SIZES, sliding_window=64)}
     with pytest.raises(ValueError, match="layer b of the model has a sliding window"):
         specs_of(monkeypatch, window, layers, is_hybrid=True)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SlidingWindowSpec(**SIZES, sliding_window=64),
+        ChunkedLocalAttentionSpec(**SIZES, attention_chunk_size=64),
+    ],
+    ids=["window", "chunks"],
+)
+def test_windows_stay_the_engines_own(monkeypatch: pytest.MonkeyPatch, spec: KVCacheSpec) -> None:
+    """Of a model that was tried with them; whole caches of other kinds are refused there too."""
+    specs, name = {"w": spec, **OURS_TOO}, {"architecture": "Gemma3ForCausalLM"}
+    layers = {"w": layer(8), "a": layer(), "b": layer()}
+    assert specs_of(monkeypatch, specs, layers, **name) is specs
+    with pytest.raises(ValueError, match="layer b of the model has recurrent state"):
+        specs_of(monkeypatch, {**specs, "b": STATE}, layers, **name)
 
 
 @pytest.mark.parametrize(

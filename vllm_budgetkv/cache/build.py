@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv import ops
 from vllm_budgetkv.cache.cache import BudgetCache
 from vllm_budgetkv.cache.compressor import Compressor
 from vllm_budgetkv.cache.probe.bank import BankShape
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import torch
     from vllm.v1.core.sched.output import NewRequestData
 
-    from vllm_budgetkv import ops
     from vllm_budgetkv.arithmetic.layout import BlockLayout, PagePool
     from vllm_budgetkv.cache.probe.bank import Rotary
     from vllm_budgetkv.cache.report import RequestRecord
@@ -47,6 +48,8 @@ class Model:
         num_query_heads: query heads of this rank (Hq).
         group: which of the engine's lists of blocks of a request is that of these layers; it keeps
             another for every group of layers of another kind.
+        soft_caps: of the logits, by the index of a layer that has one.
+        sinks: learned, [Hq], by the index of a layer that has some.
     """
 
     pool: PagePool
@@ -56,6 +59,8 @@ class Model:
     rotaries: Mapping[int, Rotary]
     num_query_heads: int
     group: int = 0
+    soft_caps: Mapping[int, float] = field(default_factory=dict)
+    sinks: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -87,11 +92,12 @@ def build_cache(
         ValueError: the policy does not fit the model.
     """
     tables, probes = _tables_of(model, rules), _probes_of(model, rules)
+    softmaxes = _softmaxes(model)
     compressor = Compressor(
         tables=tables,
         options=rules.options,
         probes=probes,
-        scales=model.scales,
+        scales=softmaxes,
         notes_mass=rules.summarizes,
         poison=rules.check_ledger,
     )
@@ -113,7 +119,7 @@ def build_cache(
     layers = Layers(
         index=model.layer_index,
         tables=tables,
-        reader=Reader.empty(tables, model.scales, _page_choice_of(rules), rules.num_slots),
+        reader=Reader.empty(tables, softmaxes, _page_choice_of(rules), rules.num_slots),
         probes=probes,
         compressor=compressor,
         recaller=recaller,
@@ -129,6 +135,19 @@ def build_cache(
         reports=reports,
         check_ledger=rules.check_ledger,
     )
+
+
+def _softmaxes(model: Model) -> dict[int, float | ops.Softmax]:
+    """How logits become weights in each layer: by a scale, if that is all."""
+    found: dict[int, float | ops.Softmax] = {**model.scales}
+    for layer in {*model.soft_caps, *model.sinks}:
+        sinks = model.sinks.get(layer)
+        found[layer] = ops.Softmax(
+            model.scales[layer],
+            model.soft_caps.get(layer, 0.0),
+            None if sinks is None else sinks.float(),
+        )
+    return found
 
 
 def _page_choice_of(rules: Rules) -> ops.PageChoice | None:
@@ -161,6 +180,11 @@ def _recaller_of(model: Model, rules: Rules, tables: HeadTables) -> Recaller | N
     )
     index_pages, slot_pages = quota.most_recall_pages(rules.max_model_tokens)
     sizes = {"index_pages": index_pages, "slot_pages": slot_pages}
+    if model.soft_caps or model.sinks:
+        raise ValueError(
+            "host memory brings no tokens back in a model with a soft cap on logits or learned "
+            "attention sinks: remove --kv-host-memory"
+        )
     return Recaller.empty(tables, tier, quota.recall, model.scales, **sizes)
 
 

@@ -36,7 +36,7 @@ class Compressor:
         tables: page tables and the pool; mutated.
         options: knobs of the policy.
         probes: ask for the policies.
-        scales: softmax scale of each layer.
+        scales: of each layer's logits, or how else they become weights.
         notes_mass: whether requests note how much of the probe's attention is retained.
         poison: fill freed pages with NaN.
     """
@@ -44,7 +44,7 @@ class Compressor:
     tables: HeadTables
     options: PolicyOptions
     probes: Probes
-    scales: Mapping[int, float]
+    scales: Mapping[int, float | ops.Softmax]
     notes_mass: bool
     poison: bool
 

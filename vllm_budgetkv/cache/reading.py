@@ -50,14 +50,14 @@ class Reader:
 
     Args:
         tables: which pages each head holds.
-        scales: of the logits, by the index of the layer.
+        scales: of the logits, or how else they become weights, by the index of the layer.
         choice: what dynamic heads read in decode; None where they read everything.
         read: [R, H, W], what each row's heads read in one layer; written.
         numbers: int32 [R], 0, 1, 2, ...: each row's own place in it.
     """
 
     tables: HeadTables
-    scales: Mapping[int, float]
+    scales: Mapping[int, float | ops.Softmax]
     choice: ops.PageChoice | None
     read: ops.PagedHeads
     numbers: torch.Tensor
@@ -66,7 +66,7 @@ class Reader:
     def empty(
         cls,
         tables: HeadTables,
-        scales: Mapping[int, float],
+        scales: Mapping[int, float | ops.Softmax],
         choice: ops.PageChoice | None,
         num_rows: int,
     ) -> Self:

@@ -12,6 +12,7 @@ from vllm_budgetkv.cli.engine import plan_engine
 from vllm_budgetkv.cli.memory import pool_of
 from vllm_budgetkv.cli.quota_choice import choose_quota
 from vllm_budgetkv.start import host_memory, pool_size, refusals
+from vllm_budgetkv.start.groups import groups_of
 from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, resolve_quota, resolve_quotas
 
@@ -101,9 +102,11 @@ def make_plan(wishes: Wishes) -> Plan:
     engine = plan_engine(wishes)
     tokens = wishes.tokens or engine.model_config.max_model_len
     refusals.refuse(refusals.of_model(engine), engine.policy)
-    if engine.model_config.is_hybrid:
+    groups = groups_of(engine)
+    if groups.num_recurrent or groups.num_windowed:
+        kept = "recurrent state" if groups.num_recurrent else "windows"
         raise ValueError(
-            "no plan counts recurrent state yet: start the server, whose first lines say what fits"
+            f"no plan counts {kept} yet: start the server, whose first lines say what fits"
         )
     encoder = encoder_of(engine)
     pool = pool_of(engine, wishes, encoder)

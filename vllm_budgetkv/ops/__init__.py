@@ -30,6 +30,7 @@ from vllm_budgetkv.ops.views import (
     PageChoice,
     PagedHeads,
     RecallHeads,
+    Softmax,
     TierLayer,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "PagedHeads",
     "RecallHeads",
     "Scores",
+    "Softmax",
     "TierLayer",
     "append",
     "attend",

@@ -8,7 +8,8 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.attend import attend as attend_reference
-from vllm_budgetkv.ops.require import require, require_layer, require_rows
+from vllm_budgetkv.ops.require import require, require_layer, require_rows, require_softmax
+from vllm_budgetkv.ops.views import Softmax
 
 if TYPE_CHECKING:
     from vllm_budgetkv.ops.views import BatchRows, PagedHeads
@@ -19,7 +20,7 @@ def attend(
     heads: PagedHeads,
     rows: BatchRows,
     out: torch.Tensor,
-    scale: float,
+    scale: float | Softmax,
 ) -> None:
     """Attend from every row's new tokens to the tokens that each head of its request holds.
 
@@ -35,7 +36,7 @@ def attend(
         heads: one layer of all slots; the pool is only read, and only below `lens`.
         rows: of the batch; only `slots` and `query_start` are read.
         out: as `query`; mutated.
-        scale: of the scores, usually 1 / sqrt(D).
+        scale: of the scores, usually 1 / sqrt(D); or how else they become weights.
 
     Raises:
         ValueError: a shape or dtype does not fit.
@@ -47,17 +48,19 @@ def attend(
     require_layer(heads)
     require_rows(rows)
     require_group(query, heads)
+    softmax = Softmax.of(scale)
+    require_softmax(softmax, query.shape[1])
     match backend.of(query):
         case "reference":
-            attend_reference(query, heads, rows, out, scale)
+            attend_reference(query, heads, rows, out, softmax)
         case "triton":
             from vllm_budgetkv.ops.triton.attend import attend as attend_triton
 
-            attend_triton(query, heads, rows, out, scale)
+            attend_triton(query, heads, rows, out, softmax)
         case "cpp":
             extension.load()
             tables = (heads.table, heads.lens, rows.slots, rows.query_start)
-            torch.ops.budgetkv.attend(query, pool.keys, pool.values, *tables, out, scale)
+            torch.ops.budgetkv.attend(query, pool.keys, pool.values, *tables, out, *softmax)
 
 
 def require_group(query: torch.Tensor, heads: PagedHeads) -> None:

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import BatchRows, FreeStack, PagedHeads, RecallHeads, TierLayer
+    from vllm_budgetkv.ops.views import (
+        BatchRows,
+        FreeStack,
+        PagedHeads,
+        RecallHeads,
+        Softmax,
+        TierLayer,
+    )
 
 
 def require(
@@ -33,6 +40,18 @@ def require(
     if tensor.dtype != dtype or not fits:
         wanted = ", ".join("any" if extent is None else str(extent) for extent in shape)
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; pass {dtype} [{wanted}]")
+
+
+def require_softmax(softmax: Softmax, num_query_heads: int) -> None:
+    """Refuse sinks of other heads, and a cap that is none.
+
+    Raises:
+        ValueError: a shape, dtype or number does not fit.
+    """
+    if not softmax.soft_cap >= 0:
+        raise ValueError(f"soft_cap is {softmax.soft_cap}; it must be positive, or 0 for none")
+    if softmax.sinks is not None:
+        require("sinks", softmax.sinks, torch.float32, (num_query_heads,))
 
 
 def require_layer(heads: PagedHeads) -> None:

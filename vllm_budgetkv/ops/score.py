@@ -8,7 +8,13 @@ import torch
 
 from vllm_budgetkv.ops import backend, extension
 from vllm_budgetkv.ops.reference.score import score as score_reference
-from vllm_budgetkv.ops.require import require, require_request, require_width
+from vllm_budgetkv.ops.require import (
+    require,
+    require_request,
+    require_softmax,
+    require_width,
+)
+from vllm_budgetkv.ops.views import Softmax
 
 if TYPE_CHECKING:
     from vllm_budgetkv.ops.views import PagedHeads
@@ -33,7 +39,7 @@ class Scores(NamedTuple):
 def score(
     probe: torch.Tensor,
     heads: PagedHeads,
-    scale: float,
+    scale: float | Softmax,
     top_k: int,
     num_sinks: int,
     takes_largest: bool,
@@ -42,8 +48,8 @@ def score(
     """Attention of the probe to the cached tokens of one request and layer, in float32.
 
     For probe row m and query head q (KV head q // G), p = softmax(scale * q.k) over *all* tokens
-    of the head: the probe stands behind the cache, so there is no causal mask. With the G heads of
-    the group, `mass` of a token is
+    of the head: the probe stands behind the cache, so there is no causal mask. A learned sink has
+    its share of p, but not of the top-k mass. With the G heads of the group, `mass` of a token is
 
         mean_g mean_m p[m, g], as in SnapKV, or
         mean_g max_m p[m, g] if `takes_largest`: the largest over the observation window.
@@ -59,7 +65,7 @@ def score(
     Args:
         probe: [M, Hq, D], float32, bfloat16 or float16, rotated to one common position; M >= 1.
         heads: of one request; a head may be empty (its `mass` is 0).
-        scale: of the logits, 1 / sqrt(D) in most models.
+        scale: of the logits, 1 / sqrt(D) in most models; or how else they become weights.
         top_k: tokens in the top-k mass, at least 1; all if a head has fewer.
         num_sinks: positions below it are sinks.
         takes_largest: `mass` is of the largest p over the rows instead of their mean.
@@ -82,7 +88,9 @@ def score(
     if top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be at least 1")
     require_width(max_tokens, heads)
-    numbers = (scale, top_k, num_sinks, takes_largest, max_tokens)
+    softmax = Softmax.of(scale)
+    require_softmax(softmax, probe.shape[1])
+    numbers = (softmax, top_k, num_sinks, takes_largest, max_tokens)
     match backend.of(probe):
         case "reference":
             return Scores(*score_reference(probe, heads, *numbers))
@@ -94,4 +102,5 @@ def score(
             extension.load()
             fields = (pool.keys, pool.values, pool.positions)
             tables = (heads.table, heads.lens)
-            return Scores(*torch.ops.budgetkv.score(probe, *fields, *tables, *numbers))
+            asked = (*softmax, *numbers[1:])
+            return Scores(*torch.ops.budgetkv.score(probe, *fields, *tables, *asked))

@@ -51,6 +51,29 @@ class PagedHeads(NamedTuple):
         return self.width_pages * self.page_tokens
 
 
+class Softmax(NamedTuple):
+    """How logits become weights, where a scale alone does not say it.
+
+    A logit is `scale * q.k`, or with a soft cap C (Gemma 2, https://arxiv.org/abs/2408.00118) the
+    number `C tanh(scale * q.k / C)`. A learned sink (gpt-oss, https://arxiv.org/abs/2508.10925) is
+    the logit of a token without key and value: it takes a share of the weights and gives nothing.
+
+    Attributes:
+        scale: of the logits, usually 1 / sqrt(D).
+        soft_cap: C, positive; 0 for none.
+        sinks: float32 [Hq], of each query head; None without.
+    """
+
+    scale: float
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, scale: float | Softmax) -> Softmax:
+        """The same of a scale alone."""
+        return scale if isinstance(scale, Softmax) else cls(scale)
+
+
 class FreeStack(NamedTuple):
     """Free head-pages, a stack for each slot or that of one request.
 

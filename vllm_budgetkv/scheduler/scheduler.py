@@ -46,7 +46,7 @@ class BudgetScheduler(AsyncScheduler):
         manager = managers[our_group(self.kv_cache_config)]
         assert isinstance(manager, QuotaManager)
         self._manager = manager
-        # of recurrent state, say: a request holds them whatever its quota
+        # of recurrent state or windows: a request holds them whatever its quota
         self._blocks_beside = blocks_beside(self.kv_cache_config, self.vllm_config)
         self._rules = rules_of(self.vllm_config)
         # what a request gets that asks for nothing
@@ -140,8 +140,8 @@ class BudgetScheduler(AsyncScheduler):
         )
         if self._blocks_beside:
             logger.info(
-                "budgetkv: the quota is that of the %d layers with keys and values; beside it a "
-                "request holds at most %d blocks of the pool for its recurrent state",
+                "budgetkv: the quota is that of the %d layers with full attention; beside it a "
+                "request holds at most %d blocks of the pool for its other layers",
                 quota.num_layers,
                 self._blocks_beside,
             )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    iter_layer_specs,
+    replace_as,
+)
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.scheduler.manager import QuotaManager
+from vllm_budgetkv.start.pool_size import Windows
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -42,6 +52,10 @@ KINDS = {
 }
 
 
+# specs of layers that bound their own cache
+WINDOWS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
+
+
 @dataclass(frozen=True, kw_only=True)
 class QuotaSpec(FullAttentionSpec):
     """Full attention whose requests hold what their quota says; `quota` is the largest of them."""
@@ -63,7 +77,14 @@ class QuotaSpec(FullAttentionSpec):
         # vLLM asks for a token alone, too, to make blocks as long as recurrent state
         assert spec.block_size in (quota.block_tokens, 1), "the quota counts blocks of another size"
         layout = PageLayout(quota.page_tokens, spec.head_size, spec.dtype)
-        return replace_as(spec, cls, quota=quota, state_content_bytes=layout.token_bytes)
+        return replace_as(
+            spec,
+            cls,
+            quota=quota,
+            state_content_bytes=layout.token_bytes,
+            # where blocks are longer than ours, for layers of other kinds, ours are whole pages
+            block_stride_alignment=layout.page_bytes,
+        )
 
     @property
     def uses_slot_mapping(self) -> bool:
@@ -87,7 +108,7 @@ def our_group(config: KVCacheConfig) -> int:
         RuntimeError: none, or several, so that no block is of all of our layers.
     """
     specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-    found = [index for index, spec in enumerate(specs) if isinstance(spec, QuotaSpec)]
+    found = [index for index, spec in enumerate(specs) if is_ours(spec)]
     if len(found) != 1:
         raise RuntimeError(
             f"the layers under the quota are {len(found)} of {len(specs)} groups of vLLM's, but "
@@ -99,11 +120,48 @@ def our_group(config: KVCacheConfig) -> int:
 def blocks_beside(config: KVCacheConfig, vllm_config: VllmConfig) -> int:
     """Blocks that a request holds at most in groups that are not under the quota."""
     specs = [group.kv_cache_spec for group in config.kv_cache_groups]
-    return sum(
-        -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
-        for spec in specs
-        if not isinstance(spec, QuotaSpec)
+    return sum(_blocks_of(spec, vllm_config) for spec in specs if not is_ours(spec))
+
+
+def is_ours(spec: KVCacheSpec) -> bool:
+    """Whether a spec, of a layer or of a group, is of layers under the quota."""
+    return all(isinstance(of_layer, QuotaSpec) for of_layer in iter_layer_specs(spec))
+
+
+def windows_of(specs: Iterable[KVCacheSpec], vllm_config: VllmConfig) -> Windows | None:
+    """What layers with windows take, before vLLM forms groups; None if there are none.
+
+    As many of those with sliding windows share a block as fit what the others need; all with
+    chunks do.
+
+    Args:
+        specs: of all layers of a model.
+        vllm_config: of the engine.
+    """
+    counts = Counter(specs)
+    beside = {spec: count for spec, count in counts.items() if isinstance(spec, WINDOWS)}
+    if not beside:
+        return None
+    (ours,) = (spec for spec in counts if is_ours(spec))
+    widest = max(
+        spec.page_size_bytes * (1 if isinstance(spec, SlidingWindowSpec) else count)
+        for spec, count in counts.items()
     )
+    groups = {
+        spec: -(-count // (widest // spec.page_size_bytes))
+        if isinstance(spec, SlidingWindowSpec)
+        else 1
+        for spec, count in beside.items()
+    }
+    unit = ours.get_block_stride_alignment()
+    return Windows(
+        blocks=sum(count * _blocks_of(spec, vllm_config) for spec, count in groups.items()),
+        block_bytes=-(-widest // unit) * unit,
+    )
+
+
+def _blocks_of(spec: KVCacheSpec, vllm_config: VllmConfig) -> int:
+    return -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
 
 
 def foreign_to(spec: KVCacheSpec) -> list[str]:

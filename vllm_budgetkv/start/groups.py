@@ -1,10 +1,13 @@
-"""Which layers of a model share the pool: those under the quota, and those with recurrent state.
+"""Which layers of a model share the pool: those under the quota, and those of other kinds.
 
 vLLM sorts layers into groups, each of one kind and of as many layers as the others, and gives a
 request blocks for every group from one pool. Where a block holds keys and values of our layers, it
 holds nothing else; where it holds the state of a group of recurrent layers, it is as long, though
 the state does not grow. So that both fill it, vLLM makes a block of attention as many tokens long
 as the state of a layer takes bytes.
+
+Layers with windows are grouped by the bytes of a block: one of ours is of all of our layers, and as
+many of theirs share a block as fit it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vllm_budgetkv.arithmetic.layout import SUPPORTED_PAGE_TOKENS, PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.start import refused_models
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -35,11 +39,13 @@ class Groups:
     Args:
         num_layers: with keys and values, so under the quota (L).
         num_recurrent: with recurrent state.
+        num_windowed: with windows or chunks.
         state_blocks: that a request holds at once in one group of recurrent layers.
     """
 
     num_layers: int
     num_recurrent: int = 0
+    num_windowed: int = 0
     state_blocks: int = 0
 
     @property
@@ -65,11 +71,14 @@ def groups_of(engine: EngineConfig) -> Groups:
     """The groups of an engine's layers."""
     model, parallel = engine.model_config, engine.parallel_config
     num_layers = model.get_num_layers(parallel)
+    if refused_models.keeps_windows(model):
+        ours = refused_models.num_full_layers(model)
+        return Groups(ours, num_windowed=num_layers - ours)
     if not model.is_hybrid:
         return Groups(num_layers)
     ours = model.get_num_layers_by_block_type(parallel, "attention")
     mode = engine.cache_config.mamba_cache_mode
-    return Groups(ours, num_layers - ours, STATE_BLOCKS[mode])
+    return Groups(ours, num_layers - ours, state_blocks=STATE_BLOCKS[mode])
 
 
 def page_tokens_of(engine: EngineConfig) -> int:

@@ -19,6 +19,7 @@ class Platform:
         worker: our subclass of it.
         backend_slot: member of `AttentionBackendEnum` whose class we are while our model loads.
         selects_slot: whether the slot must be selected; else vLLM takes it by itself.
+        window_backend: class for layers with windows, where vLLM's own demands another buffer.
         is_proven: whether the tests have run on such a device.
     """
 
@@ -27,6 +28,7 @@ class Platform:
     worker: str
     backend_slot: str
     selects_slot: bool
+    window_backend: str | None
     is_proven: bool
 
 
@@ -36,6 +38,7 @@ CPU = Platform(
     worker="vllm_budgetkv.worker.cpu_worker.BudgetCPUWorker",
     backend_slot="CPU_ATTN",
     selects_slot=False,
+    window_backend="vllm_budgetkv.worker.cpu_windows.CPUWindowBackend",
     is_proven=True,
 )
 CUDA = Platform(
@@ -44,6 +47,7 @@ CUDA = Platform(
     worker="vllm_budgetkv.worker.worker.BudgetWorker",
     backend_slot="CUSTOM",
     selects_slot=True,
+    window_backend=None,
     is_proven=False,
 )
 

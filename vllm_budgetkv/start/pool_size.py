@@ -5,6 +5,7 @@ vLLM's own check asks for a smaller `--max-model-len`, which changes nothing und
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.arithmetic.layout import PageLayout
@@ -19,6 +20,19 @@ if TYPE_CHECKING:
 RESERVED_BLOCKS = 1
 
 
+@dataclass(frozen=True)
+class Windows:
+    """What layers with windows take of a pool.
+
+    Args:
+        blocks: that a request holds at most for them.
+        block_bytes: bytes of a block, on one worker, that serves them and ours.
+    """
+
+    blocks: int
+    block_bytes: int
+
+
 def block_bytes(engine: EngineConfig, quota: Quota) -> int:
     """Bytes of a block on one worker: head-pages for every KV head of the layers of a group."""
     model = engine.model_config
@@ -28,18 +42,21 @@ def block_bytes(engine: EngineConfig, quota: Quota) -> int:
     return num_pages * layout.page_bytes
 
 
-def blocks_of(engine: EngineConfig, quota: Quota, pool_bytes: int | None) -> int | None:
+def blocks_of(
+    engine: EngineConfig, quota: Quota, pool_bytes: int | None, windows: Windows | None = None
+) -> int | None:
     """Blocks of the pool; None where they are not known yet.
 
     Args:
         engine: its configuration; `num_gpu_blocks_override` goes before the bytes.
         quota: for the sizes of a block.
         pool_bytes: memory that the pool gets, None if unknown.
+        windows: once the layers are known, if some have windows.
     """
     override = engine.cache_config.num_gpu_blocks_override
     if override is not None or pool_bytes is None:
         return override
-    return pool_bytes // block_bytes(engine, quota)
+    return pool_bytes // (windows.block_bytes if windows else block_bytes(engine, quota))
 
 
 def requests_at_once(pool_blocks: int, request_blocks: int) -> int:
@@ -48,7 +65,11 @@ def requests_at_once(pool_blocks: int, request_blocks: int) -> int:
 
 
 def check(
-    engine: EngineConfig, quota: Quota, pool_bytes: int | None, options: str | None = None
+    engine: EngineConfig,
+    quota: Quota,
+    pool_bytes: int | None,
+    options: str | None = None,
+    windows: Windows | None = None,
 ) -> None:
     """Refuse a pool in which a request at quota never fits; arguments as for `blocks_of`.
 
@@ -58,15 +79,17 @@ def check(
     Raises:
         ValueError: names the quota, the pool, and what to set.
     """
-    pool_blocks = blocks_of(engine, quota, pool_bytes)
-    blocks_beside = groups_of(engine).blocks_beside
-    other_blocks = blocks_beside + RESERVED_BLOCKS
+    pool_blocks = blocks_of(engine, quota, pool_bytes, windows)
+    state_blocks, window_blocks = groups_of(engine).blocks_beside, windows.blocks if windows else 0
+    other_blocks = state_blocks + window_blocks + RESERVED_BLOCKS
     if pool_blocks is None or quota.blocks + other_blocks <= pool_blocks:
         return
     free_blocks, wanted_blocks = pool_blocks - other_blocks, quota.blocks + other_blocks
     smaller = f"set --kv-page-quota to at most {free_blocks}, or "
-    wanted_mib = ceil_div(wanted_blocks * block_bytes(engine, quota), 1 << 20)
-    beside = f" and {blocks_beside} of recurrent state" if blocks_beside else ""
+    each_bytes = windows.block_bytes if windows else block_bytes(engine, quota)
+    wanted_mib = ceil_div(wanted_blocks * each_bytes, 1 << 20)
+    beside = f" and {state_blocks} of recurrent state" if state_blocks else ""
+    beside += f" and {window_blocks} of windows" if window_blocks else ""
     raise ValueError(
         f"one request may hold {quota.blocks} blocks of {quota.block_tokens} tokens{beside}, but "
         f"the pool has {pool_blocks}, of which vLLM reserves {RESERVED_BLOCKS}: "

@@ -35,7 +35,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
             *_cache(vllm_config),
             *_connections(vllm_config),
             *_scheduler(vllm_config, config),
-            *_beside_state(vllm_config, config),
+            *_beside(vllm_config, config),
         ]
     refuse(reasons, config.policy)
 
@@ -169,19 +169,20 @@ def _connections(vllm_config: VllmConfig) -> Iterator[str]:
         yield "no kernel of ours is batch invariant: unset VLLM_BATCH_INVARIANT"
 
 
-def _beside_state(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
-    """What is not served of models some layers of which keep recurrent state."""
+def _beside(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
+    """What is not served of models some layers of which keep recurrent state or windows."""
     cache, groups = vllm_config.cache_config, groups_of(vllm_config)
-    if not groups.num_recurrent:
+    if not groups.num_recurrent and not groups.num_windowed:
         return
+    kept = "recurrent state" if groups.num_recurrent else "windows"
     if groups.is_split:
         yield (
             f"{groups.num_layers} layers with keys and values beside {groups.num_recurrent} with "
             "recurrent state are several groups, but a quota is of one: start without --kv-policy"
         )
     if config.host_bytes:
-        yield "host memory keeps no recurrent state: remove --kv-host-memory"
-    if cache.enable_mamba_shared_prefix_checkpoint:
+        yield f"host memory keeps no {kept}: remove --kv-host-memory"
+    if groups.num_recurrent and cache.enable_mamba_shared_prefix_checkpoint:
         yield (
             "chunks of compressed prompts end where the quota says: remove "
             "--enable-mamba-shared-prefix-checkpoint"
@@ -192,15 +193,22 @@ def _beside_state(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str
             f"{cache.prefix_match_unit}"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        yield (
-            "recurrent state and keys need blocks of their own: remove "
-            "--disable-hybrid-kv-cache-manager"
-        )
+        yield f"{kept} need blocks of their own: {_own_blocks(vllm_config)}"
     if (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
         yield (
-            f"no model with recurrent state was tried on several devices: set "
-            f"--tensor-parallel-size {size} to 1"
+            f"no model with {kept} was tried on several devices: set --tensor-parallel-size "
+            f"{size} to 1"
         )
+
+
+def _own_blocks(vllm_config: VllmConfig) -> str:
+    """What lets vLLM keep groups of layers."""
+    from vllm import envs
+
+    chunked = vllm_config.model_config.attention_chunk_size is not None
+    if chunked and not envs.VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE:
+        return "unset VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE"
+    return "remove --disable-hybrid-kv-cache-manager"
 
 
 def _scheduler(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:

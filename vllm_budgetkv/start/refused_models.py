@@ -25,8 +25,6 @@ SPARSE = "sparse attention with a cache of its own to find keys"
 ALWAYS = {
     "HrmTextForCausalLM": BOTH_WAYS,
     "FlintForCausalLM": SINKS,
-    "GptOssForCausalLM": SINKS,
-    "gpt_oss": SINKS,
     "MiniMaxM3SparseForCausalLM": SPARSE,
     "MiniMaxM3SparseForConditionalGeneration": SPARSE,
     "InklingForCausalLM": "convolutions and sliding windows inside its attention",
@@ -59,6 +57,7 @@ SWITCHES = {
 # a layer of another type computes something else; one of `chunked_attention` does so only with
 # `attention_chunk_size`, one of `sliding_attention` with `sliding_window`
 FULL_LAYER_TYPES = {"full_attention", "attention", "chunked_attention", "sliding_attention"}
+WINDOWED_LAYER_TYPES = {"chunked_attention", "sliding_attention"}
 
 # models that compute the same with --disable-sliding-window as without, up to their window; others
 # lose their rotary embedding with it, or do not start
@@ -74,9 +73,38 @@ STATE_BESIDE = {
 }
 
 
+# models with windows or chunks in some layers and full attention in others, which alone are under
+# the quota; others were not tried
+WINDOWS_BESIDE = {
+    "Cohere2ForCausalLM",
+    "Exaone4ForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "GptOssForCausalLM",
+    "Llama4ForCausalLM",
+    "MinistralForCausalLM",
+    "MistralForCausalLM",
+    "Olmo3ForCausalLM",
+}
+
+
 def keeps_state(model: ModelConfig) -> bool:
     """Whether layers beside those under the quota keep recurrent state, in a way that is served."""
     return model.is_hybrid and bool(STATE_BESIDE.intersection(model.architectures))
+
+
+def keeps_windows(model: ModelConfig) -> bool:
+    """Whether layers beside those under the quota keep windows, in a way that is served."""
+    if not WINDOWS_BESIDE.intersection(model.architectures) or model.disable_sliding_window:
+        return False
+    kinds = _layer_types(model.hf_text_config)
+    return "full_attention" in kinds and bool(kinds & WINDOWED_LAYER_TYPES)
+
+
+def num_full_layers(model: ModelConfig) -> int:
+    """Layers with full attention of a model that keeps windows."""
+    kinds = list(model.hf_text_config.layer_types)
+    return len(kinds) - sum(kind in WINDOWED_LAYER_TYPES for kind in kinds)
 
 
 def dead_ends(model: ModelConfig) -> list[str]:
@@ -89,6 +117,8 @@ def dead_ends(model: ModelConfig) -> list[str]:
 
 def sliding_window(model: ModelConfig) -> Iterator[str]:
     """Why a model with sliding windows is refused, and what to change where that was tried."""
+    if keeps_windows(model):
+        return
     text = model.hf_text_config
     can_go, kinds = text.model_type in WINDOW_CAN_GO, _layer_types(text)
     window_tokens = model.get_sliding_window()
@@ -97,7 +127,7 @@ def sliding_window(model: ModelConfig) -> Iterator[str]:
         return
     if window_tokens is None:
         if kinds and not can_go:
-            yield _windows_of_layers(model.disable_sliding_window)
+            yield _windows_of_layers(model)
         return
     or_else = (
         f", or with --disable-sliding-window, which serves prompt and output of at most "
@@ -109,11 +139,12 @@ def sliding_window(model: ModelConfig) -> Iterator[str]:
     )
 
 
-def _windows_of_layers(are_disabled: bool) -> str:
-    if are_disabled:
+def _windows_of_layers(model: ModelConfig) -> str:
+    if model.disable_sliding_window:
+        is_served = WINDOWS_BESIDE.intersection(model.architectures)
         return (
             "the model has sliding windows and computes something else without them: remove "
-            "--disable-sliding-window and start without --kv-policy"
+            f"--disable-sliding-window{'' if is_served else ' and start without --kv-policy'}"
         )
     return "the model has sliding windows, another in each layer: start without --kv-policy"
 
@@ -144,7 +175,7 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
     names = [*model.architectures, *(getattr(text, "architectures", None) or []), text.model_type]
     yield from (ALWAYS[name] for name in names if name in ALWAYS)
     for field, words in SWITCHES.items():
-        if value := getattr(text, field, None):
+        if (value := getattr(text, field, None)) and not _is_served(field, model):
             yield words.format(value)
     if text.model_type in ("granite", "granitemoe") and _sinks_by_default(text):
         yield SINKS
@@ -162,6 +193,13 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
             f"heads of {head_size} elements, not a multiple of 8 from {MIN_HEAD_SIZE} to "
             f"{MAX_HEAD_SIZE}"
         )
+
+
+def _is_served(field: str, model: ModelConfig) -> bool:
+    """Whether what a field of `SWITCHES` turns on is served in this model."""
+    if field == "attn_logit_softcapping":
+        return bool(WINDOWS_BESIDE.intersection(model.architectures))
+    return field == "attention_chunk_size" and keeps_windows(model)
 
 
 def _layer_types(text: Any) -> set[str]:

@@ -12,12 +12,14 @@ import functools
 import importlib
 import inspect
 import sys
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
 from vllm_budgetkv.start.upstream_requests import REQUEST_TOUCHPOINTS
+from vllm_budgetkv.start.upstream_windows import WINDOW_TOUCHPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -112,6 +114,7 @@ TOUCHPOINTS = (
 
     *HOST_TOUCHPOINTS,
     *REQUEST_TOUCHPOINTS,
+    *WINDOW_TOUCHPOINTS,
 
     Touchpoint(_ASYNC, "AsyncScheduler.__init__", "override", "the quota, the notes, the banner",
                ("self", "args", "kwargs")),
@@ -162,6 +165,7 @@ TOUCHPOINTS = (
                ("cls",)),
     Touchpoint(_BACKEND, "AttentionBackend.customize_spec", "override", "our spec for every layer",
                ("cls", "spec")),
+    Touchpoint(_BACKEND, "AttentionBackend.supports_sink", "override", "learned ones", ("cls",)),
     Touchpoint(_BACKEND, "AttentionBackend.supports_kv_connector", "override",
                "a connector would read pages that have moved",
                ("cls",)),
@@ -340,8 +344,20 @@ def replace_in(owner: object, name: str, wrapper: Callable[..., Any]) -> None:
         KeyError: the method is not in the table.
     """
     point = {p.name: p for p in TOUCHPOINTS if p.how == "replace"}[name]
-    method_name = point.name.split(".")[1]
+    method_name = point.name.split(".")[-1]
     setattr(owner, method_name, functools.partial(wrapper, getattr(owner, method_name)))
+
+
+@contextmanager
+def replaced_in(owner: object, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """The same inside, of an object or of a function in a module that imported it."""
+    attribute = name.split(".")[-1]
+    original = getattr(owner, attribute)
+    replace_in(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)
 
 
 def as_markdown() -> str:

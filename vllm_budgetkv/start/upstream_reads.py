@@ -130,8 +130,8 @@ READS = (
         "is_mm_encoder_only", "kv_transfer_config", "model_config", "parallel_config",
         "quant_config", "scheduler_config", "speculative_config")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
-        "architecture", "architectures", "disable_sliding_window", "dtype", "hf_text_config",
-        "is_attention_free",
+        "architecture", "architectures", "attention_chunk_size", "disable_sliding_window", "dtype",
+        "hf_text_config", "is_attention_free",
         "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
         "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
         "use_mla",
@@ -148,6 +148,11 @@ READS = (
     Reads("vllm.v1.kv_cache_interface", "MambaSpec", "what the state of a layer takes", (
         "page_size_bytes", "max_memory_usage_bytes(vllm_config)",
         "block_size", "dtypes", "shapes")),
+    *(
+        Reads("vllm.v1.kv_cache_interface", name, "what the windows of a request take", (
+            "block_size", "page_size_bytes", "max_memory_usage_bytes(vllm_config)"))
+        for name in ("SlidingWindowSpec", "ChunkedLocalAttentionSpec")
+    ),
     Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
         "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
@@ -242,7 +247,7 @@ READS = (
     Reads("vllm.v1.attention.backend", "AttentionType", "no other is served", ("DECODER",)),
     Reads("vllm.v1.attention.backend", "MultipleOf", "page sizes", ("base",)),
     Reads("vllm.v1.attention.backends.registry", "AttentionBackendEnum", "slots of our backend", (
-        "CPU_ATTN",)),
+        "CPU_ATTN", "get_path()")),
     Reads("vllm.model_executor.layers.attention", "Attention", "the layer behind a call", (
         "impl", "kv_cache", "layer_name")),
     Reads("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbedding",

@@ -55,6 +55,9 @@ class BudgetAttention(AttentionImpl[Step]):
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
+        self.soft_cap = logits_soft_cap or 0.0
+        # [Hq]; weights, which are loaded later
+        self.sinks = sinks
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
         # the worker fills it once vLLM has allocated the cache
@@ -64,8 +67,6 @@ class BudgetAttention(AttentionImpl[Step]):
         unsupported = {
             "ALiBi": alibi_slopes is not None,
             "a sliding window": sliding_window is not None,
-            "a soft cap on logits": bool(logits_soft_cap),
-            "learned attention sinks": sinks is not None,
             "layers that share their cache": kv_sharing_target_layer_name is not None,
             f"{getattr(attn_type, 'value', attn_type)} attention": (
                 attn_type != AttentionType.DECODER

@@ -8,7 +8,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import KVCacheLayout, MambaSpec
 
 from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
-from vllm_budgetkv.scheduler.spec import QuotaSpec, foreign_to
+from vllm_budgetkv.scheduler.spec import WINDOWS, QuotaSpec, foreign_to
 from vllm_budgetkv.worker.attention import BudgetAttention
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 
@@ -61,23 +61,30 @@ class BudgetBackend(AttentionBackend):
         return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota)
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 
 
-def layers_under_quota(specs: Mapping[str, KVCacheSpec], *, may_keep_state: bool) -> list[str]:
+def layers_under_quota(
+    specs: Mapping[str, KVCacheSpec], *, may_keep_state: bool, may_keep_windows: bool
+) -> list[str]:
     """Names of the layers whose cache is ours; refuse those that keep another kind of cache.
 
     Args:
         specs: of all layers of the model.
         may_keep_state: whether layers may keep recurrent state, which stays vLLM's.
+        may_keep_windows: whether layers may keep a window of keys and values, which stays vLLM's.
 
     Raises:
         ValueError: names the first such layer and what its cache is.
     """
+    allowed = (MambaSpec,) * may_keep_state + WINDOWS * may_keep_windows
     for name, spec in specs.items():
-        is_state = may_keep_state and type(spec) is MambaSpec
-        if not isinstance(spec, QuotaSpec) and not is_state:
+        if not isinstance(spec, QuotaSpec) and type(spec) not in allowed:
             raise ValueError(
                 f"layer {name} of the model has {', '.join(foreign_to(spec))}, which no quota "
                 "covers: start without --kv-policy"

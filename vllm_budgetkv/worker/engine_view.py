@@ -107,4 +107,14 @@ def model_of(layers: Mapping[str, Any], quota: Quota, group: int) -> Model:
         rotaries={},
         num_query_heads=num_query_heads,
         group=group,
+        soft_caps={
+            layer_index[name]: layer.impl.soft_cap
+            for name, layer in layers.items()
+            if layer.impl.soft_cap
+        },
+        sinks={
+            layer_index[name]: layer.impl.sinks.detach()
+            for name, layer in layers.items()
+            if layer.impl.sinks is not None
+        },
     )

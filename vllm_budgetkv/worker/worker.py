@@ -19,7 +19,7 @@ from vllm_budgetkv.cache.rehearsal import rehearse
 from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, parent_of
-from vllm_budgetkv.scheduler.spec import our_group
+from vllm_budgetkv.scheduler.spec import our_group, windows_of
 from vllm_budgetkv.start import platforms, pool_size, refused_models
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.host_memory import num_blocks
@@ -31,6 +31,8 @@ from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 from vllm_budgetkv.worker.noted_rows import NotedRows
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.telling import tell
+from vllm_budgetkv.worker.window_blocks import WindowBlocks
+from vllm_budgetkv.worker.windows import windows_left_to_vllm
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -74,18 +76,21 @@ class BudgetWorker(Worker):
         budget_rules: what requests are held to, from `load_model` on.
         budget_cache: the cache, once vLLM has allocated its buffer.
         noted_rows: requests of the rows of a batch, where its metadata name none.
+        window_blocks: clears blocks of layers with windows; None without such layers.
     """
 
     budget_config: BudgetConfig
     budget_rules: RequestRules
     budget_cache: BudgetCache
     noted_rows: NotedRows
+    window_blocks: WindowBlocks | None
 
     def load_model(self, **kwargs: Any) -> None:
         self.budget_config = config_of(self.vllm_config)
         self.budget_rules = rules_of(self.vllm_config)
         BudgetBackend.quota = self._largest_quota
-        with backend_registered():
+        keeps_windows = refused_models.keeps_windows(self.vllm_config.model_config)
+        with backend_registered(), windows_left_to_vllm(self.vllm_config, keeps_windows):
             super().load_model(**kwargs)
 
     @property
@@ -95,8 +100,12 @@ class BudgetWorker(Worker):
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
-        may_keep_state = refused_models.keeps_state(self.vllm_config.model_config)
-        names = layers_under_quota(specs, may_keep_state=may_keep_state)
+        model = self.vllm_config.model_config
+        names = layers_under_quota(
+            specs,
+            may_keep_state=refused_models.keeps_state(model),
+            may_keep_windows=refused_models.keeps_windows(model),
+        )
         context = self.vllm_config.compilation_config.static_forward_context
         heads_of({name: context[name] for name in names}, self._largest_quota)
         return specs
@@ -104,7 +113,8 @@ class BudgetWorker(Worker):
     def determine_available_memory(self) -> int:
         pool_bytes = super().determine_available_memory()
         if self._largest_quota.compresses:
-            pool_size.check(self.vllm_config, self._largest_quota, pool_bytes)
+            windows = windows_of(self.get_kv_cache_spec().values(), self.vllm_config)
+            pool_size.check(self.vllm_config, self._largest_quota, pool_bytes, windows=windows)
         return pool_bytes
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -119,8 +129,12 @@ class BudgetWorker(Worker):
             builder = attn_group.get_metadata_builder()
             assert isinstance(builder, BudgetMetadataBuilder)
             builder.bind(self.budget_cache, self._row_ids)
+        self.window_blocks = None
+        if refused_models.keeps_windows(self.model_config):
+            raw = self.budget_cache.layers.tables.pool.raw
+            self.window_blocks = WindowBlocks.of(raw, kv_cache_config)
         self.noted_rows = NotedRows()
-        if self.use_v2_model_runner and len(kv_cache_config.kv_cache_groups) > 1:
+        if self.use_v2_model_runner and self.model_config.is_hybrid:
             self.noted_rows.watch(self.model_runner)
         keep_chunks_out(self.model_runner, self.budget_cache, self.use_v2_model_runner)
         rest_in_chunks(self.model_runner, self.use_v2_model_runner)
@@ -207,6 +221,8 @@ class BudgetWorker(Worker):
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         self.budget_cache.begin_step(scheduler_output)
+        if self.window_blocks is not None:
+            self.window_blocks.clear(scheduler_output)
         output = super().execute_model(scheduler_output)
         self.budget_cache.end_step()
         return output

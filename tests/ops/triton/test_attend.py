@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.factories import batch_rows, make_cache, strided_randn
+from tests.ops.factories import SOFTMAXES, batch_rows, make_cache, strided_randn
 from tests.ops.test_attend import DTYPES, check_kernel
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
@@ -49,6 +49,17 @@ def test_long_runs() -> None:
 def test_large_scores(chunk: int) -> None:
     cache = make_cache([[700, 90]], PageLayout(16, 64, torch.float32))
     check_kernel(cache, group=2, slots=[0], tokens=[chunk], query_scale=200.0)
+
+
+@pytest.mark.parametrize("kind", SOFTMAXES)
+@pytest.mark.parametrize("query_scale", [0.1, 200.0])
+def test_softmax(kind: str, query_scale: float) -> None:
+    """Chunks and decodes, of one run of keys and of several; a head without a token."""
+    cache = make_cache([[70, 520], [600, 0], [8, 33]], PageLayout(16, 32, torch.float32))
+    for tokens in ([9, 1, 20], [1, 1, 1]):
+        check_kernel(cache, 3, [0, 1, 2], tokens, query_scale, kind)
+    short = make_cache([[70, 33]], PageLayout(16, 32, torch.float32))
+    check_kernel(short, 3, [0], [1], query_scale, kind)
 
 
 @pytest.mark.parametrize("chunk", [1, 3])

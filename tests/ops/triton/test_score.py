@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.ops.factories import make_cache
+from tests.ops.factories import SOFTMAXES, make_cache
 from tests.ops.test_score import DTYPES, check_pointing_rows, check_score
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.reference.score import score as score_reference
@@ -17,6 +17,13 @@ from vllm_budgetkv.ops.triton import score as launcher
 @pytest.mark.parametrize("head_size", [32, 80, 128])
 def test_head_sizes(takes_largest: bool, head_size: int, dtype: torch.dtype) -> None:
     check_score((131, 0, 17), PageLayout(16, head_size, dtype), takes_largest, num_rows=3)
+
+
+@pytest.mark.parametrize("kind", SOFTMAXES)
+def test_softmax(takes_largest: bool, kind: str) -> None:
+    """Of one run of keys, and of several."""
+    layout = PageLayout(16, 32, torch.float32)
+    check_score((300, 0, 17), layout, takes_largest, group=5, num_rows=3, kind=kind)
 
 
 @pytest.mark.parametrize(("page_tokens", "group"), [(8, 3), (64, 7)])

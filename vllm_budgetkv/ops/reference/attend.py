@@ -8,7 +8,7 @@ import torch
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads, Softmax
 
 
 def attend(
@@ -16,11 +16,12 @@ def attend(
     heads: PagedHeads,
     rows: BatchRows,
     out: torch.Tensor,
-    scale: float,
+    scale: float | Softmax,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
+    scale, cap, sinks = softmax_fields(scale)
     group = query.shape[1] // heads.num_heads
     for row, slot in enumerate(rows.slots.tolist()):
         start, end = rows.query_start[row : row + 2].tolist()
@@ -32,10 +33,23 @@ def attend(
             # Query i sees the first num_keys - t + i + 1 keys.
             last_seen = torch.arange(num_keys - end + start, num_keys, device=query.device)
             hidden = torch.arange(num_keys, device=query.device) > last_seen[:, None]
-            scores = (rotated @ keys.T * scale).masked_fill(hidden, -torch.inf)
+            scores = soft_cap(rotated @ keys.T * scale, cap).masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                sink = sinks[query_heads].to(compute_dtype)[:, None, None]
+                scores = torch.cat((scores, sink.expand(-1, end - start, 1)), dim=-1)
             # A query that sees no key gets zeros: softmax gives NaN there.
-            weights = scores.softmax(dim=-1).masked_fill(hidden, 0.0)
+            weights = scores.softmax(dim=-1)[..., :num_keys].masked_fill(hidden, 0.0)
             out[start:end, query_heads] = (weights @ values).transpose(0, 1).to(out.dtype)
+
+
+def softmax_fields(scale: float | Softmax) -> tuple[float, float, torch.Tensor | None]:
+    """Scale, soft cap and sinks, also of a scale alone."""
+    return scale if isinstance(scale, tuple) else (scale, 0.0, None)
+
+
+def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """Logits bent to stay below the cap; as they are if it is 0."""
+    return cap * (logits / cap).tanh() if cap else logits
 
 
 def read_head(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_budgetkv.arithmetic.layout import PagePool
-    from vllm_budgetkv.ops.views import FreeStack, PagedHeads
+    from vllm_budgetkv.ops.views import FreeStack, PagedHeads, Softmax
 
 
 class Pages(NamedTuple):
@@ -45,6 +46,24 @@ class Tables(NamedTuple):
         _, table, lens = heads
         require_dense(table=table, lens=lens)
         return cls(table, lens, table.stride(0), table.stride(1), lens.stride(0))
+
+
+class Weighing(NamedTuple):
+    """A `Softmax` whose scale and cap are in units of log 2; `sinks` are as they were.
+
+    Without sinks it points anywhere, and no kernel looks.
+    """
+
+    scale: Any
+    cap: Any
+    sinks: Any
+
+    @classmethod
+    def of(cls, softmax: Softmax, anywhere: torch.Tensor) -> Weighing:
+        unit = math.log(2)
+        sinks = anywhere if softmax.sinks is None else softmax.sinks
+        require_dense(sinks=sinks)
+        return cls(softmax.scale / unit, softmax.soft_cap / unit, sinks)
 
 
 class Stacks(NamedTuple):

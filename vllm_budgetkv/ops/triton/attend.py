@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import triton
 
-from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, Weighing, require_dense
 from vllm_budgetkv.ops.triton.attend_decode import (
     MIN_BLOCK_QUERIES,
     Runs,
@@ -23,7 +22,7 @@ from vllm_budgetkv.ops.triton.rows import count_blocks
 if TYPE_CHECKING:
     import torch
 
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads, Softmax
 
 
 def attend(
@@ -31,7 +30,7 @@ def attend(
     heads: PagedHeads,
     rows: BatchRows,
     out: torch.Tensor,
-    scale: float,
+    softmax: Softmax,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`.
 
@@ -52,14 +51,15 @@ def attend(
     num_runs = max(1, triton.cdiv(heads.capacity_tokens, run))
     runs = Runs.empty(num_rows, num_query_heads, num_runs, query)
     cut = {"RUN_TOKENS": run, "NUM_RUNS": num_runs, "GROUP": group}
+    cut["HAS_SINKS"] = softmax.sinks is not None
     size = {"HEAD_SIZE": layout.head_size, "BLOCK_SIZE": triton.next_power_of_2(layout.head_size)}
     common = {"PAGE_TOKENS": layout.page_tokens, "DOT": dot_type(layout.dtype), **cut, **size}
     sources = (Tokens.of(query), to, Pages.of(heads.pool), tables, *where)
-    scale_log2 = scale / math.log(2)
+    common["CAPPED"], weighing = softmax.soft_cap > 0, Weighing.of(softmax, runs.totals)
     decode_kernel[(num_rows, num_heads, num_runs)](
         *sources,
         runs,
-        scale_log2,
+        weighing,
         BLOCK_QUERIES=max(MIN_BLOCK_QUERIES, triton.next_power_of_2(group)),
         EVERY_ROW=is_decode,
         **common,
@@ -70,8 +70,8 @@ def attend(
         options = prefill_options(layout)
         blocks = count_blocks(num_tokens, num_rows, options["BLOCK_QUERIES"] // group)
         prefill_kernel[(blocks, num_heads)](
-            *sources, num_rows, runs, scale_log2, BLOCK_RUNS=block_runs, **common, **options
+            *sources, num_rows, runs, weighing, BLOCK_RUNS=block_runs, **common, **options
         )
     elif num_runs > 1:
-        joined = (to, tables, *where, runs)
+        joined = (to, tables, *where, runs, weighing)
         join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block_runs, **cut, **size)

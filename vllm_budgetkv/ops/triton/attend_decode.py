@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.online_softmax import attend_keys, empty_state, mean
+from vllm_budgetkv.ops.triton.online_softmax import (
+    attend_keys,
+    empty_state,
+    mean,
+    with_sink,
+    with_sinks,
+)
 from vllm_budgetkv.ops.triton.scratch import scratch
 
 if TYPE_CHECKING:
@@ -65,7 +71,7 @@ def decode_kernel(
     slots: tl.tensor,
     query_start: tl.tensor,
     runs: tl.tuple,
-    scale: tl.tensor,
+    weighing: tl.tuple,
     RUN_TOKENS: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -76,6 +82,8 @@ def decode_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """Grid [R, H, runs]: one run of keys for rows of one token, or with EVERY_ROW for any row."""
     row, head, run = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -101,11 +109,13 @@ def decode_kernel(
             # fmt: off
             sums, peak, total = attend_keys(
                 empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), seen, run * RUN_TOKENS,
-                stop_key, pages, entries, scale, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS,
-                DOT, True,
+                stop_key, pages, entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS,
+                DOT, True, CAPPED,
             )
             # fmt: on
             if NUM_RUNS == 1:
+                is_head = member < GROUP
+                total = with_sinks(total, peak, weighing, query_head, is_head, HAS_SINKS)
                 vectors = token * out.stride + query_head[:, None] * out.head_stride
                 answer = mean(sums, total).to(out.data.dtype.element_ty)
                 tl.store(out.data + vectors + channel[None, :], answer, mask=mask)
@@ -122,6 +132,7 @@ def decode_kernel(
 def join_runs(
     out: tl.tuple,
     runs: tl.tuple,
+    weighing: tl.tuple,
     entry: tl.tensor,
     token: tl.tensor,
     query_head: tl.tensor,
@@ -132,6 +143,7 @@ def join_runs(
     BLOCK_RUNS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """Write one query head's output for one token that sees `visible` keys."""
     run, channel = tl.arange(0, BLOCK_RUNS), tl.arange(0, BLOCK_SIZE)
@@ -139,8 +151,11 @@ def join_runs(
     found = (entry.to(tl.int64) * num_query_heads + query_head) * NUM_RUNS + run
     peaks = tl.load(runs.peaks + found, mask=is_found, other=float("-inf"))
     peak = tl.max(peaks)
-    weights = tl.exp2(peaks - tl.where(peak == float("-inf"), 0.0, peak))
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weights = tl.exp2(peaks - peak)
     total = tl.sum(weights * tl.load(runs.totals + found, mask=is_found, other=0.0))
+    if HAS_SINKS:
+        total = with_sink(total, peak, tl.load(weighing.sinks + query_head))
     mask = is_found[:, None] & (channel < HEAD_SIZE)[None, :]
     at = found[:, None] * HEAD_SIZE + channel[None, :]
     sums = tl.sum(weights[:, None] * tl.load(runs.sums + at, mask=mask, other=0.0), 0)
@@ -156,12 +171,14 @@ def join_kernel(
     slots: tl.tensor,
     query_start: tl.tensor,
     runs: tl.tuple,
+    weighing: tl.tuple,
     GROUP: tl.constexpr,
     RUN_TOKENS: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """Grid [R, Hq]: joins the runs of every token, after `decode_kernel` with EVERY_ROW."""
     row, query_head = tl.program_id(0), tl.program_id(1)
@@ -174,7 +191,7 @@ def join_kernel(
         visible = num_keys - (stop - start - 1 - index)
         # fmt: off
         join_runs(
-            out, runs, token, token, query_head, tl.num_programs(1), visible,
-            RUN_TOKENS, NUM_RUNS, BLOCK_RUNS, HEAD_SIZE, BLOCK_SIZE,
+            out, runs, weighing, token, token, query_head, tl.num_programs(1), visible,
+            RUN_TOKENS, NUM_RUNS, BLOCK_RUNS, HEAD_SIZE, BLOCK_SIZE, HAS_SINKS,
         )
         # fmt: on

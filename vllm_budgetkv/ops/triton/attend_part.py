@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, Weighing, require_dense
 from vllm_budgetkv.ops.triton.attend_prefill import prefill_options
 from vllm_budgetkv.ops.triton.online_softmax import attend_keys, empty_state, mean
 from vllm_budgetkv.ops.triton.precision import dot_type
 from vllm_budgetkv.ops.triton.rows import count_blocks, find_row, first_block
+from vllm_budgetkv.ops.views import Softmax
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ def attend_part(
         *numbers,
         num_rows,
         first_token,
-        scale / math.log(2),
+        Weighing.of(Softmax(scale), lse),
         GROUP=group,
         PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
@@ -73,7 +74,7 @@ def part_kernel(
     first_position: tl.tensor,
     num_rows: tl.tensor,
     first_token: tl.tensor,
-    scale: tl.tensor,
+    weighing: tl.tuple,
     GROUP: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -112,11 +113,11 @@ def part_kernel(
     # fmt: off
     state = attend_keys(
         empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), visible, 0, all_see, pages,
-        entries, scale, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False,
+        entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, False,
     )
     sums, peak, total = attend_keys(
-        state, queries.to(DOT), visible, all_see, last, pages, entries, scale, PAGE_TOKENS,
-        HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True,
+        state, queries.to(DOT), visible, all_see, last, pages, entries, weighing, PAGE_TOKENS,
+        HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, False,
     )
     # fmt: on
     vectors = row_token * out.stride + query_head * out.head_stride

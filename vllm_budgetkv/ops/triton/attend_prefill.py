@@ -8,7 +8,12 @@ import triton
 import triton.language as tl
 
 from vllm_budgetkv.ops.triton.attend_decode import join_runs
-from vllm_budgetkv.ops.triton.online_softmax import attend_keys, empty_state, mean
+from vllm_budgetkv.ops.triton.online_softmax import (
+    attend_keys,
+    empty_state,
+    mean,
+    with_sinks,
+)
 from vllm_budgetkv.ops.triton.rows import find_row, first_block
 
 if TYPE_CHECKING:
@@ -43,7 +48,7 @@ def prefill_kernel(
     query_start: tl.tensor,
     num_rows: tl.tensor,
     runs: tl.tuple,
-    scale: tl.tensor,
+    weighing: tl.tuple,
     RUN_TOKENS: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
@@ -54,6 +59,8 @@ def prefill_kernel(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """Grid [blocks, H]: one tile of a row of several tokens, or the join of a row of one token.
 
@@ -77,8 +84,9 @@ def prefill_kernel(
         if NUM_RUNS > 1:
             for member in range(GROUP):
                 join_runs(
-                    out, runs, row, start, head * GROUP + member, tl.num_programs(1) * GROUP,
-                    num_keys, RUN_TOKENS, NUM_RUNS, BLOCK_RUNS, HEAD_SIZE, BLOCK_SIZE,
+                    out, runs, weighing, row, start, head * GROUP + member,
+                    tl.num_programs(1) * GROUP, num_keys, RUN_TOKENS, NUM_RUNS, BLOCK_RUNS,
+                    HEAD_SIZE, BLOCK_SIZE, HAS_SINKS,
                 )
         return
     # fmt: on
@@ -89,23 +97,22 @@ def prefill_kernel(
     row_token, query_head = (start + token).to(tl.int64), head * GROUP + index % GROUP
     vectors = row_token * query.stride + query_head * query.head_stride
     queries = tl.load(query.data + vectors[:, None] + channel[None, :], mask=mask, other=0.0)
-
     # the first query of the tile sees all of the first keys, the last one the most
     visible = num_keys - num_tokens + token + 1
     all_see = tl.maximum(num_keys - num_tokens + first + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     last = tl.minimum(first + BLOCK_TOKENS, num_tokens)
     entries = tables.table + slot * tables.slot_stride + head * tables.head_stride
-    state = empty_state(BLOCK_QUERIES, BLOCK_SIZE)
     # fmt: off
     state = attend_keys(
-        state, queries.to(DOT), visible, 0, all_see, pages, entries, scale,
-        PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False,
+        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), visible, 0, all_see, pages,
+        entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, CAPPED,
     )
     sums, peak, total = attend_keys(
         state, queries.to(DOT), visible, all_see, num_keys - num_tokens + last, pages, entries,
-        scale, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True,
+        weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, CAPPED,
     )
     # fmt: on
+    total = with_sinks(total, peak, weighing, query_head, is_query, HAS_SINKS)
     vectors = row_token * out.stride + query_head * out.head_stride
     answer = mean(sums, total).to(out.data.dtype.element_ty)
     tl.store(out.data + vectors[:, None] + channel[None, :], answer, mask=mask)

@@ -19,13 +19,14 @@ def attend_keys(
     stop_key: tl.tensor,
     pages: tl.tuple,
     entries: tl.tensor,
-    scale: tl.tensor,
+    weighing: tl.tuple,
     PAGE_TOKENS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT: tl.constexpr,
     MASKED: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> tl.tuple:
     """Add the keys from `first_key` to `stop_key` to the state (sums, peak, total) of a tile.
 
@@ -56,7 +57,8 @@ def attend_keys(
             keys = tl.load(pages.key + where)
             values = tl.load(pages.value + where)
 
-        scores = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision="ieee") * scale
+        products = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision="ieee")
+        scores = bent(products * weighing.scale, weighing.cap, CAPPED)
         if MASKED:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
@@ -69,6 +71,48 @@ def attend_keys(
         sums = tl.dot(weights, values.to(DOT), sums * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return sums, peak, total
+
+
+@triton.jit
+def bent(scores: tl.tensor, cap: tl.tensor, CAPPED: tl.constexpr) -> tl.tensor:
+    """Scores bent to stay below the cap, by a tangent that keeps small ones exact."""
+    if CAPPED:
+        x = scores / cap
+        size = tl.abs(x)
+        decay = tl.exp2(size * -2.8853900817779268)
+        far = (1.0 - decay) / (1.0 + decay)
+        square = x * x
+        near = 62.0 / 2835.0 - square * (1382.0 / 155925.0)
+        near = near * square - 17.0 / 315.0
+        near = near * square + 2.0 / 15.0
+        near = near * square - 1.0 / 3.0
+        near = size + size * square * near
+        bent_size = tl.where(size < 0.3, near, far)
+        scores = tl.where(x < 0.0, -bent_size, bent_size) * cap
+    return scores
+
+
+@triton.jit
+def with_sink(total: tl.tensor, peak: tl.tensor, sink: tl.tensor) -> tl.tensor:
+    """The total weight with that of a sink; still zero for a query that saw no key."""
+    # beyond the bound, what the keys have vanishes beside it in any case
+    more = tl.exp2(tl.minimum(sink * 1.4426950408889634 - peak, 120.0))
+    return tl.where(total == 0.0, 0.0, total + more)
+
+
+@triton.jit
+def with_sinks(
+    total: tl.tensor,
+    peak: tl.tensor,
+    weighing: tl.tuple,
+    query_head: tl.tensor,
+    mask: tl.tensor,
+    HAS_SINKS: tl.constexpr,
+) -> tl.tensor:
+    """The same of queries of several heads, where there are sinks."""
+    if HAS_SINKS:
+        total = with_sink(total, peak, tl.load(weighing.sinks + query_head, mask=mask, other=0.0))
+    return total
 
 
 @triton.jit

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens
+from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, Weighing
 from vllm_budgetkv.ops.triton.arrival import counters
+from vllm_budgetkv.ops.triton.online_softmax import bent
 from vllm_budgetkv.ops.triton.precision import dot_type
 from vllm_budgetkv.ops.triton.score_finish import finish_kernel
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import PagedHeads
+    from vllm_budgetkv.ops.views import PagedHeads, Softmax
 
 MIN_RUN_TOKENS = 256
 MAX_RUNS = 64
@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def score(
     probe: torch.Tensor,
     heads: PagedHeads,
-    scale: float,
+    softmax: Softmax,
     top_k: int,
     num_sinks: int,
     takes_largest: bool,
@@ -67,6 +67,7 @@ def score(
     )
     group, same = num_query_heads // num_heads, probe.dtype == layout.dtype
     options = _options(layout.dtype if same else torch.float32, layout.head_size)
+    weighing = Weighing.of(softmax, mass)
     tiles = triton.cdiv(num_rows * group, options["BLOCK_QUERIES"])
     logits_kernel[(num_runs, tiles, num_heads)](
         Tokens.of(probe),
@@ -77,16 +78,17 @@ def score(
         positions,
         num_rows,
         max_tokens,
-        scale / math.log(2),
+        weighing,
         GROUP=group,
         RUN_TOKENS=run,
         PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),
+        CAPPED=softmax.soft_cap > 0,
         **options,
     )
     found = Found(mass, topk_mass)
-    _finish(work, heads.lens, positions, found, top_k, num_sinks, takes_largest)
+    _finish(work, heads.lens, positions, found, softmax.sinks, (top_k, num_sinks, takes_largest))
     return mass, topk_mass, norms, positions
 
 
@@ -95,12 +97,12 @@ def _finish(
     lens: torch.Tensor,
     positions: torch.Tensor,
     found: Found,
-    top_k: int,
-    num_sinks: int,
-    takes_largest: bool,
+    sinks: torch.Tensor | None,
+    asked: tuple[int, int, bool],
 ) -> None:
     """The second launch; fills what is `found`."""
     mass, topk_mass = found
+    top_k, num_sinks, takes_largest = asked
     num_query_heads, num_rows, num_runs = work.peaks.shape
     num_heads, max_tokens = mass.shape
     columns = triton.cdiv(max_tokens, BLOCK_COLUMNS)
@@ -110,6 +112,7 @@ def _finish(
         positions,
         mass,
         topk_mass,
+        mass if sinks is None else sinks,
         mass.new_empty(num_query_heads, num_rows),
         counters(num_query_heads, mass.device),
         *(num_rows, max_tokens, num_runs, top_k, num_sinks),
@@ -120,6 +123,7 @@ def _finish(
         BLOCK_ROWS=triton.next_power_of_2(num_rows),
         BLOCK_KEYS=min(triton.next_power_of_2(max_tokens), MAX_RESIDENT_TOKENS),
         TAKES_LARGEST=takes_largest,
+        HAS_SINKS=sinks is not None,
         IS_RESIDENT=max_tokens <= MAX_RESIDENT_TOKENS,
     )
 
@@ -150,7 +154,7 @@ def logits_kernel(
     positions: tl.tensor,
     num_rows: tl.tensor,
     max_tokens: tl.tensor,
-    scale: tl.tensor,
+    weighing: tl.tuple,
     GROUP: tl.constexpr,
     RUN_TOKENS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -159,6 +163,7 @@ def logits_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     DOT: tl.constexpr,
+    CAPPED: tl.constexpr,
 ) -> None:
     """Grid [runs, query tiles, H]: logits of a tile of probe rows and query heads to a run of keys.
 
@@ -185,7 +190,8 @@ def logits_kernel(
         where = token[:, None] + channel[None, :]
         is_held = held[:, None] & is_channel[None, :]
         keys = tl.load(pages.key + where, mask=is_held, other=0.0)
-        scores = tl.dot(queries.to(DOT), tl.trans(keys.to(DOT)), input_precision="ieee") * scale
+        products = tl.dot(queries.to(DOT), tl.trans(keys.to(DOT)), input_precision="ieee")
+        scores = bent(products * weighing.scale, weighing.cap, CAPPED)
         scores = tl.where(held[None, :], scores, float("-inf"))
         target = work.logits + row[:, None] * max_tokens + index[None, :]
         tl.store(target, scores, mask=is_query[:, None] & held[None, :])

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_budgetkv.ops.triton.arrival import arrives_last
+from vllm_budgetkv.ops.triton.online_softmax import with_sink
 from vllm_budgetkv.ops.triton.ranking import (
     LOWEST_KEY,
     key_number,
@@ -22,6 +23,7 @@ def finish_kernel(
     positions: tl.tensor,
     mass: tl.tensor,
     topk_mass: tl.tensor,
+    sinks: tl.tensor,
     shares: tl.tensor,
     arrivals: tl.tensor,
     num_rows: tl.tensor,
@@ -37,6 +39,7 @@ def finish_kernel(
     BLOCK_KEYS: tl.constexpr,
     TAKES_LARGEST: tl.constexpr,
     IS_RESIDENT: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> None:
     """Grid [Hq * M + H * column blocks]: the top-k mass of one row, or the mass of some columns.
 
@@ -72,14 +75,14 @@ def finish_kernel(
         if TAKES_LARGEST:
             for query_head in range(head * GROUP, (head + 1) * GROUP):
                 found += _mass(
-                    work, query_head * num_rows, num_rows, column, num_keys, max_tokens,
-                    num_runs, BLOCK_RUNS, BLOCK_COLUMNS, True,
+                    work, sinks, num_rows, query_head * num_rows, num_rows, column, num_keys,
+                    max_tokens, num_runs, BLOCK_RUNS, BLOCK_COLUMNS, True, HAS_SINKS,
                 )
             found /= GROUP
         else:
             found = _mass(
-                work, head * GROUP * num_rows, GROUP * num_rows, column, num_keys, max_tokens,
-                num_runs, BLOCK_RUNS, BLOCK_COLUMNS, False,
+                work, sinks, num_rows, head * GROUP * num_rows, GROUP * num_rows, column, num_keys,
+                max_tokens, num_runs, BLOCK_RUNS, BLOCK_COLUMNS, False, HAS_SINKS,
             ) / (GROUP * num_rows)
         # fmt: on
         target = mass + head.to(tl.int64) * max_tokens + column
@@ -89,6 +92,8 @@ def finish_kernel(
 @triton.jit
 def _mass(
     work: tl.tuple,
+    sinks: tl.tensor,
+    head_rows: tl.tensor,
     first_row: tl.tensor,
     num_rows: tl.tensor,
     column: tl.tensor,
@@ -98,6 +103,7 @@ def _mass(
     BLOCK_RUNS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     TAKES_LARGEST: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
 ) -> tl.tensor:
     """Sum, or largest, over rows of these columns' softmax weights; 0 from `num_keys` on."""
     BLOCK: tl.constexpr = 32
@@ -115,6 +121,9 @@ def _mass(
         peak = tl.max(peaks, 1)
         peak = tl.where(peak == float("-inf"), 0.0, peak)
         total = tl.sum(totals * tl.exp2(peaks - peak[:, None]), 1)
+        if HAS_SINKS:
+            sink = tl.load(sinks + row // head_rows, mask=is_row, other=0.0)
+            total = with_sink(total, peak, sink)
         total = tl.where(total == 0.0, 1.0, total)
         mask = is_row[:, None] & (column < num_keys)[None, :]
         logits = work.logits + row[:, None] * max_tokens + column[None, :]

@@ -1,0 +1,24 @@
+"""What we touch in vLLM for layers with windows or chunks beside ours; rows of `upstream.py`."""
+
+from __future__ import annotations
+
+from vllm_budgetkv.start.touchpoint import Touchpoint
+
+_CPU = "vllm.v1.attention.backends.cpu_attn"
+_SPEC = "vllm.v1.kv_cache_interface"
+
+# fmt: off
+WINDOW_TOUCHPOINTS = (
+    Touchpoint("vllm.v1.attention.selector", "get_attn_backend", "replace",
+               "while our model loads, such layers get vLLM's own backend",
+               ("head_size", "dtype", "kv_cache_dtype", "use_mla", "has_sink", "use_sparse",
+                "use_mm_prefix", "use_per_head_quant_scales", "attn_type", "num_heads",
+                "has_sliding_window")),
+    Touchpoint(_CPU, "CPUAttentionBackend", "subclass",
+               "their backend on a CPU, in the buffer that ours need"),
+    Touchpoint(_CPU, "CPUAttentionBackendImpl", "subclass",
+               "adds nothing in a run without requests"),
+    Touchpoint(_SPEC, "iter_layer_specs", "read", "which group of layers is ours",
+               ("kv_cache_spec",)),
+)
+# fmt: on

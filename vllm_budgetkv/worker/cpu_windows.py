@@ -1,0 +1,57 @@
+"""vLLM's attention on a CPU over a buffer with the block outermost, for layers with windows.
+
+Apart from `windows.py`, because only a CPU needs it. vLLM's backend asks for the layer outermost,
+but its kernels take the stride of a block from the tensor.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+if TYPE_CHECKING:
+    import torch
+
+
+class CPUWindowAttention(CPUAttentionBackendImpl):
+    """Adds nothing in a run without requests, as ours, and as vLLM's own on a GPU."""
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: Any,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is None:
+            return output.zero_()
+        return super().forward(
+            layer,
+            query,
+            key,
+            value,
+            kv_cache,
+            attn_metadata,
+            output,
+            output_scale,
+            output_block_scale,
+        )
+
+
+class CPUWindowBackend(CPUAttentionBackend):
+    """`CPUAttentionBackend` in the buffer that our layers need."""
+
+    @staticmethod
+    def get_impl_cls() -> type[CPUAttentionBackendImpl]:
+        return CPUWindowAttention
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC,)
