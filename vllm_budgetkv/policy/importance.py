@@ -91,15 +91,25 @@ def pool_runs(
     """
     if reach_tokens == 0:
         return mass
-    margins, width = (reach_tokens, reach_tokens), 2 * reach_tokens + 1
-    lenders = pad(mass, margins).unfold(-1, width, 1)
-    index = pad(run_index, margins, value=NO_RUN).unfold(-1, width, 1)
-    offsets = torch.arange(-reach_tokens, reach_tokens + 1, device=mass.device)
-    is_neighbour = index - run_index[..., None] == offsets
-    lent = lenders * is_neighbour
+    place = torch.arange(mass.shape[-1], dtype=run_index.dtype, device=mass.device)
+    # equal along a run
+    runs = run_index - place
+    lenders, neighbours = windows(mass, reach_tokens, 0.0), windows(runs, reach_tokens, NO_RUN)
+    # the offsets in front, in memory too, so that the tokens are what is run along
+    is_neighbour = torch.empty(neighbours.shape, dtype=torch.bool, device=mass.device)
+    torch.eq(neighbours, runs, out=is_neighbour)
+    lent = torch.empty(lenders.shape, dtype=mass.dtype, device=mass.device)
+    torch.mul(lenders, is_neighbour, out=lent)
     if fade:
-        lent = lent * (1.0 - fade * offsets.abs())
-    return lent.amax(dim=-1)
+        offsets = torch.arange(-reach_tokens, reach_tokens + 1, device=mass.device)
+        lent *= (1.0 - fade * offsets.abs()).view(-1, *[1] * mass.dim())
+    return lent.amax(dim=0)
+
+
+def windows(values: torch.Tensor, reach_tokens: int, margin: float) -> torch.Tensor:
+    """[2 * reach + 1, ..., n]: a view of what stands at each offset; `margin` beyond the ends."""
+    padded = pad(values, (reach_tokens, reach_tokens), value=margin)
+    return padded.unfold(-1, 2 * reach_tokens + 1, 1).movedim(-1, 0)
 
 
 def average_runs(values: torch.Tensor, run_index: torch.Tensor, reach_tokens: int) -> torch.Tensor:
