@@ -124,9 +124,7 @@ def build_cache(
         compressor=compressor,
         recaller=recaller,
         replay=_replay_of(rules, compressor, recaller),
-        streaming=None
-        if recaller is None
-        else Streaming(tables, recaller, model.scales, rules.check_ledger),
+        streaming=_streaming_of(model, rules, recaller),
     )
     return BudgetCache(
         slots=Slots(tables, rules, probes, reports, arrival_of, recaller, model.group),
@@ -193,6 +191,12 @@ def _replay_of(rules: Rules, compressor: Compressor, recaller: Recaller | None) 
         return None
     rows = Rows.empty(rules.num_slots, compressor.tables.lens.device)
     return Replay(compressor.tables, recaller.tier, compressor, rows)
+
+
+def _streaming_of(model: Model, rules: Rules, recaller: Recaller | None) -> Streaming | None:
+    if recaller is None:
+        return None
+    return Streaming(recaller.tables, recaller, model.scales, rules.check_ledger)
 
 
 def _probes_of(model: Model, rules: Rules) -> Probes:

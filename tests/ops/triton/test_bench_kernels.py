@@ -7,6 +7,7 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -240,14 +241,9 @@ def recall_uncounted(*arguments: Any) -> None:
 def test_a_wrong_op_of_recall_is_found(
     monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[..., None], found: str
 ) -> None:
-    references = {
-        "store": store_reference,
-        "load": load_reference,
-        "stage": stage_reference,
-        "encode": encode_reference,
-        "mark": mark_reference,
-        "recall": recall_reference,
-    }
+    names = ("store", "load", "stage", "encode", "mark", "recall")
+    modules = {op: import_module(f"vllm_budgetkv.ops.reference.{op}") for op in names}
+    references = {op: getattr(module, op) for op, module in modules.items()}
     for op, reference in (references | {name: wrong}).items():
         monkeypatch.setattr(ops, op, reference)
     torch.manual_seed(0)
