@@ -198,10 +198,6 @@ def mark_more(slot: int, heads: Any, recalls: Any) -> None:
     heads.pool.positions[int(recalls.table[slot, 0, 0]), 0] ^= 1
 
 
-def recall_others(query: Any, *others: Any) -> None:
-    recall_reference(-query, *others)
-
-
 def recall_half(query: Any, heads: Any, *others: Any) -> None:
     """The value of one token does not come."""
     recall_reference(query, heads, *others)
@@ -232,7 +228,7 @@ def recall_uncounted(*arguments: Any) -> None:
         ("encode", encode_disorder, "channels"),
         ("encode", encode_off, "means and steps"),
         ("mark", mark_more, "pages"),
-        ("recall", recall_others, "lacking mass"),
+        ("recall", lambda query, *others: recall_reference(-query, *others), "lacking mass"),
         ("recall", recall_half, "keys and values"),
         ("recall", recall_held, "held or twice"),
         ("recall", recall_uncounted, "moved"),
