@@ -141,27 +141,29 @@ def asking_lab(recall: dict[str, Any], shared_tokens: int) -> StreamingLab:
 
 
 @pytest.mark.parametrize(
-    ("recall", "shared_tokens", "postpones"),
+    ("recall", "shared_tokens", "chooses"),
     [
         (REREADS_ALL, 100, True),
         (REREADS_ALL, 250, True),
         ({"question_tokens": 4}, 299, True),
-        ({"question_tokens": 4}, 250, False),
+        ({"question_tokens": 4}, 250, True),
+        ({"question_tokens": 4}, 0, True),
         ({"question_tokens": 100}, 250, True),
         ({}, 299, False),
     ],
     ids=str,
 )
 def test_what_stays_is_chosen_behind_the_prompt(
-    recall: dict[str, Any], shared_tokens: int, *, postpones: bool
+    recall: dict[str, Any], shared_tokens: int, *, chooses: bool
 ) -> None:
-    """The same of a prompt that was computed and of one that was found, preempted or not."""
+    """The same of a prompt that was computed, of one that was found, in part or but for its
+    question, and of one that was preempted."""
     alone = asking_lab(REREADS_ALL, 0)
     expected = behind_a_prompt(alone, Client("second", 300))
     lab, client = asking_lab(recall, shared_tokens), Client("second", 300)
     found = behind_a_prompt(lab, client)
     assert lab.found_first["second"] >= shared_tokens // 8 * 8 - 8
-    if not postpones:
+    if not chooses:
         assert found != expected
         return
     assert found == expected

@@ -202,9 +202,9 @@ class Quota:
         return index_pages, self.recall.most_slot_pages(*sizes)
 
     def postpones(self, prompt_tokens: int, found_tokens: int, end_of_vision: int) -> bool:
-        """Whether what stays of a prompt in host memory is chosen behind its first token.
+        """Whether the heads hold nothing of a prompt in host memory until its first token.
 
-        Until then its heads hold nothing, and all that it computes attends to host memory.
+        All that it computes attends to host memory then.
 
         Args:
             prompt_tokens: of the prompt.

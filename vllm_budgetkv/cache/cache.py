@@ -72,7 +72,7 @@ class BudgetCache:
             self.layers.replay.run(request)
         for request_id in scheduled.num_scheduled_tokens:
             request = self.slots.requests[request_id]
-            if request.postponed and not request.in_prefill(request.computed_tokens):
+            if request.unchosen and not request.in_prefill(request.computed_tokens):
                 self._choose(request)
         self.plan_step(scheduled.num_scheduled_tokens)
 
@@ -200,7 +200,7 @@ class BudgetCache:
         request.advance(plan.num_tokens)
         if plan.compress:
             self.layers.compressor.finished(request, last=ends_chunks)
-        if ends_chunks and not request.postponed:
+        if ends_chunks and not request.unchosen:
             if request.in_tier and self.layers.compressor.options.second_look:
                 self._look_again(request)
             self._end_chunks(request)

@@ -44,8 +44,9 @@ class RequestState:
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
         recalls: whether some of its heads bring tokens back from host memory.
-        postponed: whether its heads hold nothing of its prompt yet: what stays is chosen behind the
-            first token of the answer.
+        postponed: whether its heads hold nothing of its prompt until what stays is chosen.
+        unchosen: whether what stays of its prompt is still to be chosen, behind the first token of
+            the answer.
         bank: its probe queries; None until it needs some.
         position_offset: int64 scalar on the device: what the rotary position of its next token is
             beyond the token's index. Text alone follows the prompt, so decode leaves it.
@@ -73,6 +74,7 @@ class RequestState:
     has_digests: bool = field(default=False, init=False)
     recalls: bool = field(default=False, init=False)
     postponed: bool = field(default=False, init=False)
+    unchosen: bool = field(default=False, init=False)
     position_offset: torch.Tensor | None = field(default=None, init=False)
     layer_budgets: LayerBudgets | None = field(default=None, init=False)
     retained_mass: torch.Tensor | None = field(default=None, init=False)
@@ -80,6 +82,7 @@ class RequestState:
     def __post_init__(self) -> None:
         if self.host is not None:
             sizes = (self.prompt_tokens, self.host.found_tokens, self.spans.end_of_vision)
+            self.unchosen = self.quota.streams
             self.postponed = self.quota.postpones(*sizes)
 
     @property
@@ -188,7 +191,7 @@ class RequestState:
     def restart(self) -> None:
         """Its heads hold nothing, though it has seen its prompt; its pages are nobody's yet."""
         self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
-        self.shared = self.postponed = False
+        self.shared = self.postponed = self.unchosen = False
 
     def skip(self, num_tokens: int) -> None:
         """Tokens were seen that no layer is given, since what stays of them is chosen later."""
