@@ -235,7 +235,8 @@ class PolicyOptions(PolicyFlags):
     second_look: bool = knob(
         False,
         "Choose anew what stays of a prompt that --kv-host-memory keeps, once it has been read: "
-        "the question where it stands asks all of it, not the one that ran ahead.",
+        "the question where it stands asks all of it, not the one that ran ahead. With "
+        "--kv-recall-prefill 'question' or 'all' that is so in any case.",
     )
     recall_index_share: float = knob(
         0.5,
