@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.cache.client import Client, Feature
 from tests.cache.lab import Lab
-from tests.cache.test_recall import run, small_lab
+from tests.cache.test_recall import RECALL, run, small_lab
 from tests.cache.test_replay import look_ahead
 from vllm_budgetkv import ops
 from vllm_budgetkv.arithmetic.quota import Quota
@@ -70,10 +71,19 @@ def test_it_reaches_every_op(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(called.values()), called
 
 
-def test_it_reaches_every_op_of_recall(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = (*OPS, "store", "load", "encode", "mark", "recall")
+@pytest.mark.parametrize(
+    "rereading",
+    [{}, {"question_tokens": 8}, {"rereads_all": True}],
+    ids=["none", "question", "all"],
+)
+def test_it_reaches_every_op_of_recall(
+    monkeypatch: pytest.MonkeyPatch, rereading: dict[str, Any]
+) -> None:
+    names = [*OPS, "store", "load", "encode", "mark", "recall"]
+    names += ["stage", "attend_part"] if rereading else []
     called = dict.fromkeys(names, 0)
-    lab = small_lab(options=PolicyOptions(probe_tokens=8, force_class="dynamic", merge="value"))
+    options = PolicyOptions(probe_tokens=8, force_class="dynamic", merge="value")
+    lab = small_lab(replace(RECALL, **rereading), options=options)
     for name in names:
         monkeypatch.setattr(ops, name, counting(name, called))
     rehearse(lab.cache)

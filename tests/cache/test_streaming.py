@@ -122,17 +122,23 @@ def test_every_chunk_attends_to_all(interval_tokens: int) -> None:
     assert lab.num_streamed == lab.layers * 300
 
 
-def behind_a_prompt(lab: RecallLab, client: Client) -> list[list[list[int]]]:
-    """What is kept of a prompt, and of two tokens more."""
+def behind_a_prompt(lab: RecallLab, client: Client) -> tuple[list[list[list[int]]], list[Any]]:
+    """What is kept of a prompt, and of two tokens more, and the classes of the heads."""
     look_ahead(lab, client)
-    return kept(lab, run(lab, prefill(lab, client), outputs=3))
+    return chosen(lab, run(lab, prefill(lab, client), outputs=3))
+
+
+def chosen(lab: RecallLab, client: Client) -> tuple[list[list[list[int]]], list[Any]]:
+    return kept(lab, client), lab.cache.tables.is_static[lab.state(client).slot].tolist()
 
 
 def asking_lab(recall: dict[str, Any], shared_tokens: int) -> StreamingLab:
     """Two clients with the same content, of which the second finds what it shares of it."""
     quota = Quota(**NUMBERS, recall=replace(RECALL, **recall))
     sizes = {"pool_blocks": 60, "heads": 2, "tier_blocks": 200}
-    lab = StreamingLab("hybrid", quota, options=PolicyOptions(probe_tokens=4), **sizes)
+    # a threshold between the heads, and so much hysteresis that it matters what a head was before
+    options = PolicyOptions(probe_tokens=4, static_threshold=0.47, hysteresis=0.1)
+    lab = StreamingLab("hybrid", quota, options=options, **sizes)
     lab.rereading = recall
     lab.families = {"first": ("second", shared_tokens), "second": ("second", shared_tokens)}
     if shared_tokens:
@@ -171,7 +177,18 @@ def test_what_stays_is_chosen_behind_the_prompt(
     lab.step({}, preempted=(client.request_id,))
     while client.computed_tokens < 302:
         lab.step({client: lab.room(client)})
-    assert kept(lab, client) == expected
+    assert chosen(lab, client) == expected
+
+
+def test_steps_that_recall_are_those_behind_the_prompt() -> None:
+    lab = streaming_lab({"question_tokens": 20})
+    client = run(lab, Client("long", 300), outputs=6)
+    lab.step({}, finished=(client.request_id,))
+    (record,) = lab.finished
+    assert record.output_tokens == 6
+    # the first token follows from the prompt, and the last was never computed
+    assert record.recall_steps == 5
+    assert record.recalled_tokens > 0
 
 
 def test_the_question_finds_what_the_look_ahead_missed() -> None:

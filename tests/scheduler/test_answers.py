@@ -169,3 +169,25 @@ def test_one_with_stop_strings_says_it_with_its_first_token(config: VllmConfig) 
     ended = Message.take(last)
     assert followed.message == ended
     assert not core.scheduler._answers._followed
+
+
+def test_what_comes_behind_the_first_token_goes_with_the_second(config: VllmConfig) -> None:
+    """Of a prompt that host memory keeps: what stays is chosen then."""
+    core = Core(config, log_stats=True)
+    request = core.make("r", [*range(LONG)], output_tokens=6)
+    request.sampling_params.stop = ["x"]
+    core.scheduler.add_request(request)
+    while "r" not in core.travels:
+        core.step()
+    core.tells["r"] = TOLD
+    core.run()
+    first, second, *rest, last = core.travels["r"]
+    assert not set(TOLD) & set(first["budgetkv"])
+    assert second["budgetkv"].items() >= TOLD.items() and not any(rest)
+    messages = [Message.take(one) for one in (first, second)]
+    followed = [Followed(*pair) for pair in zip(messages, (first, second), strict=True)]
+    followed[1].go_on(followed[0], 1)
+    for _ in range(4):
+        followed[1].grow(1)
+    assert second["budgetkv"] == last["budgetkv"]
+    assert followed[1].message == Message.take(last)

@@ -70,14 +70,17 @@ class BudgetCache:
         for request in self.slots.follow(scheduled):
             assert self.layers.replay is not None
             self.layers.replay.run(request)
-        for request_id in scheduled.num_scheduled_tokens:
-            request = self.slots.requests[request_id]
-            if request.unchosen and not request.in_prefill(request.computed_tokens):
-                self._choose(request)
         self.plan_step(scheduled.num_scheduled_tokens)
 
     def plan_step(self, num_tokens_of: Mapping[str, int]) -> None:
-        """Plan a step in which every request, by id, gets so many tokens."""
+        """Plan a step in which every request, by id, gets so many tokens.
+
+        One whose prompt is behind it holds what stays of it from now on.
+        """
+        for request_id in num_tokens_of:
+            request = self.slots.requests[request_id]
+            if request.unchosen and not request.in_prefill(request.computed_tokens):
+                self._choose(request)
         self.plans = {
             request_id: self._plan(self.slots.requests[request_id], num_tokens)
             for request_id, num_tokens in num_tokens_of.items()

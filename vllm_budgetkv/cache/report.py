@@ -110,9 +110,11 @@ class Leaving:
     @classmethod
     def of(cls, request: RequestState, recaller: Recaller) -> Self:
         """Of a request that gives up its slot, whose counts go with it."""
-        slot = request.slot
+        slot, quota = request.slot, request.quota
+        # the first that looked for tokens: one of the answer, or the prompt's last
+        first = request.prompt_tokens if quota.streams else quota.chunks_end(request.prompt_tokens)
         return cls(
-            steps=request.computed_tokens - request.quota.chunks_end(request.prompt_tokens),
+            steps=request.computed_tokens - first,
             recalled_tokens=recaller.num_recalled[slot].sum(),
             moved_tokens=recaller.moved[slot].sum(),
             token_bytes=recaller.token_bytes,

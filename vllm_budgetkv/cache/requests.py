@@ -41,6 +41,7 @@ class RequestState:
         grown_tokens: tokens appended since its last compression.
         compressions: how often its last layer was compressed, and so every other, but where chunks
             were joined in a replay: then others less often.
+        first_compression: how many of them were of what its heads held before they held nothing.
         compression_seconds: of the host; on a GPU the time that launching takes.
         has_digests: whether its digests are valid, so that decode may read some pages only.
         recalls: whether some of its heads bring tokens back from host memory.
@@ -70,6 +71,7 @@ class RequestState:
     lead_tokens: int = field(default=0, init=False)
     grown_tokens: int = field(default=0, init=False)
     compressions: int = field(default=0, init=False)
+    first_compression: int = field(default=0, init=False)
     compression_seconds: float = field(default=0.0, init=False)
     has_digests: bool = field(default=False, init=False)
     recalls: bool = field(default=False, init=False)
@@ -93,7 +95,7 @@ class RequestState:
     @property
     def has_classes(self) -> bool:
         """Whether its heads have been classified."""
-        return self.compressions > 0
+        return self.compressions > self.first_compression
 
     @property
     def in_tier(self) -> bool:
@@ -192,6 +194,8 @@ class RequestState:
         """Its heads hold nothing, though it has seen its prompt; its pages are nobody's yet."""
         self.computed_tokens = self.grown_tokens = self.lead_tokens = 0
         self.shared = self.postponed = self.unchosen = False
+        # its heads are classified anew, as those of a request that has seen nothing
+        self.first_compression = self.compressions
 
     def skip(self, num_tokens: int) -> None:
         """Tokens were seen that no layer is given, since what stays of them is chosen later."""

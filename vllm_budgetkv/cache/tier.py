@@ -109,9 +109,11 @@ class HostTier:
 
     def _copy(self, source: int, target: int, num_tokens: int) -> None:
         """Copy the first tokens of a block, through the device, which keeps the order of writes."""
-        kept = self.tokens[source, ..., :num_tokens, :]
-        staged = kept.to(self.blocks.device, copy=True, non_blocking=True)
-        self.tokens[target, ..., :num_tokens, :].copy_(staged, non_blocking=True)
+        # the whole block: only what is contiguous is copied in that order, and not by the host
+        staged = self.tokens[source].to(self.blocks.device, copy=True, non_blocking=True)
+        self.tokens[target].copy_(staged, non_blocking=True)
+        if self.poison:
+            self.tokens[target, ..., num_tokens:, :] = torch.nan
         self.places[target, :num_tokens] = self.places[source, :num_tokens]
 
     def enter(self, slot: int, place: HostPlace) -> None:

@@ -77,7 +77,7 @@ class Followed:
     """A request that the front end may end, at a stop string: what is said of it then.
 
     Args:
-        message: as it came with its first token.
+        message: as it came with its first token, or with its second.
         params: what travels to its client; None for nothing. The report in it is kept up to date.
     """
 
@@ -88,6 +88,11 @@ class Followed:
         self._report = (params or {}).get(REPORT)
         self.params = params
         self.message = replace(message, grows=None)
+
+    def go_on(self, known: Followed, num_tokens: int) -> None:
+        """Take over from what was known before, with the output tokens that came now."""
+        self._seen_tokens = known._seen_tokens
+        self.grow(num_tokens)
 
     def grow(self, num_tokens: int) -> None:
         """So many output tokens more have come."""

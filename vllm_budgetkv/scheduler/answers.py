@@ -76,8 +76,12 @@ class Answers:
         if meta.recalled is not None:
             self._recalled.add(meta.recalled)
         for request_id in filter(alive.__contains__, meta.fields):
+            is_new = self._fields.get(request_id) != meta.fields[request_id]
             self._fields[request_id] = meta.fields[request_id]
             self._evicted_tokens[request_id] = meta.evicted_tokens[request_id]
+            if is_new:
+                # what stays may be chosen behind the first token, so this did not go with it
+                self._followed.discard(request_id)
 
     def forget(self, request_id: str) -> None:
         """A request ended."""

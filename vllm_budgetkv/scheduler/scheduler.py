@@ -360,7 +360,10 @@ class BudgetScheduler(AsyncScheduler):
         return kv_params, other_params
 
     def _follow(self, outputs: Iterable[EngineCoreOutput], answers: Answers) -> None:
-        """Send along with a first token what a front end may have to say at a stop string."""
+        """Send along with a first token what a front end may have to say at a stop string.
+
+        And with the second where what stays of a prompt is chosen behind the first.
+        """
         for output in outputs:
             request = self.requests.get(output.request_id)
             if output.finish_reason is not None or request is None or not answers.may_stop(request):

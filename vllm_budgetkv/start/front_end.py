@@ -111,6 +111,9 @@ def _take(output: EngineCoreOutput, followed: dict[str, Followed], alive: Contai
     if message.counts:
         meters().told(message)
     if message.grows is not None:
-        followed[output.request_id] = Followed(message, output.kv_transfer_params)
+        one = Followed(message, output.kv_transfer_params)
+        if (known := followed.get(output.request_id)) is not None:
+            one.go_on(known, len(output.new_token_ids))
+        followed[output.request_id] = one
     elif message.counts and output.request_id in alive:
         meters().ended(message, str(output.finish_reason))
