@@ -12,7 +12,14 @@ import sys
 import time
 from typing import Any
 
-QUESTIONS = ("Which letter does the sign show?", "What colour is the background, and where is it?")
+QUESTIONS = (
+    "Which letter does the sign show?",
+    "What colour is the background, and where is it?",
+    "How many signs are to be seen?",
+    "What stands beside the sign?",
+    "In which frame does the letter change?",
+    "Which of the letters comes last?",
+)
 FRAME_PIXELS = 448
 FRAME_TOKENS = (FRAME_PIXELS // 28) ** 2
 FRAMES_PER_GRID = 2
