@@ -146,7 +146,7 @@ OF_HOST = (
     Mutation(
         "tier: the beginning of a block is not copied",
         "cache/tier.py",
-        "        self.tokens[target, ..., :num_tokens, :].copy_(staged, non_blocking=True)\n",
+        "        self.tokens[target].copy_(staged, non_blocking=True)\n",
         "",
     ),
     Mutation(
