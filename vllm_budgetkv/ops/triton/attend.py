@@ -30,7 +30,7 @@ def attend(
     heads: PagedHeads,
     rows: BatchRows,
     out: torch.Tensor,
-    softmax: Softmax,
+    scale: Softmax,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`.
 
@@ -51,11 +51,11 @@ def attend(
     num_runs = max(1, triton.cdiv(heads.capacity_tokens, run))
     runs = Runs.empty(num_rows, num_query_heads, num_runs, query)
     cut = {"RUN_TOKENS": run, "NUM_RUNS": num_runs, "GROUP": group}
-    cut["HAS_SINKS"] = softmax.sinks is not None
+    cut["HAS_SINKS"] = scale.sinks is not None
     size = {"HEAD_SIZE": layout.head_size, "BLOCK_SIZE": triton.next_power_of_2(layout.head_size)}
     common = {"PAGE_TOKENS": layout.page_tokens, "DOT": dot_type(layout.dtype), **cut, **size}
     sources = (Tokens.of(query), to, Pages.of(heads.pool), tables, *where)
-    common["CAPPED"], weighing = softmax.soft_cap > 0, Weighing.of(softmax, runs.totals)
+    common["CAPPED"], weighing = scale.soft_cap > 0, Weighing.of(scale, runs.totals)
     decode_kernel[(num_rows, num_heads, num_runs)](
         *sources,
         runs,

@@ -42,7 +42,7 @@ class Found(NamedTuple):
 def score(
     probe: torch.Tensor,
     heads: PagedHeads,
-    softmax: Softmax,
+    scale: Softmax,
     top_k: int,
     num_sinks: int,
     takes_largest: bool,
@@ -67,7 +67,7 @@ def score(
     )
     group, same = num_query_heads // num_heads, probe.dtype == layout.dtype
     options = _options(layout.dtype if same else torch.float32, layout.head_size)
-    weighing = Weighing.of(softmax, mass)
+    weighing = Weighing.of(scale, mass)
     tiles = triton.cdiv(num_rows * group, options["BLOCK_QUERIES"])
     logits_kernel[(num_runs, tiles, num_heads)](
         Tokens.of(probe),
@@ -84,11 +84,11 @@ def score(
         PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),
-        CAPPED=softmax.soft_cap > 0,
+        CAPPED=scale.soft_cap > 0,
         **options,
     )
     found = Found(mass, topk_mass)
-    _finish(work, heads.lens, positions, found, softmax.sinks, (top_k, num_sinks, takes_largest))
+    _finish(work, heads.lens, positions, found, scale.sinks, (top_k, num_sinks, takes_largest))
     return mass, topk_mass, norms, positions
 
 
