@@ -139,6 +139,7 @@ VARIATIONS = (
 )
 LONG: dict[str, Any] = {"length_tokens": 4096, "tasks": ("single", "distant"), "count": 3}
 LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count": 3}
+NEEDLES: dict[str, Any] = {"tasks": ("single", "multikey", "multivalue")}
 CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
@@ -214,6 +215,11 @@ PLANS: dict[str, list[Run]] = {
     "recall-prefill": [
         FULL,
         *(run for one in (NO_REREADING, RECALL, REREADING) for run in at(one, (0.05, 0.1))),
+    ],
+    # the needles of which the full cache itself answers some
+    "recall-needles": [
+        replace(FULL, **NEEDLES),
+        *(run for one in (RECALL, REREADING) for run in at(one, (0.05, 0.1), **NEEDLES)),
     ],
     "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
     "recall-long": [

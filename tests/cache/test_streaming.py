@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,10 @@ from tests.cache.test_scenarios import assert_empty, play
 from tests.cache.test_second_look import NEEDLE, needle_lab
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import PolicyOptions
+from vllm_budgetkv.policy.hybrid import HybridPolicy
+
+if TYPE_CHECKING:
+    from vllm_budgetkv.policy.base import Observation, Retention
 
 SCENARIOS = 60
 
@@ -178,6 +182,32 @@ def test_what_stays_is_chosen_behind_the_prompt(
     while client.computed_tokens < 302:
         lab.step({client: lab.room(client)})
     assert chosen(lab, client) == expected
+
+
+@pytest.mark.parametrize("shared_tokens", [0, 250, 299])
+def test_classes_before_the_choice_have_no_say_in_it(
+    shared_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: heads that were classified by the look-ahead's question passed their class on to the
+    choice by the question where it stands, so a prompt that was computed, compressed on its way,
+    answered otherwise than one that was found."""
+    lab, client = asking_lab({"question_tokens": 4}, shared_tokens), Client("second", 300)
+    look_ahead(lab, client)
+    told: list[tuple[int, bool]] = []
+    retain = HybridPolicy.retain
+
+    def telling(self: HybridPolicy, observation: Observation) -> Retention:
+        told.append((lab.state(client).computed_tokens, observation.was_static is None))
+        return retain(self, observation)
+
+    monkeypatch.setattr(HybridPolicy, "retain", telling)
+    prefill(lab, client)
+    told.clear()
+    run(lab, client, outputs=3)
+    # every layer is filled from nothing; its heads have a class from the first compression on
+    knows_nothing = [new for tokens, new in told if tokens == told[0][0]]
+    assert len(knows_nothing) >= lab.layers and all(knows_nothing)
+    assert not all(new for _, new in told)
 
 
 def test_steps_that_recall_are_those_behind_the_prompt() -> None:

@@ -48,6 +48,12 @@ OF_HOST = (
         "return max(0,",
     ),
     Mutation(
+        "streaming: classes of the look-ahead have a say in the choice",
+        "cache/requests.py",
+        "        self.first_compression = self.compressions\n",
+        "",
+    ),
+    Mutation(
         "host: what is not written yet can be found",
         "scheduler/prompts.py",
         "(kept.num_published + 1) * self.page_tokens <= seen_tokens",
