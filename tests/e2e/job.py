@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import sys
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,38 @@ def prompts_of(llm: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
     return prompts
 
 
+def params_of(request: dict[str, Any]) -> Any:
+    """How a request samples: greedily unless it has a seed, and several answers if it asks."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    structure = request.get("structure")
+    return SamplingParams(
+        n=request.get("n", 1),
+        max_tokens=request.get("max_tokens", 16),
+        temperature=1.0 if "seed" in request else 0.0,
+        seed=request.get("seed"),
+        ignore_eos=structure is None,
+        logprobs=request.get("logprobs"),
+        extra_args=request.get("asks"),
+        structured_outputs=structure and StructuredOutputsParams(**structure),
+        output_kind=(
+            RequestOutputKind.FINAL_ONLY if "n" in request else RequestOutputKind.CUMULATIVE
+        ),
+    )
+
+
+def adapter_of(request: dict[str, Any]) -> Any:
+    """The LoRA adapter in the folder that a request names, or None."""
+    from vllm.lora.request import LoRARequest
+
+    folder = request.get("adapter")
+    # vLLM tells adapters apart by a number
+    return folder and LoRARequest(folder, 1 + zlib.crc32(folder.encode()) % 2**30, folder)
+
+
 def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Add, abort and preempt as the job says, step until all is done."""
-    from vllm import SamplingParams
-
     engine, requests = llm.llm_engine, job["requests"]
     prompts = prompts_of(llm, requests)
     observer = Observer(engine)
@@ -96,15 +125,10 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     while waiting or engine.has_unfinished_requests():
         for request in [r for r in waiting if r.get("arrives", 0) <= step]:
             waiting.remove(request)
-            params = SamplingParams(
-                max_tokens=request.get("max_tokens", 16),
-                temperature=1.0 if "seed" in request else 0.0,
-                seed=request.get("seed"),
-                ignore_eos=True,
-                logprobs=request.get("logprobs"),
-                extra_args=request.get("asks"),
+            name = request["name"]
+            engine.add_request(
+                name, prompts[name], params_of(request), lora_request=adapter_of(request)
             )
-            engine.add_request(request["name"], prompts[request["name"]], params)
             observer.count_lookaheads()
         aborted = [r["name"] for r in requests if r.get("aborts") == step]
         if aborted:
@@ -117,6 +141,7 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
                 "cached_tokens": output.num_cached_tokens,
                 "tokens": list(output.outputs[0].token_ids),
                 "text": output.outputs[0].text,
+                "all_tokens": [list(found.token_ids) for found in output.outputs],
                 "logprobs": [
                     {str(token): found.logprob for token, found in step.items()}
                     for step in output.outputs[0].logprobs or ()

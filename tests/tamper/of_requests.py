@@ -6,6 +6,12 @@ from tests.tamper.mutation import Mutation
 
 OF_REQUESTS = (
     Mutation(
+        "look-ahead: it runs without its request's adapter",
+        "scheduler/lookahead.py",
+        "        lora_request=parent.lora_request,\n",
+        "",
+    ),
+    Mutation(
         "request: pinned tokens compete",
         "cache/compressor.py",
         "tiers=retention.tiers.masked_fill(is_pinned, Tier.PINNED)",
