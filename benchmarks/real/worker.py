@@ -19,7 +19,8 @@ ENGINE = {"max_num_seqs": 8, "max_num_batched_tokens": 1024, "use_tqdm_on_load":
 # pictures of one request; the tower is not tried with as many at start
 FRAME_ENGINE = ENGINE | {
     "limit_mm_per_prompt": {"image": 512},
-    "mm_processor_cache_gb": 0,
+    # vLLM tells equal pictures of two requests by it
+    "mm_processor_cache_gb": 1,
     "skip_mm_profiling": True,
 }
 ENVIRONMENT = OF_WORKERS | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}

@@ -7,6 +7,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from vllm.config import MultiModalConfig
 from vllm.v1.request import RequestStatus
 
 from tests.scheduler.engine_core import BLOCK_TOKENS, Core, configure, image
@@ -318,3 +319,20 @@ class Contents:
             block, offset = divmod(position, BLOCK_TOKENS)
             assert block >= place.num_shared, "what others read is never written"
             self.words[place.blocks[block]][offset] = words[position]
+
+
+def test_a_server_that_does_not_know_equal_pictures_says_so(
+    qwen2: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bug: with both of vLLM's caches off a second question on a video found nothing."""
+    said = "does not tell which pictures are equal"
+    vllm_config = configured(qwen2, 2000)
+    Core(vllm_config)
+    assert said not in heard.text
+    media = MultiModalConfig(mm_processor_cache_gb=0)
+    monkeypatch.setattr(vllm_config.model_config, "multimodal_config", media)
+    Core(vllm_config)
+    assert said not in heard.text
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", False)
+    Core(vllm_config)
+    assert said in heard.text

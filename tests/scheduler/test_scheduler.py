@@ -140,12 +140,12 @@ def blocks_of(core: Core, request_id: str) -> list[list[int]]:
 
 
 def test_a_quota_that_holds_every_request_is_said(
-    qwen2: Path, caplog: pytest.LogCaptureFixture
+    qwen2: Path, heard: pytest.LogCaptureFixture
 ) -> None:
     config = configure(qwen2, max_model_len=4096)
     config.model_config.max_model_len = 96
     Core(config)
-    assert "the quota holds the 96 tokens of --max-model-len" in caplog.text
+    assert "the quota holds the 96 tokens of --max-model-len" in heard.text
 
 
 @pytest.mark.parametrize("policy", ["window", "hybrid"])

@@ -160,13 +160,19 @@ class BudgetScheduler(AsyncScheduler):
         kept_tokens = self._host_blocks * self.quota.page_tokens
         logger.info(
             "budgetkv: %s of host memory keep %d tokens of prompts beyond their quota, %d of %d "
-            "heads bring tokens back, %sprompt begins with what another left there",
+            "heads bring tokens back, %s prompt begins with what another left there",
             self._config.host_memory,
             kept_tokens,
             recall.num_heads,
             recall.all_heads,
-            "" if self._config.reuse else "no ",
+            "a" if self._config.reuse else "no",
         )
+        if self._config.reuse and not host_memory.knows_pictures(self.vllm_config):
+            logger.warning(
+                "budgetkv: with --mm-processor-cache-gb 0 and --no-enable-prefix-caching vLLM does "
+                "not tell which pictures are equal, so no prompt takes over another's: give the "
+                "cache some memory"
+            )
         if kept_tokens < self.max_model_len:
             logger.warning(
                 "budgetkv: --kv-host-memory %s keeps %d tokens, a prompt may have %d: longer ones "

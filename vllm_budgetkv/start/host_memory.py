@@ -26,6 +26,17 @@ def num_blocks(engine: EngineConfig, config: BudgetConfig) -> int:
     return config.host_bytes // block_bytes
 
 
+def knows_pictures(vllm_config: VllmConfig) -> bool:
+    """Whether pictures and videos are named by what they show, so that two prompts may share one.
+
+    vLLM names them by their request where nothing of its own would ask for more.
+    """
+    media = vllm_config.model_config.multimodal_config
+    if media is None or media.mm_processor_cache_gb > 0:
+        return True
+    return vllm_config.cache_config.enable_prefix_caching
+
+
 def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     """Refuse host memory that keeps no block of tokens, or that the machine has not free.
 

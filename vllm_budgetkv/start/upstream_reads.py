@@ -141,6 +141,7 @@ READS = (
         "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page and of a block; what is not served", (
         "block_size", "cache_dtype", "enable_mamba_shared_prefix_checkpoint",
+        "enable_prefix_caching",
         "kv_cache_memory_bytes", "kv_offloading_size",
         "kv_sharing_fast_prefill", "mamba_block_size", "mamba_cache_mode", "num_gpu_blocks",
         "num_gpu_blocks_override", "prefix_caching_hash_algo",
@@ -153,8 +154,8 @@ READS = (
             "block_size", "page_size_bytes", "max_memory_usage_bytes(vllm_config)"))
         for name in ("SlidingWindowSpec", "ChunkedLocalAttentionSpec")
     ),
-    Reads("vllm.config", "MultiModalConfig", "video that is pruned", (
-        "video_pruning_rate", "is_multimodal_pruning_enabled()")),
+    Reads("vllm.config", "MultiModalConfig", "video that is pruned; equal pictures", (
+        "mm_processor_cache_gb", "video_pruning_rate", "is_multimodal_pruning_enabled()")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
         "data_parallel_index", "data_parallel_rank_local", "data_parallel_size",
         "data_parallel_size_local", "local_engines_only",
