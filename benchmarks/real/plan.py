@@ -146,6 +146,7 @@ QUICK: dict[str, Any] = {"length_tokens": 1024, "tasks": ("single", "distant"), 
 
 # what the full cache reads on frames
 FRAMES: dict[str, Any] = {"tasks": ("sign", "signs", "sign-asked"), "count": 5}
+SIGNS: dict[str, Any] = FRAMES | {"tasks": FRAMES["tasks"][:2]}
 FRAME_METHODS = (*METHODS, BASELINES[-1])
 
 # what was dropped comes back
@@ -169,6 +170,12 @@ REREADING = rereading("all chunks attend to all", "all")
 # host memory with room for all texts of a run
 KEPT = replace(RECALL, options={"host_memory": "4GiB"})
 BEHIND = replace(KEPT, name="hybrid with recall, behind another question", asks_before=True)
+BEHIND_ALL = replace(
+    REREADING,
+    name="all chunks attend to all, behind another question",
+    options=REREADING.options | KEPT.options,
+    asks_before=True,
+)
 
 # a second look asks what host memory keeps with the question read where it stands
 AGAIN = replace(
@@ -233,14 +240,15 @@ PLANS: dict[str, list[Run]] = {
         *at(REREADING, (0.05, 0.1), **LONG),
         *at(ALL_HEADS, SHARES[:1], **LONG),
     ],
-    "reuse": [FULL, *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2]))],
+    "reuse": [
+        FULL,
+        *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2])),
+        BEHIND_ALL,
+    ],
     "reuse-frames": [
         replace(FULL, **FRAMES),
-        *(
-            run
-            for one in (KEPT, BEHIND)
-            for run in at(one, SHARES[:2], **(FRAMES | {"tasks": FRAMES["tasks"][:2]}))
-        ),
+        *(run for one in (KEPT, BEHIND) for run in at(one, SHARES[:2], **SIGNS)),
+        replace(BEHIND_ALL, **SIGNS),
     ],
     "recall-frames": [
         replace(FULL, **FRAMES),

@@ -74,16 +74,15 @@ def task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
 
 def every_task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     """Policy by task at each quota, right and log-probability, whether or not the full cache solves
-    it."""
+    it: the tasks that all were asked."""
     full = full_caches(results)[0]
+    tasks = [task for task in full.right if all(task in result.right for result in results)]
     rows = []
     for result in [full, *compressed(results)]:
         share = "" if result.quota_share is None else f"{100 * result.quota_share:g} %"
-        cells = [
-            f"{100 * result.share(t).value:.0f}; {result.logprob([t]):.2f}" for t in full.right
-        ]
-        rows.append([result.name, share, *cells, f"{result.logprob(list(full.right)):.2f}"])
-    heads = ["policy", "quota", *(TITLES[task] for task in full.right), "mean log-probability"]
+        cells = [f"{100 * result.share(t).value:.0f}; {result.logprob([t]):.2f}" for t in tasks]
+        rows.append([result.name, share, *cells, f"{result.logprob(tasks):.2f}"])
+    heads = ["policy", "quota", *(TITLES[task] for task in tasks), "mean log-probability"]
     return "\n".join([*grid(heads, rows), "", source(about, results)])
 
 
