@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass, replace
 
 QUESTION_TOKENS = 64
-IMAGE_PIXELS, IMAGE_TOKENS = 896, 1024
+IMAGE_PIXELS, MIDDLE_IMAGES, IMAGE_SPREAD = 448, 24, 1 / 3
 FRAME_PIXELS, FRAME_TOKENS = 224, 32
 BURST_PROMPTS, BURST_PROMPT_TOKENS = 12, 4096
 SHORT_TOKENS, LONG_TOKENS = 32, 256
 LONGEST_TOKENS = 16384
-# what one prompt may hold of pictures; the largest case sends fewer
-MOST_IMAGES = 16
+# 256 tokens each, so prompts of 4,096 to 8,192 tokens
+MOST_IMAGES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,12 +113,14 @@ def _burst(pool: str, output_tokens: int) -> Case:
 
 def _cases() -> dict[str, Case]:
     images = Case(
-        about="4 to 12 pictures of 1,024 tokens, 8 at once, 32 out",
+        about="16 to 32 pictures, 8 at once, 32 out",
         pool="long",
         prompts=8,
         concurrency=8,
         output_tokens=SHORT_TOKENS,
-        dataset=tuple(random_mm({(IMAGE_PIXELS, IMAGE_PIXELS, 1): 1.0}, items=8, spread=0.5)),
+        dataset=tuple(
+            random_mm({(IMAGE_PIXELS, IMAGE_PIXELS, 1): 1.0}, MIDDLE_IMAGES, IMAGE_SPREAD)
+        ),
         is_chat=True,
     )
     # 128 and 256 frames are 4,096 and 8,192 tokens

@@ -32,6 +32,14 @@ FIGURES = {
     "tpot_median_ms": "median_tpot_ms",
     "tpot_p99_ms": "p99_tpot_ms",
 }
+# sums over requests, which tell where the time of a run went
+SPENT = {
+    "queue_seconds": "vllm:request_queue_time_seconds_sum",
+    "prefill_seconds": "vllm:request_prefill_time_seconds_sum",
+    "decode_seconds": "vllm:request_decode_time_seconds_sum",
+    # of the host, once for each compression; ours alone
+    "compression_seconds": "vllm:budgetkv_compression_seconds_sum",
+}
 
 
 def client_command(case: Case, model: str, url: str, *, seed: int, result: Path) -> list[str]:
@@ -103,6 +111,7 @@ def figures(found: dict[str, Any], watch: Watch) -> dict[str, Any]:
         "preemptions": int(watch.grown(PREEMPTIONS)),
         "cached_tokens": int(watch.grown(CACHED)),
         "pool_usage_most": watch.usage,
+        "spent": {name: round(watch.grown(theirs), 3) for name, theirs in SPENT.items()},
     }
 
 

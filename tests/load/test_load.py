@@ -89,7 +89,7 @@ class Counted:
     usage = 0.5
 
     def grown(self, name: str) -> float:
-        return {metrics_page.PREEMPTIONS: 4.0, metrics_page.CACHED: 32.0}[name]
+        return {metrics_page.PREEMPTIONS: 4.0, metrics_page.CACHED: 32.0}.get(name, 1.5)
 
 
 def test_figures_of_a_run() -> None:
@@ -98,6 +98,7 @@ def test_figures_of_a_run() -> None:
     assert found["errors"] == ["Bad Request"]
     assert (found["running_most"], found["running_mean"]) == (2, 1.5)
     assert (found["preemptions"], found["cached_tokens"]) == (4, 32)
+    assert found["spent"]["prefill_seconds"] == 1.5
     nothing = driving.figures(client_result(errors=["a", "b", "c"]), Counted())
     assert nothing["prompt_tokens"] == [0, 0, 0]
 
