@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 MIB = 2**20
 CONFIDENCE = 0.95
 # a process is flat if even the upper end of the interval of its slope stays below, each hour
-LIMIT_MIB, LIMIT_SHARE = 8.0, 0.01
+LIMIT_MIB, LIMIT_SHARE = 16.0, 0.02
 LEAST_POINTS = 10
 RULE = (
     f"flat: over the second half, the upper end of the {CONFIDENCE:.0%} interval of the slope of "
     f"private memory (USS) is at most {LIMIT_SHARE:.0%} of the process or {LIMIT_MIB:.0f} MiB an "
-    "hour, whichever is more; least squares over medians of windows, the interval widened by the "
-    "correlation of neighbouring residuals"
+    "hour, whichever is more; grows: the lower end is above that; unsure: else. Least squares over "
+    "the least memory of each sixtieth of the run, since what requests hold comes and goes, the "
+    "interval widened by the correlation of neighbouring residuals"
 )
 
 
@@ -87,10 +88,9 @@ class Memory:
 
 
 def name_of(process: psutil.Process) -> str:
-    """vLLM gives its processes titles; others have a command."""
-    words = process.cmdline() or [process.name()]
-    title = words[0].rsplit("/", 1)[-1]
-    return title if "python" not in title else " ".join([title, *words[1:3]])[:60]
+    """The title that vLLM gives a process, or the first words of a command without paths."""
+    words = [word.rsplit("/", 1)[-1] for word in process.cmdline() or [process.name()]]
+    return " ".join(words[:3]) if "python" in words[0] else words[0]
 
 
 def judge(process: Process, total_s: float) -> dict[str, Any]:
@@ -101,9 +101,11 @@ def judge(process: Process, total_s: float) -> dict[str, Any]:
         total_s: of the run; a sixtieth of it is a window.
 
     Returns:
-        Figures in MiB and hours, and the verdict: "flat", "not flat", or "too short" where it did
-        not live for enough windows of the second half.
+        Figures in MiB and hours, and the verdict: "flat", "grows", "unsure", or "too short" where
+        it did not live for enough windows of the second half.
     """
+    seen = windows(process.seconds, process.uss_mib, total_s / 60)
+    points = [point for point in seen if point[0] >= total_s / 2]
     found: dict[str, Any] = {
         "name": process.name,
         "looks": len(process.seconds),
@@ -113,39 +115,30 @@ def judge(process: Process, total_s: float) -> dict[str, Any]:
         "rss_most_mib": round(max(process.rss_mib), 1),
         "files": [process.files[0], process.files[-1], max(process.files)],
         "threads": [process.threads[0], process.threads[-1], max(process.threads)],
-        "uss_windows_mib": [
-            round(value, 2) for _, value in windows(process.seconds, process.uss_mib, total_s / 60)
-        ],
+        "uss_windows_mib": [round(mib, 2) for _, mib in seen],
     }
-    points = [
-        point
-        for point in windows(process.seconds, process.uss_mib, total_s / 60)
-        if point[0] >= total_s / 2
-    ]
     if len(points) < LEAST_POINTS:
         return found | {"verdict": "too short"}
     line = fit([seconds / 3600 for seconds, _ in points], [mib for _, mib in points])
     limit = max(LIMIT_MIB, LIMIT_SHARE * statistics.median(mib for _, mib in points))
+    low, high = line.slope - line.margin, line.slope + line.margin
     return found | {
         "slope_mib_per_hour": round(line.slope, 2),
-        "interval_mib_per_hour": [
-            round(line.slope - line.margin, 2),
-            round(line.slope + line.margin, 2),
-        ],
+        "interval_mib_per_hour": [round(low, 2), round(high, 2)],
         "limit_mib_per_hour": round(limit, 2),
-        "verdict": "flat" if line.slope + line.margin <= limit else "not flat",
+        "verdict": "flat" if high <= limit else "grows" if low > limit else "unsure",
     }
 
 
 def windows(
     seconds: Sequence[float], values: Sequence[float], window_s: float
 ) -> list[tuple[float, float]]:
-    """Medians of both over windows of time: one high moment is not a trend."""
+    """Middle and least value of each window of time."""
     grouped: dict[int, list[tuple[float, float]]] = {}
     for point in zip(seconds, values, strict=True):
         grouped.setdefault(int(point[0] // window_s), []).append(point)
     return [
-        (statistics.median(x for x, _ in points), statistics.median(y for _, y in points))
+        (statistics.median(x for x, _ in points), min(y for _, y in points))
         for points in grouped.values()
     ]
 

@@ -89,7 +89,7 @@ def verdicts(result: dict[str, Any]) -> dict[str, bool]:
     judged = [found["verdict"] for found in result["processes"]]
     server = result["server"]
     return {
-        "memory of every process is flat": "flat" in judged and "not flat" not in judged,
+        "memory of every process is flat": "flat" in judged and {*judged} <= {"flat", "too short"},
         "every answer has the status it should": result["requests"]["wrong"] == 0,
         "nothing is held when all have gone": not any(server["left"].values()),
         "the server is well and answers": server["health"] == server["last_answer"] == 200,

@@ -40,13 +40,13 @@ def process(grows_mib: float, noise_mib: float, *, looks: int = LOOKS) -> Proces
     ("grows_mib", "noise_mib", "verdict"),
     [
         (0.0, 0.0, "flat"),
-        (0.0, 3.0, "flat"),
-        (5.0, 1.0, "flat"),
+        (0.0, 5.0, "flat"),
+        (10.0, 1.0, "flat"),
         (-50.0, 1.0, "flat"),
-        (12.0, 1.0, "not flat"),
-        (60.0, 3.0, "not flat"),
+        (24.0, 1.0, "grows"),
+        (90.0, 5.0, "grows"),
         # it may be flat, but such noise does not show it
-        (0.0, 60.0, "not flat"),
+        (0.0, 90.0, "unsure"),
     ],
 )
 def test_judge_by_the_slope_of_the_second_half(
@@ -138,7 +138,7 @@ def result(**changed: Any) -> dict[str, Any]:
     ("changed", "broken"),
     [
         ({}, None),
-        ({"processes": [{"verdict": "flat"}, {"verdict": "not flat"}]}, "flat"),
+        ({"processes": [{"verdict": "flat"}, {"verdict": "unsure"}]}, "flat"),
         ({"processes": [{"verdict": "too short"}]}, "flat"),
         ({"requests": {"wrong": 1}}, "status"),
         ({"server": {"left": {"a": 0.1}, "health": 200, "last_answer": 200}}, "held"),
