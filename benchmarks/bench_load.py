@@ -38,6 +38,7 @@ def main() -> None:
     if not options.report:
         print(report.sides_table(result))
         print(report.bars_table(result))
+        print(report.spent_table(result))
     if options.report or options.out == FILE:
         report.write(result, REPOSITORY, RESULTS)
 

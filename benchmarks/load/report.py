@@ -55,20 +55,27 @@ def ratio_table(result: dict[str, Any]) -> str:
     ]
     for name, case in result["cases"].items():
         sides = [medians(result, name, side) for side in ("stock", "ours")]
-
-        def both(figure: str, form: str, unit: str = "", factor: float = 1.0) -> str:
-            shown = [format(side[figure] * factor, form) if side else "-" for side in sides]  # noqa: B023
-            return " / ".join(shown) + unit
-
         throughput = ratio(result, name, "output_tokens_per_s")
         lines.append(
-            f"| {case['about']} | {both('output_tokens_per_s', '.1f')} "
+            f"| {case['about']} | {_both(sides, 'output_tokens_per_s', '.1f')} "
             f"| {'-' if throughput is None else f'{throughput:.2f}x'} "
-            f"| {both('ttft_median_ms', '.1f', ' s', 1e-3)} "
-            f"| {both('tpot_median_ms', '.0f', ' ms')} | {both('running_most', '.0f')} "
-            f"| {both('preemptions', '.0f')} | {both('failed', '.0f')} |"
+            f"| {_both(sides, 'ttft_median_ms', '.1f', ' s', 1e-3)} "
+            f"| {_both(sides, 'tpot_median_ms', '.0f', ' ms')} | {_both(sides, 'running_most', '.0f')} "
+            f"| {_both(sides, 'preemptions', '.0f')} | {_both(sides, 'failed', '.0f')} |"
         )
     return "\n".join([*lines, "", origin(result)])
+
+
+def _both(
+    sides: list[dict[str, float] | None],
+    figure: str,
+    form: str,
+    unit: str = "",
+    factor: float = 1.0,
+) -> str:
+    """A figure of stock and ours, a dash where a side was not run."""
+    shown = [format(side[figure] * factor, form) if side else "-" for side in sides]
+    return " / ".join(shown) + unit
 
 
 def sides_table(result: dict[str, Any]) -> str:
@@ -99,6 +106,29 @@ def sides_table(result: dict[str, Any]) -> str:
         for name, pool in result["pools"].items()
     ]
     return "\n".join([*lines, "", "Pools: " + "; ".join(pools) + ".", "", origin(result)])
+
+
+def spent_table(result: dict[str, Any]) -> str:
+    """Markdown: where a request waits and computes, and how much of a run is compression."""
+    lines = [
+        "| requests | side | a request waits | is prefilled | decodes | compression, of the run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, case in result["cases"].items():
+        for side, runs in result["runs"][name].items():
+            if not runs or not sum(run["completed"] for run in runs):
+                continue
+            done = sum(run["completed"] for run in runs)
+            each = [
+                sum(run["spent"][f"{phase}_seconds"] for run in runs) / done
+                for phase in ("queue", "prefill", "decode")
+            ]
+            seconds = sum(run["seconds"] for run in runs)
+            share = sum(run["spent"]["compression_seconds"] for run in runs) / seconds
+            shown = " | ".join(f"{value:.1f} s" for value in each)
+            compression = f"{100 * share:.1f} %" if side == "ours" else "-"
+            lines.append(f"| {case['about']} | {side} | {shown} | {compression} |")
+    return "\n".join(lines)
 
 
 def bars(result: dict[str, Any]) -> list[tuple[str, float | None, float, bool | None]]:
@@ -146,6 +176,6 @@ def write(result: dict[str, Any], repository: Path, results: Path) -> None:
     """The tables between the markers of README and docs, and the plot. Mutates the files."""
     both = f"{ratio_table(result)}\n\n![many requests at once](benchmarks/results/{plot.NAME})"
     bench_table.replace(repository / "README.md", "bench_load", both)
-    full = f"{sides_table(result)}\n\n{bars_table(result)}"
+    full = "\n\n".join(table(result) for table in (sides_table, bars_table, spent_table))
     bench_table.replace(repository / "docs" / "performance.md", "bench_load", full)
     plot.draw(result, results)

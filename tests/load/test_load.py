@@ -119,6 +119,8 @@ def run(throughput: float, **changed: Any) -> dict[str, Any]:
         "running_most": 2,
         "running_mean": 1.5,
         "preemptions": 0,
+        "spent": {f"{phase}_seconds": 6.0 for phase in ("queue", "prefill", "decode")}
+        | {"compression_seconds": 0.5},
         **changed,
     }
 
@@ -180,6 +182,13 @@ def test_tables_have_a_row_per_case_and_per_side() -> None:
     full = report.sides_table(result())
     assert full.count("| stock |") == 3 and full.count("| ours |") == 2
     assert "`two` 1.0 MiB: 9 blocks of stock vLLM, 8 of ours" in full
+
+
+def test_time_spent_is_of_a_request_and_compression_of_the_run() -> None:
+    lines = report.spent_table(result()).splitlines()
+    assert lines[2].endswith("| stock | 0.5 s | 0.5 s | 0.5 s | - |")
+    assert lines[3].endswith("| ours | 0.5 s | 0.5 s | 0.5 s | 5.0 % |")
+    assert len(lines) == 7
 
 
 def test_writing_fills_markers_and_draws(tmp_path: Path) -> None:
