@@ -60,7 +60,8 @@ def ratio_table(result: dict[str, Any]) -> str:
             f"| {case['about']} | {_both(sides, 'output_tokens_per_s', '.1f')} "
             f"| {'-' if throughput is None else f'{throughput:.2f}x'} "
             f"| {_both(sides, 'ttft_median_ms', '.1f', ' s', 1e-3)} "
-            f"| {_both(sides, 'tpot_median_ms', '.0f', ' ms')} | {_both(sides, 'running_most', '.0f')} "
+            f"| {_both(sides, 'tpot_median_ms', '.0f', ' ms')} "
+            f"| {_both(sides, 'running_most', '.0f')} "
             f"| {_both(sides, 'preemptions', '.0f')} | {_both(sides, 'failed', '.0f')} |"
         )
     return "\n".join([*lines, "", origin(result)])

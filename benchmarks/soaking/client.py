@@ -11,9 +11,11 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import random
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 from urllib.parse import urlsplit
@@ -38,6 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     lock = threading.Lock()
+    threading.excepthook = end_process
     with options.out.open("w", encoding="utf-8") as out:
         threads = [
             threading.Thread(target=send_on, args=(options, number, lock, out))
@@ -47,6 +50,12 @@ def main() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+
+
+def end_process(problem: threading.ExceptHookArgs) -> None:
+    """A thread that fails takes the process along: fewer clients would go unnoticed."""
+    traceback.print_exception(problem.exc_value)
+    os._exit(1)
 
 
 def send_on(options: argparse.Namespace, number: int, lock: threading.Lock, out: TextIO) -> None:
@@ -84,7 +93,9 @@ def send(url: str, sent: Sent, leave_after_s: float | None) -> dict[str, Any]:
             answer = connection.getresponse()
             status = answer.status
             text = answer.read()
-            is_whole = status != 200 or not sent.streams or b"[DONE]" in text[-64:]
+            # an engine that fails in the middle of a stream says so in an event, under status 200
+            is_stream = status == 200 and sent.streams
+            is_whole = not is_stream or (b"[DONE]" in text[-64:] and b'data: {"error"' not in text)
             error = "" if status in wanted and is_whole else text[-300:].decode(errors="replace")
             status = status if is_whole else -1
         elif sent.streams:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
 
-from benchmarks.soaking import memory, outcome
-from benchmarks.soaking.bodies import Bodies
+from benchmarks.soaking import client, memory, outcome
+from benchmarks.soaking.bodies import Bodies, Sent
 from benchmarks.soaking.memory import Memory, Process
 
 if TYPE_CHECKING:
@@ -96,6 +98,39 @@ def test_bodies_are_of_every_kind_and_say_what_is_right() -> None:
             assert json.loads(one.body)["model"] == "model"
     assert len({one.body for one in sent if one.kind == "wrong"}) > 5
     assert any(one.streams for one in sent) and not all(one.streams for one in sent)
+
+
+@pytest.mark.parametrize(
+    ("answer", "streams", "status", "right"),
+    [
+        (b"{}", False, 200, True),
+        (b'data: {"choices": []}\n\ndata: [DONE]\n\n', True, 200, True),
+        (b'data: {"choices": []}\n\n', True, -1, False),
+        (b'data: {"error": {"code": 500}}\n\ndata: [DONE]\n\n', True, -1, False),
+    ],
+)
+def test_a_stream_that_ends_in_an_error_is_no_answer(
+    answer: bytes, streams: bool, status: int, right: bool
+) -> None:
+    """Status 200 is sent before the engine fails."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: Any) -> None:
+            """Says nothing."""
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        found = client.send(url, Sent("text", "/", b"{}", streams=streams), None)
+        thread.join()
+    assert (found["status"], found["right"]) == (status, right)
 
 
 def line(kind: str, status: int, right: bool) -> str:
