@@ -100,7 +100,7 @@ def _long(concurrency: int, prompts: int, output_tokens: int) -> Case:
 
 
 def _burst(pool: str, output_tokens: int) -> Case:
-    room = "two" if pool == "two" else "all"
+    room = "two" if pool == "two" else "all of them"
     return Case(
         about=f"12 of 4,096 words at once, pool of {room}, {output_tokens} out",
         pool=pool,
@@ -144,10 +144,10 @@ def _cases() -> dict[str, Case]:
         "burst-long": _burst("two", LONG_TOKENS),
         "all-short": _burst("all", SHORT_TOKENS),
         "all-long": _burst("all", LONG_TOKENS),
-        "one-short": _long(1, 3, SHORT_TOKENS),
-        "one-long": _long(1, 3, LONG_TOKENS),
-        "four-short": _long(4, 8, SHORT_TOKENS),
-        "four-long": _long(4, 8, LONG_TOKENS),
+        "one-short": _long(1, 2, SHORT_TOKENS),
+        "one-long": _long(1, 2, LONG_TOKENS),
+        "four-short": _long(4, 6, SHORT_TOKENS),
+        "four-long": _long(4, 6, LONG_TOKENS),
         "sixteen-short": _long(16, 16, SHORT_TOKENS),
         "sixteen-long": _long(16, 16, LONG_TOKENS),
         "images": images,
