@@ -61,13 +61,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def chosen_cases(options: argparse.Namespace) -> dict[str, Case]:
-    """The cases of the command line, cut short with `--quick`."""
+    """The cases of the command line; what was cut short is called so."""
     cases = {name: CASES[name] for name in options.cases}
     prompts = options.requests or (QUICK_PROMPTS if options.quick else None)
     if prompts is not None:
-        cases = {name: replace(case, prompts=prompts) for name, case in cases.items()}
+        cases = {
+            name: replace(case, prompts=prompts, about=f"{case.about} [{prompts} requests]")
+            for name, case in cases.items()
+        }
     if options.quick:
-        cases = {name: replace(case, output_tokens=QUICK_TOKENS) for name, case in cases.items()}
+        cases = {
+            name: replace(
+                case, output_tokens=QUICK_TOKENS, about=f"{case.about} [{QUICK_TOKENS} out]"
+            )
+            for name, case in cases.items()
+        }
     return cases
 
 

@@ -209,5 +209,6 @@ def test_quick_cases_are_short_and_are_not_kept() -> None:
     )
     (case,) = bench_load.chosen_cases(options).values()
     assert (case.prompts, case.output_tokens) == (2, 8)
+    assert case.about.endswith("256 out [2 requests] [8 out]")
     with pytest.raises(SystemExit):
         bench_load.parse_arguments(["--quick"])
