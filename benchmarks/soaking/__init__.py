@@ -1,0 +1,1 @@
+"""What `benchmarks.soak` is made of: its clients, what they send, and how memory is judged."""
