@@ -156,14 +156,17 @@ def test_deepstack_widens_the_encoder_cache(tmp_path: Path, plan_of: RunPlan) ->
     assert encoder["cache"]["bytes"] == encoder["cache_tokens"] * 32 * 1024
 
 
-def test_smaller_items_take_less(seven_b: Path, plan_of: RunPlan) -> None:
+def test_a_longer_video_takes_no_more(seven_b: Path, plan_of: RunPlan) -> None:
+    """It is computed in groups of frames; pictures are whole."""
     arguments = ("--model", str(seven_b), "--tokens", "100000", "--kv-page-quota", "640")
-    small = '{"image": {"count": 4, "width": 560, "height": 560}, "video": 0}'
+    pictures = '{"image": {"count": 4, "width": 560, "height": 560}, "video": 0}'
     large = plan_of(*arguments)["encoder"]
-    bounded = plan_of(*arguments, "--limit-mm-per-prompt", small)["encoder"]
+    bounded = plan_of(*arguments, "--limit-mm-per-prompt", pictures)["encoder"]
     assert set(bounded["item_tokens"]) == {"image"}
-    assert bounded["cache_tokens"] < large["cache_tokens"]
-    assert bounded["tower"]["bytes"] < large["tower"]["bytes"]
+    assert large["item_tokens"]["video"] == large["whole_tokens"] > large["cache_tokens"]
+    assert bounded["whole_tokens"] is None
+    for name in ("cache", "tower"):
+        assert bounded[name]["bytes"] == large[name]["bytes"]
 
 
 def test_a_machine_without_any_device(seven_b: Path) -> None:

@@ -12,9 +12,12 @@ import sys
 import zlib
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 # an op imports its Triton kernel when it is first called
 TRITON_KERNELS = "vllm_budgetkv.ops.triton."
@@ -51,13 +54,19 @@ class Observer:
         self.running_at_once = 0
         self.num_lookaheads = 0
         self.num_encoded: dict[str, int] = {}
+        self.peak_encoder_tokens = self.peak_tower_tokens = 0
+        self.encoded = encoded_of(engine.engine_core.engine_core.model_executor)
         self.schedule, self.scheduler.schedule = self.scheduler.schedule, self.count_encoded
 
     def count_encoded(self, *args: Any, **kwargs: Any) -> Any:
         """Schedule a step, and note how many items of each request it encodes."""
         scheduled = self.schedule(*args, **kwargs)
+        made_tokens = 0
         for request_id, items in scheduled.scheduled_encoder_inputs.items():
+            request = self.scheduler.requests[request_id]
+            made_tokens += sum(request.get_num_encoder_embeds(item) for item in items)
             self.num_encoded[request_id] = self.num_encoded.get(request_id, 0) + len(items)
+        self.peak_tower_tokens = max(self.peak_tower_tokens, made_tokens)
         return scheduled
 
     def count_lookaheads(self) -> None:
@@ -74,6 +83,19 @@ class Observer:
         for request_id, blocks in manager.req_to_blocks.items():
             self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
         self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
+        held_tokens = sum(len(rows) for rows in self.encoded().values())
+        self.peak_encoder_tokens = max(self.peak_encoder_tokens, held_tokens)
+
+
+def encoded_of(executor: Any) -> Callable[[], dict[str, Any]]:
+    """What gives the encoder's outputs, [tokens, width] by item, that a worker here holds."""
+    worker = getattr(executor, "driver_worker", None)
+    if worker is None:
+        return dict
+    runner = worker.worker.model_runner
+    if isinstance(runner.encoder_cache, dict | None):
+        return lambda: runner.encoder_cache or {}
+    return lambda: runner.encoder_cache.encoder_outputs
 
 
 def prompts_of(llm: Any, requests: list[dict[str, Any]]) -> dict[str, Any]:
@@ -157,6 +179,8 @@ def drive(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "running_at_once": observer.running_at_once,
         "num_lookaheads": observer.num_lookaheads,
         "num_encoded": observer.num_encoded,
+        "peak_encoder_tokens": observer.peak_encoder_tokens,
+        "peak_tower_tokens": observer.peak_tower_tokens,
     }
 
 

@@ -24,6 +24,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_budgetkv
 from vllm_budgetkv.scheduler.answers import Told
+from vllm_budgetkv.scheduler.frame_groups import EncoderRoom
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
 from vllm_budgetkv.start.activation import quota_of
@@ -86,6 +87,7 @@ class Core:
         encoder_embeds: embeddings that the encoder makes in a step and that its cache holds.
         log_stats: whether metrics are made.
         state_groups: groups of layers with recurrent state beside ours.
+        in_groups: whether workers have found that videos may be computed in groups of frames.
 
     Attributes:
         tells: what a worker tells of requests with every step, by id.
@@ -101,6 +103,7 @@ class Core:
         encoder_embeds: int = 0,
         log_stats: bool = False,
         state_groups: int = 0,
+        in_groups: bool = False,
     ) -> None:
         init_none_hash(sha256)
         vllm_config.cache_config.num_gpu_blocks = pool_blocks
@@ -122,6 +125,7 @@ class Core:
             block_size=math.lcm(*(group.kv_cache_spec.block_size for group in groups)),
             log_stats=log_stats,
         )
+        self.in_groups = in_groups
         if encoder_embeds:
             self._limit_encoder(encoder_embeds)
         self.ends: dict[str, list[int]] = {}
@@ -139,6 +143,7 @@ class Core:
         scheduler.max_num_encoder_input_tokens = embeds
         scheduler.encoder_cache_manager = EncoderCacheManager(embeds)
         scheduler.encoder_limits = replace(scheduler.encoder_limits, embeds=embeds)
+        scheduler.encoder_room = EncoderRoom(embeds, in_groups=self.in_groups)
 
     def add(
         self,

@@ -6,6 +6,30 @@ from tests.tamper.mutation import Mutation
 
 OF_COUNTS = (
     Mutation(
+        "frame groups: text between two groups belongs to the second",
+        "scheduler/frame_groups.py",
+        "positions = place.is_embed.nonzero().flatten()",
+        "positions = place.is_embed.nonzero().flatten() - 1",
+    ),
+    Mutation(
+        "frame groups: each has its video whole",
+        "scheduler/frame_groups.py",
+        "start, whole = stop, None",
+        "start = stop",
+    ),
+    Mutation(
+        "frame groups: a tower that sees other frames is believed",
+        "worker/frame_proof.py",
+        "if not torch.equal(found[same], whole[same]):",
+        "if found[same].shape != whole[same].shape:",
+    ),
+    Mutation(
+        "frame groups: a frame larger than the encoder's room is asked for",
+        "start/frame_groups.py",
+        "if frames.frame_tokens > most_tokens:",
+        "if frames.frame_tokens > 2 * most_tokens:",
+    ),
+    Mutation(
         "hybrid: the keys most like the others stay",
         "policy/unlike.py",
         "topk(count, dim=-1)",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from vllm_budgetkv.arithmetic.frame_groups import whole_items
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.arithmetic.recalled import Recalled
 from vllm_budgetkv.cache.notices import warn_once
@@ -202,7 +203,7 @@ class Reports:
             block_tokens=terms.quota.block_tokens,
             prompt_tokens=new.prompt_len,
             block_bytes=self.block_bytes,
-            frames=frame_records(new.mm_features),
+            frames=frame_records(whole_items(new.mm_features)),
         )
         if self.traces is not None:
             self.traces.open(new)

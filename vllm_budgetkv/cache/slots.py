@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.arithmetic.frame_groups import whole_items
 from vllm_budgetkv.cache.requests import RequestState
 from vllm_budgetkv.cache.vision import spans_of
 
@@ -105,8 +106,8 @@ class Slots:
     def _admit_new(self, new: NewRequestData, place: HostPlace | None) -> None:
         request_id = new.req_id
         if request_id not in self.spans:
-            device = self.tables.lens.device
-            spans, arrival = spans_of(new.prompt_len, new.mm_features, device), self.arrival_of(new)
+            device, features = self.tables.lens.device, whole_items(new.mm_features)
+            spans, arrival = spans_of(new.prompt_len, features, device), self.arrival_of(new)
             self.introduce(request_id, spans, arrival)
             if arrival.parent_id is None:
                 self.reports.open(new, arrival.terms)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from vllm_budgetkv.arithmetic.frame_groups import whole_items
 from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.notices import reporting
 from vllm_budgetkv.cache.report_file import append_line
@@ -129,7 +130,7 @@ class Traces:
                 shape=(self.tables.num_layers, self.tables.num_heads),
                 prompt_tokens=new.prompt_len,
                 prompt_token_ids=None if token_ids is None else list(token_ids),
-                items=item_records(new.mm_features),
+                items=item_records(whole_items(new.mm_features)),
             )
 
     def stepped(self, request: RequestState) -> None:

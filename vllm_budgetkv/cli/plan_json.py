@@ -87,6 +87,7 @@ def _of_encoder(plan: Plan) -> dict[str, Any] | None:
     return {
         "item_tokens": dict(encoder.item_tokens),
         "cache_tokens": encoder.cache_tokens or None,
+        "whole_tokens": encoder.whole_tokens,
         "cache": _of_figure(encoder.cache),
         "tower": _of_figure(encoder.tower),
         "unknown": list(encoder.unknown),

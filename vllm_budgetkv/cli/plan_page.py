@@ -124,6 +124,8 @@ def _encoder_table(encoder: Encoder) -> Table:
         cache = encoder.cache
         tokens_text = f"{encoder.cache_tokens:,}"
         table.add_row("encoder cache", tokens_text, size_text(cache.num_bytes), cache.origin)
+    if encoder.whole_tokens not in (None, encoder.cache_tokens):
+        table.add_row("with whole videos", f"{encoder.whole_tokens:,}", "", "stock vLLM")
     if encoder.tower is not None:
         table.add_row(
             "vision tower's peak", "", size_text(encoder.tower.num_bytes), _origin(encoder.tower)

@@ -83,6 +83,11 @@ def notes(plan: Plan) -> Iterator[str]:
             "With --skip-mm-profiling vLLM leaves no memory for the vision tower, so the line sets "
             "the pool."
         )
+    if plan.encoder is not None and plan.encoder.whole_tokens is not None:
+        yield (
+            "Videos are computed in groups of frames if the model's tower proves right at start, "
+            "so the encoder takes the same at any length; stock vLLM keeps whole videos."
+        )
     if plan.encoder is not None and plan.encoder.unknown:
         yield from (f"Unknown: {reason}." for reason in plan.encoder.unknown)
         if plan.pool is not None and plan.pool.shares:

@@ -53,7 +53,8 @@ def chunk_stop(request: Request, quota: Quota, start_tokens: int, limits: Encode
             num_embeds += item.get_num_embeds()
         if item.offset <= start_tokens:
             continue
-        is_first_chunk = start_tokens == 0
+        # a group of frames that is not a video's first begins no item
+        is_first_chunk = start_tokens == 0 and getattr(feature, "whole", feature) is not None
         is_cut = limits.keeps_items_whole and item_stop > stop
         if is_first_chunk or is_cut or num_embeds > limits.embeds:
             return item.offset

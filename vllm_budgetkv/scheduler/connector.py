@@ -21,6 +21,7 @@ from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core.kv_cache_utils import generate_block_hash_extra_keys, hash_block_tokens
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from vllm_budgetkv.arithmetic.frame_groups import whole_items
 from vllm_budgetkv.scheduler.prompts import (
     Found,
     HostPrompts,
@@ -188,7 +189,7 @@ class HostConnector(KVConnectorBase_V1):
 
     def _item_ends(self, request: Request) -> Iterator[ItemEnd]:
         page_tokens = self._prompts.page_tokens
-        stops = sorted({_stop_of(feature) for feature in request.mm_features})
+        stops = sorted({_stop_of(feature) for feature in whole_items(request.mm_features)})
         for stop_tokens in stops:
             index, num_tokens = divmod(stop_tokens, page_tokens)
             if not num_tokens or stop_tokens > request.num_prompt_tokens:

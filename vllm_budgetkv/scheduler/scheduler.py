@@ -13,6 +13,7 @@ from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.scheduler.answers import Answers
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
 from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
+from vllm_budgetkv.scheduler.frame_groups import EncoderRoom
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.prompts import HostPrompts
@@ -52,8 +53,10 @@ class BudgetScheduler(AsyncScheduler):
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
+        # may hold the encoder to less
+        self.encoder_room = EncoderRoom.of(self)
         self.encoder_limits = EncoderLimits(
-            embeds=min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size),
+            embeds=self.encoder_room.tokens,
             keeps_items_whole=self.scheduler_config.disable_chunked_mm_input,
         )
         self._waits_for_encoder = False
@@ -285,7 +288,7 @@ class BudgetScheduler(AsyncScheduler):
         super().add_request(ahead)
 
     def _admissible(self, request: Request) -> Terms:
-        """What a client's request is held to. Caps its output where it has no quota.
+        """What a client's request is held to. Caps its output where it has no quota, cuts videos.
 
         Raises:
             ValueError: it cannot be served so.
@@ -295,6 +298,7 @@ class BudgetScheduler(AsyncScheduler):
         if request.resumable and self.quota.compresses:
             # a session grows its prompt, but the quota's plan needs its length from the start
             raise ValueError("sessions that stream their input have no quota")
+        self.encoder_room.cut(request)
         if not terms.quota.compresses and self.quota.compresses:
             # `--max-model-len` may exceed the pool, in which this request must fit
             pool_blocks = self.kv_cache_config.num_blocks - RESERVED_BLOCKS - self._blocks_beside

@@ -58,9 +58,16 @@ WINDOWS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
 
 @dataclass(frozen=True, kw_only=True)
 class QuotaSpec(FullAttentionSpec):
-    """Full attention whose requests hold what their quota says; `quota` is the largest of them."""
+    """Full attention whose requests hold what their quota says.
+
+    Attributes:
+        quota: the largest of theirs.
+        encoder_tokens: embeddings that the encoder makes in a step and keeps, as the worker says
+            once it has found that its model's tower sees frames alone; 0 where videos are whole.
+    """
 
     quota: Quota
+    encoder_tokens: int = 0
 
     @classmethod
     def of(cls, spec: FullAttentionSpec, quota: Quota) -> QuotaSpec:

@@ -11,9 +11,9 @@ from weakref import WeakKeyDictionary
 
 from vllm_budgetkv.metrics.message import Followed, Message
 from vllm_budgetkv.metrics.meters import meters
-from vllm_budgetkv.start import upstream
+from vllm_budgetkv.start import frame_groups, upstream
 from vllm_budgetkv.start.activation import is_active, rules_of
-from vllm_budgetkv.start.request_check import check, refusal
+from vllm_budgetkv.start.request_check import check, check_items, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # of each front end that a request has come through
 _rules: WeakKeyDictionary[InputProcessor, RequestRules] = WeakKeyDictionary()
+_item_tokens: WeakKeyDictionary[InputProcessor, int | None] = WeakKeyDictionary()
 # requests that may end in each front end, by id
 _followed: WeakKeyDictionary[OutputProcessor, dict[str, Followed]] = WeakKeyDictionary()
 
@@ -39,11 +40,14 @@ def install() -> None:
 def _process_inputs(
     original: Any, self: InputProcessor, *args: Any, **kwargs: Any
 ) -> EngineCoreRequest:
-    request = original(self, *args, **kwargs)
     if not is_active(self.vllm_config):
-        return request
+        return original(self, *args, **kwargs)
+    rules, most_tokens = _rules_of(self), _item_tokens_of(self)
+    request = original(self, *args, **kwargs)
     try:
-        check(_rules_of(self), self.vllm_config, request)
+        check(rules, self.vllm_config, request)
+        if most_tokens is not None:
+            check_items(self.vllm_config, request, most_tokens)
     except refusal():
         meters().was_refused(self.vllm_config.model_config.served_model_name)
         _forget_items(self, request)
@@ -68,6 +72,20 @@ def _rules_of(processor: InputProcessor) -> RequestRules:
         if quota.compresses:
             meters().has_quota(config.model_config.served_model_name, quota.blocks)
     return rules
+
+
+def _item_tokens_of(processor: InputProcessor) -> int | None:
+    """Embeddings of the largest item by vLLM's counts; None where it checks that itself.
+
+    Where videos are computed in groups of frames, they may be longer, so its check is ours then.
+    """
+    if processor not in _item_tokens:
+        config, found = processor.vllm_config, None
+        if processor.supports_mm_inputs and not frame_groups.reasons_against(config):
+            found = processor.mm_encoder_cache_size
+            processor.mm_encoder_cache_size = config.model_config.max_model_len
+        _item_tokens[processor] = found
+    return _item_tokens[processor]
 
 
 def _process_outputs(

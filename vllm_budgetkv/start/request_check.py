@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv.start import frame_groups
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 from vllm_budgetkv.start.request_rules import own
 
@@ -47,6 +48,28 @@ def check(rules: RequestRules, vllm_config: VllmConfig, request: EngineCoreReque
             _check_room(vllm_config, prompt_tokens)
     except ValueError as error:
         raise refusal()(str(error)) from error
+
+
+def check_items(vllm_config: VllmConfig, request: EngineCoreRequest, most_tokens: int) -> None:
+    """Refuse a request with an item that the encoder cannot take.
+
+    Args:
+        vllm_config: of an engine that may compute videos in groups of frames.
+        request: as the front end passes it on.
+        most_tokens: embeddings of the largest item that vLLM would take.
+
+    Raises:
+        ValueError: says how large it is and may be.
+    """
+    if request.resumable:
+        most_tokens = min(most_tokens, frame_groups.least_encoder_tokens(vllm_config))
+    for feature in request.mm_features or ():
+        # one without data came before
+        if feature.data is None:
+            continue
+        in_groups = not request.resumable
+        if reason := frame_groups.item_refusal(feature, most_tokens, in_groups=in_groups):
+            raise refusal()(reason)
 
 
 def prompt_length(request: Any) -> int:

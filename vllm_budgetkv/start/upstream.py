@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
+from vllm_budgetkv.start.upstream_frames import FRAME_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
 from vllm_budgetkv.start.upstream_requests import REQUEST_TOUCHPOINTS
@@ -112,6 +113,7 @@ TOUCHPOINTS = (
                "nor is the recurrent state that follows from them",
                ("self", "request", "num_computed_tokens")),
 
+    *FRAME_TOUCHPOINTS,
     *HOST_TOUCHPOINTS,
     *REQUEST_TOUCHPOINTS,
     *WINDOW_TOUCHPOINTS,

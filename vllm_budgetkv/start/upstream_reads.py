@@ -127,11 +127,12 @@ READS = (
         "max_num_seqs")),
     Reads("vllm.config", "VllmConfig", "what the engine is; where ours is named", (
         "additional_config", "attention_config", "cache_config", "compilation_config",
-        "is_mm_encoder_only", "kv_transfer_config", "model_config", "parallel_config",
-        "quant_config", "scheduler_config", "speculative_config")),
+        "ec_transfer_config", "is_mm_encoder_only", "kv_transfer_config", "lora_config",
+        "model_config", "parallel_config", "quant_config", "scheduler_config",
+        "speculative_config")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
         "architecture", "architectures", "attention_chunk_size", "disable_sliding_window", "dtype",
-        "hf_text_config", "is_attention_free",
+        "enable_prompt_embeds", "hf_text_config", "is_attention_free",
         "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
         "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
         "use_mla",
@@ -154,11 +155,16 @@ READS = (
             "block_size", "page_size_bytes", "max_memory_usage_bytes(vllm_config)"))
         for name in ("SlidingWindowSpec", "ChunkedLocalAttentionSpec")
     ),
-    Reads("vllm.config", "MultiModalConfig", "video that is pruned; equal pictures", (
-        "mm_processor_cache_gb", "video_pruning_rate", "is_multimodal_pruning_enabled()")),
+    Reads("vllm.config", "MultiModalConfig", "video that is pruned or whole; equal pictures", (
+        "enable_mm_embeds", "mm_processor_cache_gb", "mm_processor_cache_type",
+        "video_pruning_rate", "is_multimodal_pruning_enabled()")),
+    Reads("vllm.config", "LoRAConfig", "towers that are adapted", (
+        "enable_tower_connector_lora",)),
+    Reads("vllm.config.multimodal", "VideoDummyOptions", "a small video", (
+        "height", "num_frames", "width")),
     Reads("vllm.config", "ParallelConfig", "our worker's name; workers; what is not served", (
         "data_parallel_index", "data_parallel_rank_local", "data_parallel_size",
-        "data_parallel_size_local", "local_engines_only",
+        "data_parallel_size_local", "distributed_executor_backend", "local_engines_only",
         "decode_context_parallel_size", "pipeline_parallel_size",
         "prefill_context_parallel_size", "tensor_parallel_size", "worker_cls", "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
@@ -177,7 +183,14 @@ READS = (
         "data", "identifier", "mm_hash", "mm_position", "modality")),
     Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
         "is_embed", "length", "offset", "get_num_embeds()")),
-    Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", ("data",)),
+    Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", (
+        "data", "field")),
+    Reads("vllm.multimodal.encoder_budget", "MultiModalBudget", "what the encoder takes", (
+        "encoder_cache_size", "encoder_compute_budget", "mm_max_items_per_batch",
+        "mm_max_toks_per_item", "processor", "(vllm_config, mm_registry, enable_cache)")),
+    Reads("vllm.multimodal.processing", "BaseMultiModalProcessor", "a small video", (
+        "get_dummy_inputs(seq_len, mm_counts, mm_options)", "apply(inputs, timing_ctx)")),
+    Reads("vllm.multimodal.processing.context", "TimingContext", "the same", ("enabled",)),
 
     Reads("vllm.v1.request", "Request", "what is noted of it; look-ahead", (
         "all_token_ids", "arrival_time", "block_hashes", "client_index", "lora_request",
@@ -191,7 +204,9 @@ READS = (
     Reads("vllm.sampling_params", "SamplingParams", "a look-ahead's one token", (
         "detokenize", "extra_args", "max_tokens", "stop", "temperature")),
     Reads("vllm.v1.engine", "EngineCoreRequest", "what it asks for, and how long it is", (
-        "mm_features", "prompt_embeds", "prompt_token_ids", "sampling_params")),
+        "mm_features", "prompt_embeds", "prompt_token_ids", "resumable", "sampling_params")),
+    Reads("vllm.v1.engine.input_processor", "InputProcessor", "which items are too long", (
+        "mm_encoder_cache_size", "renderer", "supports_mm_inputs", "vllm_config")),
     Reads("vllm.renderers.base", "BaseRenderer", "a refused picture may be sent again", (
         "mm_processor_cache",)),
     Reads("vllm.multimodal.cache.base", "BaseMultiModalProcessorCache", "the same", (
@@ -258,7 +273,7 @@ READS = (
         "model_config", "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
     Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows, seeds (V1)", (
         "attn_groups", "device", "discard_request_mask", "input_batch", "lora_config",
-        "supports_mm_inputs", "get_model()")),
+        "mm_budget", "supports_mm_inputs", "get_model()")),
     Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests, seeds (runner V1)", (
         "generators", "req_ids")),
     Reads("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "builders, rows (runner V2)", (
@@ -292,8 +307,5 @@ PLAN_READS = (
         "DEFAULT_MAX_NUM_BATCHED_TOKENS", "is_encoder_decoder", "max_model_len")),
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "a page of stock vLLM", (
         "num_kv_heads",)),
-    Reads("vllm.multimodal.encoder_budget", "MultiModalBudget", "the encoder cache", (
-        "encoder_cache_size", "mm_max_items_per_batch", "mm_max_toks_per_item",
-        "get_modality_with_max_tokens()", "(vllm_config, mm_registry, enable_cache)")),
 )
 # fmt: on

@@ -78,7 +78,8 @@ def build_qwen3_5_vl(cache: Path, **decoder: Any) -> Path:
     return _build(kind, config_of, Qwen3_5ForConditionalGeneration, cache, decoder)
 
 
-def _processor(vocabulary: Qwen2Tokenizer) -> Qwen3VLProcessor:
+def build_processor(vocabulary: Qwen2Tokenizer) -> Qwen3VLProcessor:
+    """The processor of images and videos of Qwen3-VL and Qwen3.5; one token is 32 x 32 pixels."""
     from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     sizes = {"patch_size": 16, "merge_size": 2, "temporal_patch_size": 2}
@@ -108,7 +109,7 @@ def _build(
         weights.randomise(model, shape.seed, tokenizer.readable_tokens(vocabulary))
         _set_norms(model)
         model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
-        kept = _processor(vocabulary) if kind.endswith("_vl") else vocabulary
+        kept = build_processor(vocabulary) if kind.endswith("_vl") else vocabulary
         kept.save_pretrained(folder)
 
     source = models.source() + Path(__file__).read_bytes()

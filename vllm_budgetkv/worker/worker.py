@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 from vllm_budgetkv.worker.noted_rows import NotedRows
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.telling import tell
+from vllm_budgetkv.worker.video_encoder import VideoEncoder
 from vllm_budgetkv.worker.window_blocks import WindowBlocks
 from vllm_budgetkv.worker.windows import windows_left_to_vllm
 
@@ -76,6 +77,7 @@ class BudgetWorker(Worker):
         budget_rules: what requests are held to, from `load_model` on.
         budget_cache: the cache, once vLLM has allocated its buffer.
         noted_rows: requests of the rows of a batch, where its metadata name none.
+        video_encoder: of videos in groups of frames; None where each is computed as a whole.
         window_blocks: clears blocks of layers with windows; None without such layers.
     """
 
@@ -83,6 +85,7 @@ class BudgetWorker(Worker):
     budget_rules: RequestRules
     budget_cache: BudgetCache
     noted_rows: NotedRows
+    video_encoder: VideoEncoder | None = None
     window_blocks: WindowBlocks | None
 
     def load_model(self, **kwargs: Any) -> None:
@@ -92,6 +95,7 @@ class BudgetWorker(Worker):
         keeps_windows = refused_models.keeps_windows(self.vllm_config.model_config)
         with backend_registered(), windows_left_to_vllm(self.vllm_config, keeps_windows):
             super().load_model(**kwargs)
+        self.video_encoder = VideoEncoder.of(self.model_runner, self.vllm_config)
 
     @property
     def _largest_quota(self) -> Quota:
@@ -108,10 +112,15 @@ class BudgetWorker(Worker):
         )
         context = self.vllm_config.compilation_config.static_forward_context
         heads_of({name: context[name] for name in names}, self._largest_quota)
+        if self.video_encoder is not None:
+            for name in names:
+                specs[name] = replace(specs[name], encoder_tokens=self.video_encoder.tokens)
         return specs
 
     def determine_available_memory(self) -> int:
-        pool_bytes = super().determine_available_memory()
+        encoder = self.video_encoder
+        with encoder.tried(self.use_v2_model_runner) if encoder else nullcontext():
+            pool_bytes = super().determine_available_memory()
         if self._largest_quota.compresses:
             windows = windows_of(self.get_kv_cache_spec().values(), self.vllm_config)
             pool_size.check(self.vllm_config, self._largest_quota, pool_bytes, windows=windows)
