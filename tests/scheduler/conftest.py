@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from vllm_budgetkv.scheduler import scheduler
+from vllm_budgetkv.scheduler import banner
 
 
 @pytest.fixture
@@ -15,5 +15,5 @@ def heard(
 ) -> pytest.LogCaptureFixture:
     """`caplog` for the scheduler: vLLM's loggers pass nothing on once an engine was configured, and
     lose their handlers with the next."""
-    monkeypatch.setattr(scheduler, "logger", logging.getLogger("heard"))
+    monkeypatch.setattr(banner, "logger", logging.getLogger("heard"))
     return caplog

@@ -11,6 +11,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.scheduler.answers import Answers
+from vllm_budgetkv.scheduler.banner import Banner
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
 from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
 from vllm_budgetkv.scheduler.frame_groups import EncoderRoom
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import ModelRunnerOutput
 
     from vllm_budgetkv.arithmetic.quota import Quota
-    from vllm_budgetkv.arithmetic.recall import Recall
     from vllm_budgetkv.arithmetic.terms import Terms
 
 # a child of vLLM's logger, which alone has a handler
@@ -73,7 +73,14 @@ class BudgetScheduler(AsyncScheduler):
             if self.log_stats:
                 self.connector_prefix_cache_stats = PrefixCacheStats()
         self._answers = self._make_answers()
-        self._log_banner()
+        Banner(
+            vllm_config=self.vllm_config,
+            config=self._config,
+            rules=self._rules,
+            pool_blocks=self.kv_cache_config.num_blocks,
+            blocks_beside=self._blocks_beside,
+            host_blocks=self._host_blocks,
+        ).log()
 
     def _make_answers(self) -> Answers | None:
         """Makes what is said of requests that end; None if nobody asks."""
@@ -111,79 +118,6 @@ class BudgetScheduler(AsyncScheduler):
     def _is_running(self, request_id: str) -> bool:
         request = self.requests.get(request_id)
         return request is not None and request.status == RequestStatus.RUNNING
-
-    def _log_banner(self) -> None:
-        quota = self.quota
-        if not quota.compresses:
-            logger.info("budgetkv: policy %s, no quota", self._config.policy)
-        else:
-            self._log_quota()
-        if self._config.compresses and quota.fits(self.max_model_len):
-            logger.warning(
-                "budgetkv: the quota holds the %d tokens of --max-model-len, so nothing will be "
-                "compressed: lower the quota or raise --max-model-len",
-                self.max_model_len,
-            )
-
-    def _log_quota(self) -> None:
-        quota = self.quota
-        logger.info(
-            "budgetkv: policy %s, quota %d blocks of %d tokens (%d tokens per head, %.0f%% of them "
-            "retained budget), chunks of %d tokens, %.1f requests at quota fit the pool of %d "
-            "blocks, look-ahead %s",
-            self._config.policy,
-            quota.blocks,
-            quota.block_tokens,
-            quota.tokens,
-            100 * quota.budget_tokens / quota.tokens,
-            quota.chunk_tokens,
-            self.kv_cache_config.num_blocks / (quota.blocks + self._blocks_beside),
-            self.kv_cache_config.num_blocks,
-            "on" if self._config.looks_ahead else "off",
-        )
-        if self._blocks_beside:
-            logger.info(
-                "budgetkv: the quota is that of the %d layers with full attention; beside it a "
-                "request holds at most %d blocks of the pool for its other layers",
-                quota.num_layers,
-                self._blocks_beside,
-            )
-        policies, most_blocks = self._config.policies[1:], self._rules.most_blocks
-        if policies or most_blocks > quota.blocks:
-            logger.info(
-                "budgetkv: a request may ask for %d to %d blocks%s",
-                quota.min_blocks,
-                most_blocks,
-                f", and for policy {' or '.join(policies)}" if policies else "",
-            )
-        if quota.recall is not None:
-            self._log_recall(quota.recall)
-
-    def _log_recall(self, recall: Recall) -> None:
-        kept_tokens = self._host_blocks * self.quota.page_tokens
-        logger.info(
-            "budgetkv: %s of host memory keep %d tokens of prompts beyond their quota, %d of %d "
-            "heads bring tokens back, %s prompt begins with what another left there",
-            self._config.host_memory,
-            kept_tokens,
-            recall.num_heads,
-            recall.all_heads,
-            "a" if self._config.reuse else "no",
-        )
-        if self._config.reuse and not host_memory.knows_pictures(self.vllm_config):
-            logger.warning(
-                "budgetkv: with --mm-processor-cache-gb 0 and --no-enable-prefix-caching vLLM does "
-                "not tell which pictures are equal, so no prompt takes over another's: give the "
-                "cache some memory"
-            )
-        if kept_tokens < self.max_model_len:
-            logger.warning(
-                "budgetkv: --kv-host-memory %s keeps %d tokens, a prompt may have %d: longer ones "
-                "are served without recall",
-                self._config.host_memory,
-                kept_tokens,
-                self.max_model_len,
-            )
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._waits_for_encoder = False
