@@ -150,6 +150,13 @@ def bars(result: dict[str, Any]) -> list[tuple[str, float | None, float, bool | 
     return rows
 
 
+INTRODUCTION = """### Many requests at once
+
+`vllm bench serve` against stock vLLM and this plugin in turn, both with the same bytes for their pools; of ours come off
+what blocks have beside keys and values, page tables and probe banks. How to run it, tails, and which bars are met:
+[docs/performance.md](docs/performance.md#many-requests-at-once)."""
+
+
 def bars_table(result: dict[str, Any]) -> str:
     """Markdown: a row per bar."""
     lines = ["| bar | measured | wanted | met |", "|---|---|---|---|"]
@@ -175,8 +182,9 @@ def origin(result: dict[str, Any]) -> str:
 
 def write(result: dict[str, Any], repository: Path, results: Path) -> None:
     """The tables between the markers of README and docs, and the plot. Mutates the files."""
-    both = f"{ratio_table(result)}\n\n![many requests at once](benchmarks/results/{plot.NAME})"
-    bench_table.replace(repository / "README.md", "bench_load", both)
+    picture = f"![many requests at once](benchmarks/results/{plot.NAME})"
+    section = "\n\n".join([INTRODUCTION, ratio_table(result), picture])
+    bench_table.replace(repository / "README.md", "bench_load", section)
     full = "\n\n".join(table(result) for table in (sides_table, bars_table, spent_table))
     bench_table.replace(repository / "docs" / "performance.md", "bench_load", full)
     plot.draw(result, results)

@@ -198,6 +198,7 @@ def test_writing_fills_markers_and_draws(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text, encoding="utf-8")
     report.write(result(), tmp_path, tmp_path)
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "### Many requests at once" in readme
     assert "old" not in readme and readme.endswith("after\n") and plot.NAME in readme
     assert "| bar |" in (tmp_path / "docs/performance.md").read_text(encoding="utf-8")
     assert (tmp_path / plot.NAME).stat().st_size > 10_000
