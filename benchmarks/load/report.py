@@ -152,8 +152,9 @@ def bars(result: dict[str, Any]) -> list[tuple[str, float | None, float, bool | 
 
 INTRODUCTION = """### Many requests at once
 
-`vllm bench serve` against stock vLLM and this plugin in turn, both with the same bytes for their pools; of ours come off
-what blocks have beside keys and values, page tables and probe banks. How to run it, tails, and which bars are met:
+`vllm bench serve` against stock vLLM and this plugin in turn, both with the same bytes for their
+pools; of ours come off what blocks have beside keys and values, page tables and probe banks. How to
+run it, tails, and which bars are met:
 [docs/performance.md](docs/performance.md#many-requests-at-once)."""
 
 
