@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
@@ -24,6 +25,8 @@ BUDGET = {"policy": "hybrid", "page_quota": 1, "chunk_tokens": 96, "decode_inter
 def inspect_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM imports a model's class in a process of its own to look at it: 10 seconds each."""
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+    # where a processor has them, vLLM's kernels want state in float32
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
 def configure(budget: dict[str, Any], **engine: Any) -> VllmConfig:
