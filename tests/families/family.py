@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     # id of a token by its name
     Ids = Callable[[str], int]
+    # fields of the whole configuration, of its text part and of ids of tokens by name
+    Whole = Callable[[dict[str, Any], Ids], dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class Sight:
         large_pictures: in a long request.
     """
 
-    whole: Callable[[dict[str, Any], Ids], dict[str, Any]]
+    whole: Whole
     processor: Callable[[Qwen2Tokenizer], Any]
     picture: str
     video: str = ""

@@ -29,11 +29,11 @@ Nothing here says how good answers are under a quota: [experiments](experiments.
 are `full` are under the quota; others keep their own, bounded cache. A refusal is what the start
 says.
 
-All of it, an hour or two on two cores:
+All of it, within three quarters of an hour on two cores:
 
     python -m tests.families.run
 
-One family, in a few minutes; the other rows stay:
+Some, half a minute each and two more for other modes; the other rows stay:
 
     python -m tests.families.run --only "Qwen3-VL" "Gemma 3"
 

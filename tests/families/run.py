@@ -1,7 +1,7 @@
 """Builds every family and makes docs/models.md.
 
-    python -m tests.families.run                    # all of them, about an hour on two cores
-    python -m tests.families.run --only "Qwen3-VL"  # some; the others stay as they were
+    python -m tests.families.run                    # all of them, within 45 minutes on two cores
+    python -m tests.families.run --only "Qwen3-VL"  # some; others stay as they were
 
 What was found is in results.json beside this file, with the commit at which it was.
 """

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from tests.families import processors, vision
 from tests.families.family import Family, Sight
 from tests.families.text import MAMBA2, MINISTRAL3, MLA
 from tests.families.vision import EXPERTS, QWEN_PICTURE, qwen_sight
 from vllm_budgetkv.testing import models, recurrent
+
+if TYPE_CHECKING:
+    from tests.families.family import Whole
 
 GLM_TOKENS = {
     "image_token": "<|image|>",
@@ -26,7 +31,7 @@ OMNI_TOKENS = {
     "audio_eos_token": "<|audio_eos|>",
 }
 MISTRAL_TOKENS = {"image": "[IMG]", "image_break": "[IMG_BREAK]", "image_end": "[IMG_END]"}
-GLM_SIGHT = {
+GLM_SIGHT: dict[str, Any] = {
     "processor": processors.glm4v,
     "picture": "<|begin_of_image|><|image|><|end_of_image|>",
     "video": "<|begin_of_video|><|video|><|end_of_video|>",
@@ -34,9 +39,15 @@ GLM_SIGHT = {
 }
 
 
-def mistral_sight(whole, merge: int) -> Sight:
+def mistral_sight(whole: Whole, merge: int) -> Sight:
+    """A sight of the kind of Pixtral, whose pictures have as many tokens whatever is merged."""
     return Sight(
-        whole=whole, processor=processors.pixtral(merge), picture="[IMG]", tokens=MISTRAL_TOKENS
+        whole=whole,
+        processor=processors.pixtral(merge),
+        picture="[IMG]",
+        tokens=MISTRAL_TOKENS,
+        pixels=56 * merge,
+        large_pixels=112 * merge,
     )
 
 
@@ -67,7 +78,7 @@ SEEING = [
         name="Qwen3-VL MoE",
         architecture="Qwen3VLMoeForConditionalGeneration",
         config="Qwen3VLMoeConfig",
-        fields=EXPERTS,
+        fields={**EXPERTS, "norm_topk_prob": True},
         sight=qwen_sight(vision.qwen3_vl, processors.qwen3_vl),
         special="deepstack, norms of heads, experts",
     ),
@@ -103,6 +114,7 @@ SEEING = [
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 64,
             "n_shared_experts": 1,
+            "use_qk_norm": False,
             "n_group": 1,
             "topk_group": 1,
         },

@@ -41,7 +41,7 @@ def _windowed(name: str, kind: str, architecture: str, special: str) -> Family:
 TEXT = [
     Family(name="Llama 3", architecture="LlamaForCausalLM", folder=models.build_llama),
     Family(
-        name="Llama 3.1, YaRN",
+        name="Llama, YaRN",
         architecture="LlamaForCausalLM",
         config="LlamaConfig",
         fields={
