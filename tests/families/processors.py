@@ -144,14 +144,6 @@ def paddleocr_vl(vocabulary: Qwen2Tokenizer) -> Any:
     return transformers.PaddleOCRVLProcessor(image_processor=images, tokenizer=vocabulary)
 
 
-def hunyuan_vl(vocabulary: Qwen2Tokenizer) -> Any:
-    """Of HunyuanOCR: patches of 16 pixels."""
-    import transformers
-
-    images = transformers.HunYuanVLImageProcessor(size=_pixels(32), **_patches(16, frames=1))
-    return transformers.HunYuanVLProcessor(image_processor=images, tokenizer=vocabulary)
-
-
 def lfm2_vl(vocabulary: Qwen2Tokenizer) -> Any:
     """Of LFM2-VL."""
     import transformers

@@ -203,22 +203,6 @@ SEEING = [
         ),
     ),
     Family(
-        name="HunyuanOCR",
-        architecture="HunYuanVLForConditionalGeneration",
-        config="HunYuanVLConfig",
-        sight=Sight(
-            whole=vision.hunyuan_vl,
-            processor=processors.hunyuan_vl,
-            picture=QWEN_PICTURE,
-            tokens={
-                "image_token": "<|image_pad|>",
-                "image_start_token": "<|vision_start|>",
-                "image_end_token": "<|vision_end|>",
-            },
-        ),
-        special="norms of heads behind the rotation; through Transformers",
-    ),
-    Family(
         name="MiniCPM-V 4.6",
         architecture="MiniCPMV4_6ForConditionalGeneration",
         config="MiniCPMV4_6Config",

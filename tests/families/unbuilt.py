@@ -1,4 +1,4 @@
-"""Families of which no instance can be made without what only the hub of models has."""
+"""Families of which no instance can be made, or run, here: most need code from the hub."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ UNBUILT = [
         architecture="Ernie4_5_VLMoeForConditionalGeneration",
         unbuilt="vLLM's class reads the configuration that the code on the hub makes, with two "
         "numbers of experts; Transformers' class takes one",
+    ),
+    Family(
+        name="HunyuanOCR",
+        architecture="HunYuanVLForConditionalGeneration",
+        unbuilt="vLLM itself does not run it on a CPU, where its linear layers ask for contiguous "
+        "inputs",
     ),
     Family(name="dots.ocr", architecture="DotsOCRForCausalLM", unbuilt=REMOTE),
     Family(

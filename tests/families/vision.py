@@ -167,20 +167,6 @@ def paddleocr_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
     }
 
 
-def hunyuan_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
-    # four axes
-    turned = {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0, "mrope_section": [4, 4, 4, 4]}
-    return {
-        "text_config": rope(text, **turned),
-        "vision_config": TOWER | {"out_hidden_size": text["hidden_size"]},
-        "image_token_id": ids("<|image_pad|>"),
-        "im_start_id": ids("<|vision_start|>"),
-        "im_end_id": ids("<|vision_end|>"),
-        "im_newline_id": ids("<|vision_pad|>"),
-        "tie_word_embeddings": False,
-    }
-
-
 def lfm2_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
     layers = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
     return {
