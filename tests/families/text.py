@@ -1,0 +1,207 @@
+"""Families that read text alone."""
+
+from __future__ import annotations
+
+from tests.families.family import Family
+from vllm_budgetkv.testing import models, recurrent, sliding
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+MAMBA2 = "recurrent state beside or instead of KV"
+MLA = {
+    "kv_lora_rank": 32,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+MINISTRAL3 = {
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 2048,
+        "llama_4_scaling_beta": 0.1,
+    },
+    "sliding_window": None,
+}
+WINDOWED = {"gemma3": ("v2", "compiled")}
+
+
+def _windowed(name: str, kind: str, architecture: str, special: str) -> Family:
+    """A family of `testing/sliding.py`."""
+    return Family(
+        name=name,
+        architecture=architecture,
+        folder=lambda cache: sliding.build(kind, cache),
+        special=special,
+        modes=WINDOWED.get(kind, ()),
+    )
+
+
+TEXT = [
+    Family(name="Llama 3", architecture="LlamaForCausalLM", folder=models.build_llama),
+    Family(
+        name="Llama, YaRN",
+        architecture="LlamaForCausalLM",
+        config="LlamaConfig",
+        fields={
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 2048,
+            }
+        },
+    ),
+    Family(
+        name="Qwen2", architecture="Qwen2ForCausalLM", folder=models.build_qwen2, special="biases"
+    ),
+    Family(
+        name="Qwen3",
+        architecture="Qwen3ForCausalLM",
+        config="Qwen3Config",
+        special="norms of heads",
+    ),
+    Family(
+        name="Qwen3 MoE",
+        architecture="Qwen3MoeForCausalLM",
+        config="Qwen3MoeConfig",
+        fields={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64},
+        special="norms of heads, experts",
+    ),
+    Family(
+        name="Mixtral",
+        architecture="MixtralForCausalLM",
+        config="MixtralConfig",
+        fields=EXPERTS,
+        special="experts",
+    ),
+    Family(
+        name="Phi-3, Phi-4",
+        architecture="Phi3ForCausalLM",
+        config="Phi3Config",
+        special="joined projections",
+    ),
+    Family(
+        name="Granite 3",
+        architecture="GraniteForCausalLM",
+        config="GraniteConfig",
+        fields={"attention_multiplier": 0.2, "embedding_multiplier": 2.0, "logits_scaling": 2.0},
+        special="scaled logits",
+    ),
+    Family(
+        name="Granite 4, attention alone",
+        architecture="GraniteMoeHybridForCausalLM",
+        config="GraniteMoeHybridConfig",
+        fields={
+            **EXPERTS,
+            "layer_types": ["attention"] * 2,
+            "position_embedding_type": "nope",
+            "shared_intermediate_size": 128,
+            "attention_multiplier": 0.2,
+            "mamba_n_heads": 4,
+            "mamba_d_state": 16,
+        },
+        special="experts, scaled logits",
+    ),
+    Family(
+        name="Granite 4, hybrid",
+        architecture="GraniteMoeHybridForCausalLM",
+        config="GraniteMoeHybridConfig",
+        fields={
+            **EXPERTS,
+            "layer_types": ["mamba", "attention"],
+            "position_embedding_type": "nope",
+            "shared_intermediate_size": 128,
+            "mamba_n_heads": 4,
+            "mamba_d_state": 16,
+        },
+        special="Mamba2, experts",
+        refused=MAMBA2,
+    ),
+    Family(
+        name="OLMo 2",
+        architecture="Olmo2ForCausalLM",
+        config="Olmo2Config",
+        special="norms of queries and keys over all heads; through Transformers",
+    ),
+    _windowed("OLMo 3", "olmo3", "Olmo3ForCausalLM", "windows; through Transformers"),
+    Family(
+        name="SmolLM3",
+        architecture="SmolLM3ForCausalLM",
+        config="SmolLM3Config",
+        fields={"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
+        special="layers without positions; through Transformers",
+        page_quota=6,
+    ),
+    Family(
+        name="Transformers backend",
+        architecture="LlamaForCausalLM",
+        config="LlamaConfig",
+        engine={"model_impl": "transformers"},
+        special="any of its decoders",
+    ),
+    _windowed("Gemma 2", "gemma2", "Gemma2ForCausalLM", "windows, soft caps"),
+    _windowed("Gemma 3", "gemma3", "Gemma3ForCausalLM", "windows, norms of heads"),
+    _windowed("gpt-oss", "gpt_oss", "GptOssForCausalLM", "windows, learned sinks, experts"),
+    _windowed("Llama 4", "llama4", "Llama4ForCausalLM", "attention in chunks, experts"),
+    _windowed("EXAONE 4", "exaone4", "Exaone4ForCausalLM", "windows"),
+    _windowed("Cohere 2", "cohere2", "Cohere2ForCausalLM", "windows, layers without positions"),
+    _windowed("Ministral", "ministral", "MinistralForCausalLM", "windows"),
+    _windowed("Mistral with layer types", "mistral", "MistralForCausalLM", "windows"),
+    Family(
+        name="Ministral 3, text",
+        architecture="Ministral3ForCausalLM",
+        config="Ministral3Config",
+        fields=MINISTRAL3,
+        special="queries scaled by position",
+    ),
+    Family(
+        name="Qwen3-Next",
+        architecture="Qwen3NextForCausalLM",
+        folder=recurrent.build_qwen3_next,
+        dtype="bfloat16",
+        special="gated delta rule, gated attention, experts",
+        page_quota=1,
+    ),
+    Family(
+        name="Qwen3.5",
+        architecture="Qwen3_5ForCausalLM",
+        folder=recurrent.build_qwen3_5,
+        dtype="bfloat16",
+        special="gated delta rule, gated attention",
+        modes=("v2", "compiled"),
+        page_quota=1,
+    ),
+    Family(
+        name="Nemotron-H",
+        architecture="NemotronHForCausalLM",
+        config="NemotronHConfig",
+        fields={
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
+            "num_hidden_layers": 3,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 64,
+            "n_groups": 1,
+            "ssm_state_size": 16,
+        },
+        special="Mamba2",
+        refused=MAMBA2,
+    ),
+    Family(
+        name="LFM2",
+        architecture="Lfm2ForCausalLM",
+        config="Lfm2Config",
+        fields={"layer_types": ["conv", "full_attention"]},
+        special="short convolutions",
+        refused=MAMBA2,
+    ),
+    Family(
+        name="DeepSeek-V2, -V3, Kimi K2",
+        architecture="DeepseekV2ForCausalLM",
+        config="DeepseekV2Config",
+        fields={**MLA, "n_routed_experts": 4, "first_k_dense_replace": 2},
+        special="MLA",
+        refused="MLA, which has no KV heads to budget",
+    ),
+]
