@@ -112,3 +112,17 @@ def test_a_look_ahead_publishes_nothing(qwen2: Path) -> None:
     core.run()
     assert core.tokens == {"r": [0, 1, 2, 3]}
     assert len(core.scheduler.kv_cache_manager.block_pool.cached_block_hash_to_block) == 0
+
+
+def test_where_nothing_is_compressed_vllm_cuts_chunks(qwen2: Path) -> None:
+    """The bug: cut at --kv-chunk-tokens, which are less than a block, a prompt waited for ever for
+    a chunk that ends where vLLM keeps a state."""
+    roomy = {"page_quota": 40, "chunk_tokens": 4}
+    config = configure(qwen2, "window", max_model_len=128, budget=roomy, enable_prefix_caching=True)
+    config.cache_config.mamba_cache_mode = "align"
+    core = Core(config, state_groups=STATE_GROUPS)
+    assert not core.scheduler.quota.compresses
+    core.add("r", SHORT)
+    for _ in range(20):
+        core.step()
+    assert core.tokens == {"r": [0, 1, 2, 3]}

@@ -140,10 +140,13 @@ class BudgetScheduler(AsyncScheduler):
         """Tokens of the next chunk; none if it must be whole and the step has no room for that."""
         start = request.num_computed_tokens
         start += num_new_local_computed_tokens + num_external_computed_tokens
-        chunk_tokens = self._stop_behind(request, start) - start
-        if must_be_whole(request, self._quota_of(request), start):
-            return chunk_tokens if num_new_tokens >= chunk_tokens else 0
-        num_new_tokens = min(num_new_tokens, chunk_tokens)
+        quota = self._quota_of(request)
+        # where nothing is compressed vLLM alone cuts chunks: it waits for one as long as a block
+        if quota.compresses:
+            chunk_tokens = self._stop_behind(request, start) - start
+            if must_be_whole(request, quota, start):
+                return chunk_tokens if num_new_tokens >= chunk_tokens else 0
+            num_new_tokens = min(num_new_tokens, chunk_tokens)
         if not self._keeps_states or self._is_private(request):
             return num_new_tokens
         return super()._mamba_block_aligned_split(
