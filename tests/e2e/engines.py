@@ -66,7 +66,7 @@ def run(
         "session": session,
         "starts_as_on_gpu": starts_as_on_gpu,
     }
-    return _answer_of("job", job, tmp_path, environment(runner=runner, stock=stock))
+    return answer_of("tests.e2e.job", job, tmp_path, environment(runner=runner, stock=stock))
 
 
 def run_budgets(
@@ -86,12 +86,12 @@ def run_each(
 ) -> dict[str, Any]:
     """What `run` answers, by name of the run, which has `requests` and a `budget` or None."""
     job = {"engine": arguments_of(model, **engine), "runs": runs}
-    return _answer_of("budgets_job", job, tmp_path, environment())
+    return answer_of("tests.e2e.budgets_job", job, tmp_path, environment())
 
 
 def run_rotaries(tmp_path: Path, models: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """By name of the model, how its queries turn; `models` holds arguments of engines."""
-    return _answer_of("rotaries_job", {"models": models}, tmp_path, environment())
+    return answer_of("tests.e2e.rotaries_job", {"models": models}, tmp_path, environment())
 
 
 def arguments_of(model: Path, **engine: Any) -> dict[str, Any]:
@@ -108,19 +108,27 @@ def arguments_of(model: Path, **engine: Any) -> dict[str, Any]:
     }
 
 
-def _answer_of(
-    module: str, job: dict[str, Any], tmp_path: Path, variables: dict[str, str]
+def answer_of(
+    module: str,
+    job: dict[str, Any],
+    tmp_path: Path,
+    variables: dict[str, str],
+    timeout_seconds: float = 300,
 ) -> dict[str, Any]:
-    """Run `tests.e2e.<module>` on a job in a process of its own."""
+    """Run a module on a job in a process of its own.
+
+    Raises:
+        AssertionError: it failed; with the end of what it said.
+    """
     answer_file = tmp_path / "answer.json"
     answer_file.unlink(missing_ok=True)
     process = subprocess.run(
-        [sys.executable, "-m", f"tests.e2e.{module}"],
+        [sys.executable, "-m", module],
         input=json.dumps({**job, "answer_file": str(answer_file)}),
         env=variables,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout_seconds,
         check=False,
     )
     if process.returncode or not answer_file.exists():

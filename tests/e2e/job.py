@@ -83,7 +83,12 @@ class Observer:
         for request_id, blocks in manager.req_to_blocks.items():
             self.held[request_id] = max(self.held.get(request_id, 0), len(blocks))
         self.running_at_once = max(self.running_at_once, len(self.scheduler.running))
-        held_tokens = sum(len(rows) for rows in self.encoded().values())
+        # what memory keeps, which views of one storage share
+        kept = {rows.untyped_storage().data_ptr(): rows for rows in self.encoded().values()}
+        held_tokens = sum(
+            rows.untyped_storage().nbytes() // (rows.element_size() * rows.shape[-1])
+            for rows in kept.values()
+        )
         self.peak_encoder_tokens = max(self.peak_encoder_tokens, held_tokens)
 
 

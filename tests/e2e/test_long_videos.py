@@ -83,6 +83,32 @@ def test_compressed_as_if_it_were_whole(tmp_path: Path, vision_model: Path, runn
     assert set(groups["held"].values()) == set(whole["held"].values()) == {24}
 
 
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_what_a_prefix_covered_is_computed_again(
+    tmp_path: Path, vision_model: Path, runner: str
+) -> None:
+    """The bug: vLLM sends workers no pixels of what a prefix covers. Preempted, its prefix gone, a
+    request needs them, and the engine died on runner V1."""
+    requests: list[dict[str, Any]] = [
+        {"name": "first", "content": [film(30, 1), QUESTION], "max_tokens": 2},
+        # takes the place of its groups in the encoder's cache
+        {"name": "other", "content": [film(100), QUESTION], "arrives": 4, "max_tokens": 2},
+        {
+            "name": "second",
+            "content": [film(30, 1), {"text": "And now?"}],
+            "arrives": 20,
+            "max_tokens": 20,
+        },
+    ]
+    engine = {**ENGINE, "limit_mm_per_prompt": SMALL, "runner": runner}
+    budget = {"policy": "full"}
+    alone = run(tmp_path, vision_model, requests, budget=budget, **engine)
+    again = run(tmp_path, vision_model, requests, budget=budget, preempts=(26,), **engine)
+    assert alone["answers"]["second"]["cached_tokens"] > 500
+    assert sum(again["num_encoded"].values()) > sum(alone["num_encoded"].values())
+    assert tokens_of(again) == tokens_of(alone)
+
+
 def test_text_between_frames(tmp_path: Path) -> None:
     """Qwen3-VL: times stand between the frames, and features of two layers beside each other."""
     model = build_qwen3_vl(MODELS)

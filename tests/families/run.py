@@ -179,19 +179,8 @@ def ask(job: dict[str, Any], runner: str = "v1") -> dict[str, Any]:
         AssertionError: it failed; with the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        answer_file = Path(folder) / "answer.json"
-        process = subprocess.run(
-            [sys.executable, "-m", "tests.families.job"],
-            input=json.dumps({**job, "answer_file": str(answer_file)}),
-            env=engines.environment(runner=runner),
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
-        if process.returncode or not answer_file.exists():
-            raise AssertionError(f"the engine failed:\n{process.stderr[-6000:]}")
-        return json.loads(answer_file.read_text(encoding="utf-8"))
+        variables = engines.environment(runner=runner)
+        return engines.answer_of("tests.families.job", job, Path(folder), variables, 900)
 
 
 def commit() -> str:

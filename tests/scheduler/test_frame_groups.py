@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+from collections import deque
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +20,7 @@ from vllm.multimodal.inputs import (
     PlaceholderRange,
 )
 from vllm.multimodal.utils import group_and_batch_mm_kwargs, strip_covered_mm_data
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.request import RequestStatus
 
 from tests.scheduler.engine_core import Core, configure, image
@@ -27,7 +30,8 @@ from vllm_budgetkv.arithmetic.frame_groups import (
     whole_items,
 )
 from vllm_budgetkv.scheduler.frame_groups import FrameGroup, cut_videos
-from vllm_budgetkv.start.frame_groups import GRID, PIXELS, frames_of, item_refusal
+from vllm_budgetkv.scheduler.stripped import StrippedItems, brought_by
+from vllm_budgetkv.start.frame_groups import GRID, PIXELS, frames_of, items_refusal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -244,9 +248,54 @@ def test_what_can_never_be_computed_ends_with_an_error(
     groups: bool,
     words: str,
 ) -> None:
-    assert words in (item_refusal(feature, 700, in_groups=groups) or "")
+    assert words in (items_refusal([feature], 700, in_groups=groups) or "")
     core = Core(config, encoder_embeds=700, in_groups=groups)
     core.add("r", 1700, 4, images=[feature])
     core.add("other", 40)
     core.run(100)
     assert core.ended["r"] == "error" and len(core.tokens["other"]) == 4
+
+
+def test_a_long_video_with_sound_among_its_frames_ends_with_an_error(config: VllmConfig) -> None:
+    """The bug: it stays whole, but was taken for one in groups; nobody behind it ran any more."""
+    core = Core(config, encoder_embeds=700, in_groups=True)
+    core.add("r", 1700, 4, images=[video(4, 20, 64), image(100, 20, "sound")])
+    core.add("other", 40)
+    core.run(100)
+    assert core.ended["r"] == "error" and len(core.tokens["other"]) == 4
+
+
+def test_a_session_ends_where_its_next_video_can_never_be_computed(config: VllmConfig) -> None:
+    """The bug: what a session goes on with was not looked at."""
+    core = Core(config, encoder_embeds=700, in_groups=True)
+    request = core.add("session", 40, 4)
+    request.streaming_queue = deque()
+    goes_on = copy.copy(request)
+    goes_on.mm_features = [video(4, 20, 64)]
+    core.scheduler.add_request(goes_on)
+    core.add("other", 40)
+    core.run(100)
+    assert core.ended["session"] == "error" and len(core.tokens["other"]) == 4
+
+
+def test_what_a_prefix_covered_is_sent_where_it_is_computed_again() -> None:
+    """As vLLM strips it at admission, and once."""
+    one = cut_videos([video(0, 9, 4)], group_tokens=8)
+    sent = strip_covered_mm_data(one, 16, uses_mrope=True)
+    requests: Any = {"r": SimpleNamespace(mm_features=one)}
+    runners: Any = {"r": SimpleNamespace(mm_features=sent)}
+    stripped = StrippedItems()
+
+    def go(indices: list[int], *new: Any) -> bool:
+        step = SchedulerOutput.make_empty()
+        step.scheduled_new_reqs, step.scheduled_encoder_inputs = list(new), {"r": indices}
+        brings = brought_by(pickle.loads(pickle.dumps(stripped.follow(step, requests))))
+        if brings is not None:
+            brings.give_to(runners)
+        return brings is not None
+
+    assert not go([2], SimpleNamespace(req_id="r", mm_features=sent))
+    assert [a is b for a, b in zip(sent, one, strict=True)] == [False, False, True, True, True]
+    assert [go(indices) for indices in ([0, 3], [0, 1], [0, 1])] == [True, True, False]
+    for found, whole in zip(sent, one, strict=True):
+        assert torch.equal(found.data[PIXELS].data, whole.data[PIXELS].data)

@@ -6,6 +6,7 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.request import Request
@@ -86,6 +87,14 @@ def sent(request: Request) -> NewRequestData:
     """What a worker in another process gets of a new request."""
     data = NewRequestData.from_request(request, block_ids=([],))
     return pickle.loads(pickle.dumps(data))
+
+
+def test_it_runs_with_the_adapter_of_its_parent() -> None:
+    """Else it would ask another model's question."""
+    parent = make_request(list(range(40)))
+    parent.lora_request = LoRARequest("adapter", 1, "somewhere")
+    ahead = make_lookahead(parent, 16, 16)
+    assert ahead is not None and ahead.lora_request is parent.lora_request
 
 
 def test_a_worker_is_told_for_whom_a_look_ahead_runs() -> None:

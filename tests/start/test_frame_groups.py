@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from vllm_budgetkv.start.frame_groups import GRID, PIXELS, frames_of, reasons_against
+from vllm_budgetkv.start.frame_groups import (
+    GRID,
+    PIXELS,
+    frames_of,
+    reasons_against,
+    reasons_to_keep_whole,
+)
 from vllm_budgetkv.start.request_check import check_items, refusal
 
 MOST_TOKENS = 1000
@@ -26,6 +32,7 @@ def engine(**changes: Any) -> Any:
     }
     given = SimpleNamespace(**(usual | changes))
     given.is_multimodal_pruning_enabled = lambda: given.pruned
+    given.lora_config = given.ec_transfer_config = None
     given.multimodal_config = given.model_config = given.scheduler_config = given
     return given
 
@@ -46,11 +53,34 @@ def test_options_that_keep_videos_whole(option: dict[str, Any], flag: str) -> No
     assert flag in reason
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "flag"),
+    [
+        (
+            "lora_config",
+            SimpleNamespace(enable_tower_connector_lora=True),
+            "--enable-tower-connector-lora",
+        ),
+        ("ec_transfer_config", SimpleNamespace(), "--ec-transfer-config"),
+    ],
+)
+def test_what_else_keeps_them_whole_is_known_in_a_front_end(
+    field: str, value: Any, flag: str
+) -> None:
+    given = engine()
+    assert reasons_to_keep_whole(given) == []
+    setattr(given, field, value)
+    (reason,) = reasons_to_keep_whole(given)
+    assert flag in reason
+
+
 def test_a_text_model_has_no_reason() -> None:
     assert reasons_against(engine(multimodal_config=None)) == []
 
 
 class Place(SimpleNamespace):
+    offset, length = 0, 1
+
     def get_num_embeds(self) -> int:
         return int(self.tokens)
 
@@ -80,6 +110,8 @@ def item(
         (item(10**6, 10**3), True, "one video of 1000000 tokens is computed as a whole"),
         # it came before, and nothing is left here to say how its frames are
         (item(10**6, 10**3, is_known=True), False, None),
+        # how large it is can be told
+        (item(10**6, 10**3, is_known=True), True, "one video of 1000000 tokens is computed as a"),
     ],
 )
 def test_what_the_encoder_can_never_take_is_refused(
@@ -87,10 +119,10 @@ def test_what_the_encoder_can_never_take_is_refused(
 ) -> None:
     request: Any = SimpleNamespace(mm_features=[feature], resumable=resumable)
     if words is None:
-        check_items(engine(), request, MOST_TOKENS)
+        check_items(request, MOST_TOKENS)
         return
     with pytest.raises(refusal(), match=words):
-        check_items(engine(), request, MOST_TOKENS)
+        check_items(request, MOST_TOKENS)
 
 
 def test_frames_of_a_video() -> None:

@@ -43,6 +43,8 @@ TESTS = (
     "tests/cache/test_merge.py",
     "tests/cache/test_decode_step.py",
     "tests/worker/test_frame_proof.py",
+    "tests/worker/test_video_encoder.py",
+    "tests/cache/test_streaming.py",
     "tests/worker/test_generators.py",
     "tests/worker/test_graphs.py",
     "tests/cache/test_rehearsal.py",

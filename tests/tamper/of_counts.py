@@ -24,6 +24,30 @@ OF_COUNTS = (
         "if found[same].shape != whole[same].shape:",
     ),
     Mutation(
+        "frame groups: a video with sound among its frames is taken for one in groups",
+        "start/frame_groups.py",
+        "is_cut = in_groups and stands_alone(features, index)",
+        "is_cut = in_groups",
+    ),
+    Mutation(
+        "frame groups: what a session goes on with is not looked at",
+        "scheduler/scheduler.py",
+        "if refusal := self.encoder_room.refusal_of_whole(request):",
+        "if refusal := None:",
+    ),
+    Mutation(
+        "frame groups: pixels that a prefix covered are never sent",
+        "scheduler/stripped.py",
+        "        if not due:\n",
+        "        if True:\n",
+    ),
+    Mutation(
+        "frame groups: one group keeps its whole batch",
+        "worker/video_encoder.py",
+        "return [rows.clone() for rows in found] if len(found) > 1 else found",
+        "return found",
+    ),
+    Mutation(
         "frame groups: a frame larger than the encoder's room is asked for",
         "start/frame_groups.py",
         "if frames.frame_tokens > most_tokens:",

@@ -50,8 +50,9 @@ OF_REQUESTS = (
     Mutation(
         "request: what no front end refused is served by the server's terms",
         "scheduler/scheduler.py",
-        "            self.encoder_cache_mismatch_reqs.add(request.request_id)\n",
-        "",
+        "            self.encoder_cache_mismatch_reqs.add(request.request_id)\n"
+        "            if request.sampling_params",
+        "            if request.sampling_params",
     ),
     Mutation(
         "request: the full cache outgrows the pool",

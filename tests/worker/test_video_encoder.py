@@ -6,8 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from vllm_budgetkv.worker.video_encoder import VideoEncoder
+from vllm_budgetkv.worker.video_encoder import VideoEncoder, part_outputs
 
 
 class Counts(SimpleNamespace):
@@ -46,3 +47,21 @@ def test_the_trial_is_bounded(
     assert counts.encoder_cache_size == counts.encoder_compute_budget == tokens
     tried = counts.get_dummy_encoder_profile_inputs(kind, items)
     assert tried == [(kind, group if kind == "video" else None)] * items
+
+
+class Tower:
+    """Splits what it made of a batch, as those of vLLM do."""
+
+    def embed_multimodal(self, *, rows: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, ...]:
+        return rows.split(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[8], [3, 5]])
+def test_no_item_keeps_its_batch_alive(sizes: list[int]) -> None:
+    """The bug: the encoder kept more than its room, a batch for one group of it."""
+    tower, rows = Tower(), torch.randn(8, 4)
+    part_outputs(tower)
+    found = tower.embed_multimodal(rows=rows, sizes=sizes)
+    assert torch.equal(torch.cat(tuple(found)), rows)
+    kept = [part.untyped_storage().nbytes() for part in found]
+    assert kept == [part.numel() * part.element_size() for part in found]

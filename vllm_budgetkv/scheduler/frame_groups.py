@@ -22,7 +22,13 @@ from vllm.v1.kv_cache_interface import iter_layer_specs
 
 from vllm_budgetkv.arithmetic.frame_groups import GROUP_TOKENS, group_stops
 from vllm_budgetkv.scheduler.spec import our_group
-from vllm_budgetkv.start.frame_groups import GRID, PIXELS, frames_of, item_refusal
+from vllm_budgetkv.start.frame_groups import (
+    GRID,
+    PIXELS,
+    frames_of,
+    items_refusal,
+    stands_alone,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,11 +92,14 @@ class EncoderRoom:
             ValueError: an item can never be computed.
         """
         in_groups = self.in_groups and not request.resumable
-        for feature in request.mm_features:
-            if refusal := item_refusal(feature, self.tokens, in_groups=in_groups):
-                raise ValueError(refusal)
+        if refusal := items_refusal(request.mm_features, self.tokens, in_groups=in_groups):
+            raise ValueError(refusal)
         if in_groups:
             request.mm_features = cut_videos(request.mm_features, copies=self.copies)
+
+    def refusal_of_whole(self, request: Request) -> str | None:
+        """Why an item of a session, whose videos are not cut, can never be computed."""
+        return items_refusal(request.mm_features, self.tokens, in_groups=False)
 
 
 def bounded_tokens(spec: KVCacheSpec) -> int:
@@ -114,24 +123,13 @@ def cut_videos(
     cut: list[MultiModalFeatureSpec] = []
     for index, feature in enumerate(features):
         frames = frames_of(feature)
-        if frames is None or _overlaps(features, index):
+        if frames is None or not stands_alone(features, index):
             cut.append(feature)
             continue
         stops = group_stops(frames.num_frames, frames.frame_tokens, group_tokens)
         groups = groups_of(feature, frames, stops, copies=copies)
         cut.extend([feature] if len(stops) == 1 else groups)
     return cut
-
-
-def _overlaps(features: Sequence[MultiModalFeatureSpec], index: int) -> bool:
-    """Whether another item, the sound of a video, stands among the tokens of this one."""
-    place = features[index].mm_position
-    around = [*features[max(0, index - 1) : index], *features[index + 1 : index + 2]]
-    return any(
-        other.mm_position.offset < place.offset + place.length
-        and place.offset < other.mm_position.offset + other.mm_position.length
-        for other in around
-    )
 
 
 def groups_of(

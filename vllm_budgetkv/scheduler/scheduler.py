@@ -19,6 +19,7 @@ from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import blocks_beside, our_group
+from vllm_budgetkv.scheduler.stripped import StrippedItems
 from vllm_budgetkv.start import host_memory, upstream
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
@@ -53,6 +54,7 @@ class BudgetScheduler(AsyncScheduler):
         # what a request gets that asks for nothing
         self.quota = self._rules.default.quota
         self.lookaheads = Lookaheads()
+        self._stripped = StrippedItems()
         # may hold the encoder to less
         self.encoder_room = EncoderRoom.of(self)
         self.encoder_limits = EncoderLimits(
@@ -121,7 +123,7 @@ class BudgetScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._waits_for_encoder = False
-        return super().schedule(throttle_prefills)
+        return self._stripped.follow(super().schedule(throttle_prefills), self.requests)
 
     def get_request_counts(self) -> tuple[int, int]:
         """(running, waiting) requests of clients; a look-ahead counts as its waiting parent."""
@@ -201,7 +203,7 @@ class BudgetScheduler(AsyncScheduler):
 
     def add_request(self, request: Request) -> None:
         if request.request_id in self.requests:
-            super().add_request(request)
+            self._go_on(request)
             return
         assert request.request_id not in self.lookaheads.held, "duplicate request id"
         try:
@@ -223,6 +225,14 @@ class BudgetScheduler(AsyncScheduler):
         self.lookaheads.hold(request, ahead)
         self._expect(ahead, terms)
         super().add_request(ahead)
+
+    def _go_on(self, request: Request) -> None:
+        """The next input of a session; with an item that can never be computed it ends."""
+        if refusal := self.encoder_room.refusal_of_whole(request):
+            logger.warning("budgetkv: session %s refused: %s", request.request_id, refusal)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)
+        # it is passed on all the same, so that there is a step that ends it
+        super().add_request(request)
 
     def _admissible(self, request: Request) -> Terms:
         """What a client's request is held to. Caps its output where it has no quota, cuts videos.
@@ -298,6 +308,7 @@ class BudgetScheduler(AsyncScheduler):
                 kv_params = {**(kv_params or {}), **said}
             self._answers.forget(request.request_id)
         self._manager.forget(request.request_id)
+        self._stripped.forget(request.request_id)
         if request.request_id in self.lookaheads:
             if self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].discard(request.request_id)

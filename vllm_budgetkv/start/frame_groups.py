@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from vllm_budgetkv.arithmetic.frame_groups import bounded_encoder_tokens
-
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+
+    from vllm.config import VllmConfig
 
     from vllm_budgetkv.start.engine_config import EngineConfig
 
@@ -55,6 +55,19 @@ def _reasons(engine: EngineConfig, media: Any) -> Iterator[str]:
         yield "--disable-chunked-mm-input keeps a video in one chunk"
 
 
+def reasons_to_keep_whole(vllm_config: VllmConfig) -> list[str]:
+    """The same of an engine that starts: what else has a say in its towers and their outputs."""
+    return [*reasons_against(vllm_config), *_beside(vllm_config)]
+
+
+def _beside(vllm_config: VllmConfig) -> Iterator[str]:
+    lora = vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        yield "--enable-tower-connector-lora adapts the tower"
+    if vllm_config.ec_transfer_config is not None:
+        yield "--ec-transfer-config shares its embeddings"
+
+
 def frames_of(feature: Any) -> Frames | None:
     """The frames of an item; None for one that is no video with equal frames, or not to be read.
 
@@ -76,19 +89,44 @@ def frames_of(feature: Any) -> Frames | None:
     return Frames(num_frames, num_embeds // num_frames, frame_rows)
 
 
-def least_encoder_tokens(engine: EngineConfig) -> int:
-    """Embeddings that the encoder takes at least, where videos are computed in groups."""
-    return bounded_encoder_tokens(engine.scheduler_config.max_num_batched_tokens, 0)
-
-
-def item_refusal(feature: Any, most_tokens: int, *, in_groups: bool) -> str | None:
-    """Why the encoder cannot take an item; None if it can.
+def stands_alone(features: Sequence[Any], index: int) -> bool:
+    """Whether no other item, the sound of a video, stands among the tokens of this one.
 
     Args:
-        feature: vLLM's `MultiModalFeatureSpec`.
+        features: vLLM's `MultiModalFeatureSpec` of each item of a prompt, by offset.
+        index: of the item.
+    """
+    place = features[index].mm_position
+    around = [*features[max(0, index - 1) : index], *features[index + 1 : index + 2]]
+    return not any(
+        other.mm_position.offset < place.offset + place.length
+        and place.offset < other.mm_position.offset + other.mm_position.length
+        for other in around
+    )
+
+
+def items_refusal(
+    features: Sequence[Any], most_tokens: int, *, in_groups: bool, lacks_data: bool = False
+) -> str | None:
+    """Why the encoder cannot take an item of a prompt; None if it can take all.
+
+    Args:
+        features: vLLM's `MultiModalFeatureSpec` of each, by offset.
         most_tokens: embeddings that the encoder makes in a step and keeps.
         in_groups: whether videos whose frames can be told apart are computed in groups.
+        lacks_data: whether an earlier request may have brought data that are not here: then only
+            who has them can say how the frames of such a video are.
     """
+    for index, feature in enumerate(features):
+        is_cut = in_groups and stands_alone(features, index)
+        if lacks_data and is_cut and feature.modality == VIDEO and feature.data is None:
+            continue
+        if reason := _item_refusal(feature, most_tokens, in_groups=is_cut):
+            return reason
+    return None
+
+
+def _item_refusal(feature: Any, most_tokens: int, *, in_groups: bool) -> str | None:
     num_embeds = feature.mm_position.get_num_embeds()
     if num_embeds <= most_tokens:
         return None

@@ -47,7 +47,7 @@ def _process_inputs(
     try:
         check(rules, self.vllm_config, request)
         if most_tokens is not None:
-            check_items(self.vllm_config, request, most_tokens)
+            check_items(request, most_tokens)
     except refusal():
         meters().was_refused(self.vllm_config.model_config.served_model_name)
         _forget_items(self, request)
@@ -81,7 +81,7 @@ def _item_tokens_of(processor: InputProcessor) -> int | None:
     """
     if processor not in _item_tokens:
         config, found = processor.vllm_config, None
-        if processor.supports_mm_inputs and not frame_groups.reasons_against(config):
+        if processor.supports_mm_inputs and not frame_groups.reasons_to_keep_whole(config):
             found = processor.mm_encoder_cache_size
             processor.mm_encoder_cache_size = config.model_config.max_model_len
         _item_tokens[processor] = found

@@ -50,26 +50,20 @@ def check(rules: RequestRules, vllm_config: VllmConfig, request: EngineCoreReque
         raise refusal()(str(error)) from error
 
 
-def check_items(vllm_config: VllmConfig, request: EngineCoreRequest, most_tokens: int) -> None:
-    """Refuse a request with an item that the encoder cannot take.
+def check_items(request: EngineCoreRequest, most_tokens: int) -> None:
+    """Refuse a request with an item that the encoder cannot take, where videos may be in groups.
 
     Args:
-        vllm_config: of an engine that may compute videos in groups of frames.
-        request: as the front end passes it on.
+        request: as the front end passes it on; those of a session are not cut.
         most_tokens: embeddings of the largest item that vLLM would take.
 
     Raises:
         ValueError: says how large it is and may be.
     """
-    if request.resumable:
-        most_tokens = min(most_tokens, frame_groups.least_encoder_tokens(vllm_config))
-    for feature in request.mm_features or ():
-        # one without data came before
-        if feature.data is None:
-            continue
-        in_groups = not request.resumable
-        if reason := frame_groups.item_refusal(feature, most_tokens, in_groups=in_groups):
-            raise refusal()(reason)
+    features, in_groups = request.mm_features or (), not request.resumable
+    reason = frame_groups.items_refusal(features, most_tokens, in_groups=in_groups, lacks_data=True)
+    if reason:
+        raise refusal()(reason)
 
 
 def prompt_length(request: Any) -> int:

@@ -12,6 +12,8 @@ _UTILS = "vllm.multimodal.utils"
 # fmt: off
 FRAME_TOUCHPOINTS = (
     Touchpoint(_INPUTS, "MultiModalFeatureSpec", "subclass", "a group of frames is an item"),
+    Touchpoint("vllm.v1.core.sched.output", "SchedulerOutput", "subclass",
+               "a step brings pixels that an earlier one left out"),
     Touchpoint(_MODELS, "SupportsMRoPE.get_mrope_input_positions", "replace",
                "positions follow from whole videos",
                ("self", "input_tokens", "mm_features")),
@@ -26,8 +28,8 @@ FRAME_TOUCHPOINTS = (
     Touchpoint("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.profile_run", "read",
                "runner V1: asks its `mm_budget`",
                ("self", "randomize_inputs")),
-    Touchpoint(_MODELS, "SupportsMultiModal.embed_multimodal", "read",
-               "the proof: a video at once, and in groups",
+    Touchpoint(_MODELS, "SupportsMultiModal.embed_multimodal", "replace",
+               "the proof: a video at once, and in groups; no item keeps its batch alive",
                ("self", "kwargs")),
     Touchpoint(_UTILS, "group_and_batch_mm_kwargs", "read", "the same, batched as runners do",
                ("mm_kwargs", "device", "pin_memory")),

@@ -246,7 +246,7 @@ READS = (
         "scheduler_config", "vllm_config")),
     Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
         "finished_req_ids", "kv_connector_metadata", "num_scheduled_tokens", "preempted_req_ids",
-        "scheduled_cached_reqs",
+        "scheduled_cached_reqs", "scheduled_encoder_inputs",
         "scheduled_new_reqs")),
     Reads("vllm.v1.core.sched.output", "NewRequestData", "a request that is admitted", (
         "block_ids", "mm_features", "num_computed_tokens", "prompt_len", "prompt_token_ids",
@@ -273,7 +273,9 @@ READS = (
         "model_config", "model_runner", "rank", "use_v2_model_runner", "vllm_config")),
     Reads("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "builders, rows, seeds (V1)", (
         "attn_groups", "device", "discard_request_mask", "input_batch", "lora_config",
-        "mm_budget", "supports_mm_inputs", "get_model()")),
+        "mm_budget", "requests", "supports_mm_inputs", "get_model()")),
+    Reads("vllm.v1.worker.gpu_input_batch", "CachedRequestState", "items of a request (V1)", (
+        "mm_features",)),
     Reads("vllm.v1.worker.gpu_input_batch", "InputBatch", "rows to requests, seeds (runner V1)", (
         "generators", "req_ids")),
     Reads("vllm.v1.worker.gpu.model_runner", "GPUModelRunner", "builders, rows (runner V2)", (

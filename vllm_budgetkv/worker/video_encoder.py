@@ -22,7 +22,7 @@ from vllm_budgetkv.start.frame_groups import (
     PIXELS,
     VIDEO,
     frames_of,
-    reasons_against,
+    reasons_to_keep_whole,
     small_video,
 )
 from vllm_budgetkv.worker.frame_proof import FrameProof, with_frames
@@ -30,6 +30,7 @@ from vllm_budgetkv.worker.frame_proof import FrameProof, with_frames
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from vllm.config import VllmConfig
     from vllm.multimodal.inputs import MultiModalKwargsItem
 
@@ -83,6 +84,7 @@ class VideoEncoder:
             tokens,
         )
         _keep_positions(runner.get_model())
+        part_outputs(runner.get_model())
         num_frames = group_stops(GROUP_TOKENS, frames.frame_tokens)[0]
         pixels = video[PIXELS].data
         rows = pixels.new_zeros(num_frames * frames.frame_rows, *pixels.shape[1:])
@@ -137,7 +139,7 @@ def _proven(
         ValueError: says why videos must be computed as a whole. A processor or a tower that wants
             no small ones raises what it raises.
     """
-    if reasons := [*reasons_against(vllm_config), *_beside(vllm_config)]:
+    if reasons := reasons_to_keep_whole(vllm_config):
         raise ValueError(", ".join(reasons))
     video = small_video(budget.processor, vllm_config.model_config.max_model_len)
     frames = frames_of(video)
@@ -149,12 +151,17 @@ def _proven(
     return video.data, frames
 
 
-def _beside(vllm_config: VllmConfig) -> Iterator[str]:
-    lora = vllm_config.lora_config
-    if lora is not None and lora.enable_tower_connector_lora:
-        yield "--enable-tower-connector-lora adapts the tower"
-    if vllm_config.ec_transfer_config is not None:
-        yield "--ec-transfer-config shares its embeddings"
+def part_outputs(model: Any) -> None:
+    """Let no item's embeddings keep those of its batch alive. Mutates the model.
+
+    Towers split one tensor into views, and the runners keep each until its own last token has run.
+    """
+
+    def outputs(original: Any, **fields: Any) -> list[torch.Tensor]:
+        found = list(original(**fields))
+        return [rows.clone() for rows in found] if len(found) > 1 else found
+
+    upstream.replace_in(model, "SupportsMultiModal.embed_multimodal", outputs)
 
 
 def _keep_positions(model: Any) -> None:

@@ -20,6 +20,7 @@ from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, parent_of
 from vllm_budgetkv.scheduler.spec import our_group, windows_of
+from vllm_budgetkv.scheduler.stripped import brought_by
 from vllm_budgetkv.start import platforms, pool_size, refused_models
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.host_memory import num_blocks
@@ -229,6 +230,10 @@ class BudgetWorker(Worker):
 
     @torch.inference_mode()
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        brings = brought_by(scheduler_output)
+        if brings is not None and not self.use_v2_model_runner:
+            # runner V2 is sent anew what comes back
+            brings.give_to(self.model_runner.requests)
         self.budget_cache.begin_step(scheduler_output)
         if self.window_blocks is not None:
             self.window_blocks.clear(scheduler_output)
