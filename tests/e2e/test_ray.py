@@ -157,7 +157,7 @@ def test_every_row_is_answered_once(batch: dict[str, Any]) -> None:
         if one["custom_id"] != DONE
     ]
     assert max(report["peak_blocks"] for report in reports) == QUOTA_BLOCKS
-    assert any(report["prompt_compressions"] for report in reports)
+    assert any(report.get("prompt_compressions") for report in reports)
 
 
 def test_what_an_earlier_run_answered_stays(batch: dict[str, Any]) -> None:
