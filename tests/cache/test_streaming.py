@@ -210,6 +210,44 @@ def test_classes_before_the_choice_have_no_say_in_it(
     assert not all(new for _, new in told)
 
 
+OWN_TOKENS = 8
+
+
+def asked(*, shared_tokens: int, looks_ahead: bool, enough_tokens: int) -> Any:
+    """What stays of a prompt with `OWN_TOKENS` behind its video and room for more to ask."""
+    quota = Quota(**NUMBERS, recall=replace(RECALL, question_tokens=20))
+    lab = StreamingLab(
+        "hybrid",
+        quota,
+        options=PolicyOptions(probe_tokens=OWN_TOKENS + 4),
+        pool_blocks=60,
+        heads=2,
+        tier_blocks=200,
+    )
+    video = Feature(12, 280, 8)
+    terms = replace(
+        lab.cache.slots.rules.offers[0].terms, replaces_ahead=True, enough_tokens=enough_tokens
+    )
+    lab.families = dict.fromkeys(("first", "second"), ("second", shared_tokens or 300))
+    if shared_tokens:
+        prefill(lab, Client("first", 300, [video], terms=terms))
+    client = Client("second", 300, [video], terms=terms)
+    if looks_ahead:
+        look_ahead(lab, client)
+    return chosen(lab, run(lab, prefill(lab, client), outputs=3))
+
+
+@pytest.mark.parametrize("shared_tokens", [0, 200, 292])
+def test_a_question_that_was_read_asks_alone(shared_tokens: int) -> None:
+    """So a prompt that was found needs no look-ahead to keep what a computed one does."""
+    expected = asked(shared_tokens=0, looks_ahead=True, enough_tokens=OWN_TOKENS)
+    assert asked(shared_tokens=292, looks_ahead=False, enough_tokens=OWN_TOKENS) == expected
+    found = {"shared_tokens": shared_tokens, "looks_ahead": True}
+    assert asked(**found, enough_tokens=OWN_TOKENS) == expected
+    # too short to be a question, it asks beside what ran ahead
+    assert asked(**found, enough_tokens=OWN_TOKENS + 1) != expected
+
+
 def test_steps_that_recall_are_those_behind_the_prompt() -> None:
     lab = streaming_lab({"question_tokens": 20})
     client = run(lab, Client("long", 300), outputs=6)

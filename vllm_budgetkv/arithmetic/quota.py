@@ -217,11 +217,13 @@ class Quota:
         return found_tokens > 0 and question_start < self.next_stop(found_tokens, prompt_tokens)
 
     def chunks_end(self, prompt_tokens: int) -> int:
-        """Tokens of the prompt that come in chunks: with recall, its last token comes by itself.
+        """Tokens of the prompt that come in chunks: its last comes by itself where heads recall.
 
-        Behind it stands the first token of the answer, which must see what comes back.
+        Behind it stands the first token of the answer, which must see what comes back. Where the
+        last chunk attends to all of the prompt, it sees that already.
         """
-        return prompt_tokens - (self.recall_room(prompt_tokens) is not None)
+        is_alone = not self.streams and self.recall_room(prompt_tokens) is not None
+        return prompt_tokens - is_alone
 
     def compresses_after(self, seen_tokens: int, prompt_tokens: int) -> bool:
         """Whether a chunk that ends at `seen_tokens` of the prompt is compressed."""

@@ -23,6 +23,8 @@ class Terms:
         pinned: positions of its prompt that stay.
         lookahead_tokens: most text tokens, the last of the prompt, that run ahead; 0 for none.
         enough_tokens: text in front of an item does not run ahead if so many stand behind it.
+        replaces_ahead: whether the prompt's last text, once read, takes the place of what ran
+            ahead.
         reuses: whether its prompt may begin with what another left in host memory.
     """
 
@@ -31,9 +33,21 @@ class Terms:
     pinned: Pinned = Pinned()
     lookahead_tokens: int = 0
     enough_tokens: int = 0
+    replaces_ahead: bool = False
     reuses: bool = True
 
     @property
     def kind(self) -> Hashable:
         """What keys and values behind a compressed context depend on beside the tokens."""
         return self.policy, self.quota.blocks, self.pinned
+
+    def asks_itself(self, prompt_tokens: int, end_of_items: int) -> bool:
+        """Whether a prompt that was read asks the cache with its last text alone.
+
+        That is all that ran ahead of it, and it has seen what stands in front of it.
+
+        Args:
+            prompt_tokens: of the prompt.
+            end_of_items: tokens up to the end of its last picture or video; 0 if there is none.
+        """
+        return self.replaces_ahead and prompt_tokens - end_of_items >= self.enough_tokens

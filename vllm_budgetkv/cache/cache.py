@@ -214,10 +214,9 @@ class BudgetCache:
 
     def _choose(self, request: RequestState) -> None:
         """Let a request hold what stays of its prompt, which is all behind it."""
+        self.layers.probes.drop_seed(request)
         self._look_again(request)
         self._end_chunks(request)
-        assert self.layers.replay is not None
-        self.layers.replay.end(request)
 
     def _look_again(self, request: RequestState) -> None:
         assert self.layers.recaller is not None and self.layers.replay is not None

@@ -104,14 +104,6 @@ class Replay:
         stops = [*range(chunk_tokens, end_tokens, chunk_tokens), end_tokens]
         self._fill(request, stops, end_tokens - 1, next_position)
 
-    def end(self, request: RequestState) -> None:
-        """Append the last token of a prompt whose chunks are held, where it comes by itself."""
-        if num_tokens := request.prompt_tokens - request.computed_tokens:
-            lead = self._lead([request], [num_tokens], [request.computed_tokens])
-            for layer in range(self.tables.num_layers):
-                lead.append(layer)
-            request.advance(num_tokens)
-
     def _fill(
         self,
         request: RequestState,

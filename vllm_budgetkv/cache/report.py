@@ -113,7 +113,7 @@ class Leaving:
         """Of a request that gives up its slot, whose counts go with it."""
         slot, quota = request.slot, request.quota
         # the first that looked for tokens: one of the answer, or the prompt's last
-        first = request.prompt_tokens if quota.streams else quota.chunks_end(request.prompt_tokens)
+        first = quota.chunks_end(request.prompt_tokens)
         return cls(
             steps=request.computed_tokens - first,
             recalled_tokens=recaller.num_recalled[slot].sum(),

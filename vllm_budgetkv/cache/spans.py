@@ -55,6 +55,7 @@ class PromptSpans:
     Args:
         prompt_tokens: tokens of the prompt.
         items: multimodal items, in any order.
+        closing_tokens: marks behind the last item that belong to it, as vLLM sees it, and are text.
         device: where `lookup` runs.
 
     Raises:
@@ -65,6 +66,7 @@ class PromptSpans:
     prompt_tokens: int
     items: Sequence[VisionItem]
     device: torch.device | str = "cpu"
+    closing_tokens: int = 0
 
     def __post_init__(self) -> None:
         items = tuple(sorted(self.items, key=lambda item: item.offset))
@@ -96,8 +98,8 @@ class PromptSpans:
 
     @property
     def end_of_vision(self) -> int:
-        """Position behind the last vision token; 0 without vision."""
-        return self.vision_ranges[-1].stop if self.vision_ranges else 0
+        """Position behind the last item and the marks that close it; 0 without vision."""
+        return self.vision_ranges[-1].stop + self.closing_tokens if self.vision_ranges else 0
 
     @cached_property
     def boundaries(self) -> torch.Tensor:

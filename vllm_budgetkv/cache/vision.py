@@ -61,7 +61,14 @@ def spans_of(
     fitting = fit_items(prompt_tokens, items)
     if fitting != items:
         warn_once("items of a prompt overlap or reach beyond it: they were cut to what fits")
-    return PromptSpans(prompt_tokens, fitting, device)
+    return PromptSpans(prompt_tokens, fitting, device, _closing(prompt_tokens, fitting, features))
+
+
+def _closing(prompt_tokens: int, items: Sequence[VisionItem], features: Sequence[Any]) -> int:
+    """Tokens of the last item behind its last embedding: a mark that closes it, mostly."""
+    places = [place for feature in features if (place := _place_of(feature)) and place.ranges]
+    stop = min(prompt_tokens, max((p.offset + p.length for p in places), default=0))
+    return max(0, stop - items[-1].stop) if items else 0
 
 
 def vision_items(features: Sequence[Any]) -> list[VisionItem]:

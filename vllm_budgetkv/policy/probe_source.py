@@ -31,6 +31,8 @@ class ProbeSource(ABC):
     elsewhere, so they are turned to stand behind the cached tokens."""
     asks_from_start: ClassVar[bool] = False
     """Whether queries are kept from the start, also of requests that may never be compressed."""
+    is_replaced: ClassVar[bool] = False
+    """Whether the prompt's last text, read where it stands, takes the place of what ran ahead."""
 
     @staticmethod
     def capacity_tokens(options: PolicyOptions) -> int:
@@ -56,6 +58,7 @@ class PromptText(ProbeSource):
     """The last text tokens; those of the prompt run ahead of a long one."""
 
     runs_ahead = True
+    is_replaced = True
 
     @staticmethod
     def positions(

@@ -31,7 +31,7 @@ from vllm_budgetkv.scheduler.prompts import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Self
 
     from vllm.config import VllmConfig
@@ -61,13 +61,16 @@ class ReuseRules:
 
     Args:
         terms_of: what a request is held to.
-        looks_ahead: whether its own text ran ahead of it, which chooses what it takes over.
+        looks_ahead: whether its own text runs ahead of it, which chooses what it takes over, or
+            would if host memory kept less of it.
+        may_begin: whether it begins, if it finds so many tokens.
         stop_behind: where its chunk behind so many tokens ends.
         probe_tokens: last tokens of a prompt that ask the cache, so that they are computed anew.
     """
 
     terms_of: Callable[[Request], Terms]
     looks_ahead: Callable[[Request], bool]
+    may_begin: Callable[[Request, int], bool]
     stop_behind: Callable[[Request, int], int]
     probe_tokens: int
 
@@ -120,11 +123,30 @@ class HostConnector(KVConnectorBase_V1):
         self._prompts.leave(request_id)
         if num_computed_tokens or not self._reuses_for(request):
             return 0, False
-        found = self._prompts.find(request_id, self._keys_of(request), self._most_tokens(request))
-        if found is None:
+        found_tokens = self._find(request)
+        if found_tokens is None or not self._rules.may_begin(request, found_tokens):
             return None, False
+        return found_tokens, False
+
+    def keeps_now(self, request: Request) -> int:
+        """Tokens of a prompt that one which arrives would take over, if it were admitted now."""
+        # vLLM lets one that asks for logprobs of its prompt begin with nothing
+        if request.skip_reading_prefix_cache or not self._reuses_for(request):
+            return 0
+        found_tokens = self._find(request)
+        # it waits for nobody yet, and may never be admitted
+        self._prompts.leave(request.request_id)
+        del self._keys[request.request_id]
+        return found_tokens or 0
+
+    def _find(self, request: Request) -> int | None:
+        """Tokens of a prompt that are kept, and for the rest of which there is room; else None."""
+        keys, most_tokens = self._keys_of(request), self._most_tokens(request)
+        found = self._prompts.find(request.request_id, keys, most_tokens)
+        if found is None:
+            return None
         has_room = self._prompts.has_room(request.num_prompt_tokens, found)
-        return found.num_tokens if has_room else 0, False
+        return found.num_tokens if has_room else 0
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
@@ -166,7 +188,7 @@ class HostConnector(KVConnectorBase_V1):
             self._rules.terms_of(request).quota,
             request.num_prompt_tokens,
             probe_tokens=self._rules.probe_tokens,
-            end_of_items=max((_stop_of(feature) for feature in request.mm_features), default=0),
+            end_of_items=end_of_items(request.mm_features),
         )
 
     def _stops(self, request: Request, num_tokens: int) -> Iterator[int]:
@@ -245,6 +267,11 @@ class HostConnector(KVConnectorBase_V1):
 
 
 _NO_WORKER = "host memory is read and written by the cache, inside its layers"
+
+
+def end_of_items(features: Sequence[Any]) -> int:
+    """Tokens of a prompt up to the end of its last item; 0 if there is none."""
+    return max((_stop_of(feature) for feature in features), default=0)
 
 
 def _stop_of(feature: Any) -> int:

@@ -49,10 +49,16 @@ class Lookaheads:
         parents: the client's request that each runs ahead of, by the id of the look-ahead; from
             its arrival until its last output is out of the way.
         held: the look-ahead's id, by the id of each client's request that is held back for it.
+        spared: ids of clients' requests that need none, as long as host memory keeps their prompt.
+        late: the look-ahead's id, by the id of each request that was spared and needs one after
+            all: it waits in vLLM's queue.
     """
 
     parents: dict[str, Request] = field(default_factory=dict)
     held: dict[str, str] = field(default_factory=dict)
+    spared: set[str] = field(default_factory=set)
+    late: dict[str, str] = field(default_factory=dict)
+    _lost: dict[str, Request] = field(default_factory=dict, init=False)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self.parents
@@ -69,7 +75,11 @@ class Lookaheads:
     def release(self, ahead_id: str) -> Request | None:
         """The request that was held back for a look-ahead which ended; None if it was cancelled."""
         parent = self.parents.get(ahead_id)
-        if parent is None or self.held.get(parent.request_id) != ahead_id:
+        if parent is None:
+            return None
+        if self.late.get(parent.request_id) == ahead_id:
+            self.forget_spared(parent.request_id)
+        if self.held.get(parent.request_id) != ahead_id:
             return None
         del self.held[parent.request_id]
         return parent
@@ -78,6 +88,42 @@ class Lookaheads:
         """A held request that is held no more, and its look-ahead's id; None for any other."""
         ahead_id = self.held.pop(parent_id, None)
         return None if ahead_id is None else (self.parents[ahead_id], ahead_id)
+
+    # --- requests that need none -----------------------------------------------------------------
+
+    def spare(self, request_id: str) -> None:
+        """Note that nothing runs ahead of a request, since it will read its question in time."""
+        self.spared.add(request_id)
+
+    def may_begin(self, request: Request, *, is_kept: bool) -> bool:
+        """Whether a request begins now; one that was spared must have a look-ahead if not.
+
+        Args:
+            request: a client's, in vLLM's queue.
+            is_kept: whether host memory keeps so much of its prompt that it needs none.
+        """
+        request_id = request.request_id
+        if request_id not in self.spared or (is_kept and request_id not in self.late):
+            return True
+        if request_id not in self.late:
+            self._lost[request_id] = request
+        return False
+
+    def take_lost(self) -> list[Request]:
+        """The spared requests that `may_begin` held since the last call."""
+        lost, self._lost = self._lost, {}
+        return list(lost.values())
+
+    def run_late(self, parent: Request, ahead: Request) -> None:
+        """Note that `parent`, in vLLM's queue, waits there until `ahead` has ended."""
+        self.parents[ahead.request_id] = parent
+        self.late[parent.request_id] = ahead.request_id
+
+    def forget_spared(self, request_id: str) -> str | None:
+        """Know nothing more of a request that was spared. Returns its late look-ahead's id."""
+        self.spared.discard(request_id)
+        self._lost.pop(request_id, None)
+        return self.late.pop(request_id, None)
 
     def forget_gone(self, alive: Container[str]) -> None:
         """Drop the look-aheads that are not among the requests that are `alive`."""

@@ -25,7 +25,7 @@ class Expectation:
         terms: what it is held to.
         prompt_tokens: of its prompt, without any output.
         is_private: whether it neither reads nor publishes cached blocks.
-        looks_ahead: whether its text runs ahead of it.
+        looks_ahead: whether its text runs ahead of it, or would if host memory kept less of it.
     """
 
     terms: Terms

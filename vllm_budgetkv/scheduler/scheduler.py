@@ -13,7 +13,7 @@ from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
 from vllm_budgetkv.scheduler.answers import Answers
 from vllm_budgetkv.scheduler.banner import Banner
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
-from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules
+from vllm_budgetkv.scheduler.connector import HostConnector, ReuseRules, end_of_items
 from vllm_budgetkv.scheduler.frame_groups import EncoderRoom
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, Lookaheads, make_lookahead
 from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
@@ -105,6 +105,7 @@ class BudgetScheduler(AsyncScheduler):
         rules = ReuseRules(
             terms_of=self._terms_of,
             looks_ahead=lambda request: self._manager.expected(request.request_id).looks_ahead,
+            may_begin=self._may_begin,
             stop_behind=self._stop_behind,
             probe_tokens=self._config.policy_options().probe_tokens,
         )
@@ -123,10 +124,20 @@ class BudgetScheduler(AsyncScheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self._waits_for_encoder = False
+        for parent in self.lookaheads.take_lost():
+            terms = self._terms_of(parent)
+            ahead = self._lookahead_of(parent, terms)
+            assert ahead is not None, "it had one when it came"
+            self.lookaheads.run_late(parent, ahead)
+            self._run_ahead(ahead, terms)
         return self._stripped.follow(super().schedule(throttle_prefills), self.requests)
 
     def get_request_counts(self) -> tuple[int, int]:
-        """(running, waiting) requests of clients; a look-ahead counts as its waiting parent."""
+        """(running, waiting) requests of clients; a look-ahead counts as its waiting parent.
+
+        A late one counts beside its parent, which waits in vLLM's queue: vLLM takes requests that
+        are not counted for ones that have ended.
+        """
         num_running, num_waiting = super().get_request_counts()
         ahead = [self.requests[request_id] for request_id in self.lookaheads]
         ahead_running = sum(request.status == RequestStatus.RUNNING for request in ahead)
@@ -221,10 +232,38 @@ class BudgetScheduler(AsyncScheduler):
         self._expect(request, terms, looks_ahead=ahead is not None)
         if ahead is None:
             super().add_request(request)
-            return
-        self.lookaheads.hold(request, ahead)
+        elif self._needs_none(request, self._kept_tokens(request)):
+            self.lookaheads.spare(request.request_id)
+            super().add_request(request)
+        else:
+            self.lookaheads.hold(request, ahead)
+            self._run_ahead(ahead, terms)
+
+    def _run_ahead(self, ahead: Request, terms: Terms) -> None:
         self._expect(ahead, terms)
         super().add_request(ahead)
+
+    def _kept_tokens(self, request: Request) -> int:
+        """Tokens of a prompt that arrives which host memory keeps."""
+        connector = self.connector
+        return connector.keeps_now(request) if isinstance(connector, HostConnector) else 0
+
+    def _needs_none(self, request: Request, found_tokens: int) -> bool:
+        """Whether nothing must run ahead of a prompt of which host memory keeps so much.
+
+        Its question is read where it stands before anything is chosen, and asks with that alone.
+        """
+        prompt_tokens, terms = request.num_prompt_tokens, self._terms_of(request)
+        end_tokens = end_of_items(request.mm_features)
+        # an item without embeddings, or that cannot be read, is text for the worker
+        postpones = all(
+            terms.quota.postpones(prompt_tokens, found_tokens, end) for end in (0, end_tokens)
+        )
+        return found_tokens > 0 and postpones and terms.asks_itself(prompt_tokens, end_tokens)
+
+    def _may_begin(self, request: Request, found_tokens: int) -> bool:
+        is_kept = self._needs_none(request, found_tokens)
+        return self.lookaheads.may_begin(request, is_kept=is_kept)
 
     def _go_on(self, request: Request) -> None:
         """The next input of a session; with an item that can never be computed it ends."""
@@ -285,6 +324,8 @@ class BudgetScheduler(AsyncScheduler):
         else:
             ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         cancelled = []
+        late = [self.lookaheads.forget_spared(request_id) for request_id in ids]
+        ids += [ahead_id for ahead_id in late if ahead_id is not None]
         for found in [self.lookaheads.cancel(request_id) for request_id in ids]:
             if found is None:
                 continue
@@ -309,6 +350,7 @@ class BudgetScheduler(AsyncScheduler):
             self._answers.forget(request.request_id)
         self._manager.forget(request.request_id)
         self._stripped.forget(request.request_id)
+        self.lookaheads.forget_spared(request.request_id)
         if request.request_id in self.lookaheads:
             if self.finished_req_ids_dict is not None:
                 self.finished_req_ids_dict[request.client_index].discard(request.request_id)

@@ -230,6 +230,11 @@ class BudgetConfig(PolicyFlags):
         return self.lookahead and policy.needs_scores and policy.probe_source.runs_ahead
 
     @property
+    def replaces_ahead(self) -> bool:
+        """Whether what ran ahead of a prompt gives way to its text, once that is read."""
+        return self.looks_ahead and POLICIES[self.policy].probe_source.is_replaced
+
+    @property
     def lookahead_limit_tokens(self) -> int:
         """Most text tokens, the last of the prompt, that run ahead."""
         asks_template = POLICIES[self.policy].probe_source is ChatTemplate

@@ -111,6 +111,7 @@ class RequestRules:
             quota=self.quotas[policy],
             lookahead_tokens=config.lookahead_limit_tokens if config.looks_ahead else 0,
             enough_tokens=config.lookahead_enough_tokens,
+            replaces_ahead=config.replaces_ahead,
             reuses=config.reuse,
         )
 

@@ -98,11 +98,11 @@ class ProbeBank:
         self.queries = shape.queries(shape.num_layers, capacity)
         self.positions = torch.zeros(capacity, dtype=torch.int64, device=shape.device)
         self.capacity = capacity
-        self.num_written = 0
+        self.num_written = self.num_dropped = 0
 
     @property
     def size(self) -> int:
-        return min(self.num_written, self.capacity)
+        return min(self.num_written - self.num_dropped, self.capacity)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +119,10 @@ class ProbeBank:
         ring = [(self.num_written + i) % self.capacity for i in range(len(kept))]
         self.num_written += len(kept)
         return kept, ring
+
+    def keep_last(self, count: int) -> None:
+        """Ask with the last `count` queries alone, and with those that come."""
+        self.num_dropped = max(self.num_dropped, self.num_written - count)
 
     def write_positions(self, write: BankWrite, positions: torch.Tensor) -> None:
         """Store the rotary positions of a step's text tokens; `positions` is int64 [T]."""

@@ -93,6 +93,17 @@ class Probes:
         """Drop the seed of a request that ended."""
         self.seeds.pop(request_id, None)
 
+    def drop_seed(self, request: RequestState) -> None:
+        """Let a request whose prompt was read ask with the text behind its pictures alone.
+
+        What ran ahead of it asked the same, but saw nothing. Where that text is too short to be a
+        question, what stands in front of the pictures still asks, as it ran ahead.
+        """
+        spans, bank = request.spans, request.bank
+        sizes = (spans.prompt_tokens, spans.end_of_vision)
+        if bank is not None and request.terms.asks_itself(*sizes):
+            bank.keep_last(spans.prompt_tokens - spans.end_of_vision)
+
     # --- writing in a step -----------------------------------------------------------------------
 
     def open_writes(self, plans: Sequence[RowPlan], starts: Sequence[int]) -> list[Entry]:

@@ -22,6 +22,8 @@ MAX_RUNS = 64
 # rows up to this long are ranked in registers
 MAX_RESIDENT_TOKENS = 8192
 BLOCK_COLUMNS = 128
+# a question may have any number of rows, and none of them is compiled for
+MIN_BLOCK_ROWS = 64
 
 
 class Logits(NamedTuple):
@@ -120,7 +122,7 @@ def _finish(
         GROUP=num_query_heads // num_heads,
         BLOCK_RUNS=triton.next_power_of_2(num_runs),
         BLOCK_COLUMNS=BLOCK_COLUMNS,
-        BLOCK_ROWS=triton.next_power_of_2(num_rows),
+        BLOCK_ROWS=max(MIN_BLOCK_ROWS, triton.next_power_of_2(num_rows)),
         BLOCK_KEYS=min(triton.next_power_of_2(max_tokens), MAX_RESIDENT_TOKENS),
         TAKES_LARGEST=takes_largest,
         HAS_SINKS=sinks is not None,
@@ -144,7 +146,7 @@ def _options(dtype: torch.dtype, head_size: int) -> dict[str, Any]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def logits_kernel(
     probe: tl.tuple,
     pages: tl.tuple,

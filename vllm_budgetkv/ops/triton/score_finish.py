@@ -16,7 +16,7 @@ from vllm_budgetkv.ops.triton.ranking import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def finish_kernel(
     work: tl.tuple,
     lens: tl.tensor,
