@@ -54,8 +54,9 @@ def pictures(family: Family) -> list[dict[str, Any]]:
 
 def long_requests(family: Family) -> list[dict[str, Any]]:
     """Four prompts of more than ten times the quota, and outputs that are compacted."""
-    # in bfloat16 those with recurrent state, whose blocks are up to 240 tokens long
-    sentences = 280 if family.dtype == "bfloat16" else 190
+    # a block of those with recurrent state is up to 256 tokens long
+    is_longer = family.page_quota < 5
+    sentences, beside_picture = (290, 45) if is_longer else (190, 30)
     requests = []
     for number in range(NUM_LONG):
         sentence = f"What does sign {number} say? "
@@ -67,7 +68,7 @@ def long_requests(family: Family) -> list[dict[str, Any]]:
             for place in range(family.sight.large_pictures):
                 content += [
                     {"image": 10 * number + place, "size_pixels": [side, side]},
-                    {"text": sentence * 30},
+                    {"text": sentence * beside_picture},
                 ]
         requests.append(
             {

@@ -60,7 +60,10 @@ def bound(family: Family, answer: dict[str, Any]) -> dict[str, Any]:
     prompts = {name: found["prompt_tokens"] for name, found in answer["answers"].items()}
     assert len(prompts) == NUM_LONG
     assert min(prompts.values()) >= TIMES * quota_tokens, f"{prompts} of {quota_tokens}"
-    assert set(answer["held"].values()) == {family.page_quota}, answer["held"]
+    # what runs ahead of a prompt may fit fewer
+    held = answer["held"]
+    assert max(held.values()) == family.page_quota, held
+    assert sum(blocks == family.page_quota for blocks in held.values()) >= NUM_LONG, held
     assert answer["running_at_once"] == NUM_LONG, answer["running_at_once"]
     assert answer["engine"]["leftovers"] == 0
     for found in answer["answers"].values():

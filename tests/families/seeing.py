@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.families import processors, vision
 from tests.families.family import Family, Sight
-from tests.families.text import MAMBA2, MINISTRAL3, MLA
+from tests.families.text import MINISTRAL3, MLA
 from tests.families.vision import EXPERTS, QWEN_PICTURE, qwen_sight
 from vllm_budgetkv.testing import models, recurrent
 
@@ -223,7 +223,8 @@ SEEING = [
             },
         ),
         special="gated delta rule",
-        refused=MAMBA2,
+        dtype="bfloat16",
+        page_quota=1,
     ),
     Family(
         name="LFM2-VL",
@@ -236,7 +237,7 @@ SEEING = [
             tokens={"image_token": "<image>"},
         ),
         special="short convolutions",
-        refused=MAMBA2,
+        refused="recurrent state beside or instead of KV",
     ),
     Family(
         name="Gemma 3, pictures",

@@ -6,13 +6,25 @@ from tests.families.family import Family
 from vllm_budgetkv.testing import models, recurrent, sliding
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-MAMBA2 = "recurrent state beside or instead of KV"
 MLA = {
     "kv_lora_rank": 32,
     "q_lora_rank": None,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16,
     "v_head_dim": 32,
+}
+# vLLM's Mamba2 for CPUs returns no states between chunks, which prefix caching asks for
+NO_CHECKPOINTS = {"enable_prefix_caching": False}
+# vLLM's rotary kernel for CPUs misreads queries that are not flat
+NATIVE_ROTARY = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+# what vLLM reads of a checkpoint's configuration that Transformers' class has no defaults for
+LFM2 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "full_attention"] * 2,
+    "conv_dim": 128,
+    "conv_dim_out": 128,
+    "block_dim": 128,
+    "block_auto_adjust_ff_dim": False,
 }
 MINISTRAL3 = {
     "rope_parameters": {
@@ -110,14 +122,17 @@ TEXT = [
         config="GraniteMoeHybridConfig",
         fields={
             **EXPERTS,
-            "layer_types": ["mamba", "attention"],
+            "num_hidden_layers": 4,
+            "layer_types": ["mamba", "attention"] * 2,
             "position_embedding_type": "nope",
             "shared_intermediate_size": 128,
+            "attention_multiplier": 0.2,
             "mamba_n_heads": 4,
-            "mamba_d_state": 16,
+            "mamba_d_state": 48,
         },
+        engine=NO_CHECKPOINTS,
         special="Mamba2, experts",
-        refused=MAMBA2,
+        page_quota=2,
     ),
     Family(
         name="OLMo 2",
@@ -178,23 +193,24 @@ TEXT = [
         architecture="NemotronHForCausalLM",
         config="NemotronHConfig",
         fields={
-            "layers_block_type": ["linear_attention", "full_attention", "mlp"],
-            "num_hidden_layers": 3,
+            "layers_block_type": ["linear_attention", "full_attention", "mlp"] * 2,
+            "num_hidden_layers": 6,
             "mamba_num_heads": 4,
             "mamba_head_dim": 64,
             "n_groups": 1,
-            "ssm_state_size": 16,
+            "ssm_state_size": 48,
         },
+        engine=NO_CHECKPOINTS,
         special="Mamba2",
-        refused=MAMBA2,
+        page_quota=2,
     ),
     Family(
         name="LFM2",
         architecture="Lfm2ForCausalLM",
         config="Lfm2Config",
-        fields={"layer_types": ["conv", "full_attention"]},
+        fields=LFM2,
+        engine=NATIVE_ROTARY,
         special="short convolutions",
-        refused=MAMBA2,
     ),
     Family(
         name="DeepSeek-V2, -V3, Kimi K2",

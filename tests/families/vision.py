@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tests.families import processors
 from tests.families.family import Sight
+from tests.families.text import LFM2
+from vllm_budgetkv.testing.recurrent import STATE_HEAD_DIM
 
 if TYPE_CHECKING:
     from tests.families.family import Ids
@@ -168,9 +170,8 @@ def paddleocr_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
 
 
 def lfm2_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
-    layers = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}
     return {
-        "text_config": text | layers,
+        "text_config": text | LFM2 | {"model_type": "lfm2"},
         "vision_config": TOWER | {"model_type": "siglip2_vision_model", "patch_size": 16},
         "image_token_id": ids("<image>"),
         "tie_word_embeddings": False,
@@ -190,7 +191,14 @@ def gemma3(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
 
 
 def minicpmv4_6(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
-    fields = {"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention"]}
+    fields = {
+        "model_type": "qwen3_5_text",
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_key_head_dim": STATE_HEAD_DIM,
+        "linear_value_head_dim": STATE_HEAD_DIM,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 1,
+    }
     return {
         "text_config": text | fields,
         "vision_config": TOWER | {"patch_size": 14, "insert_layer_id": 0},

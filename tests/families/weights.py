@@ -25,6 +25,8 @@ from vllm_budgetkv.testing.tokenizer import readable_tokens
 from vllm_budgetkv.testing.weights import BIAS_STD, KEY_GAINS, QUERY_GAIN
 
 LOAD_FORMAT = "noise"
+# rates at which heads of Mamba2 forget
+DECAYS = (0.05, 1.0)
 # what norms of queries and of keys multiply by
 HEAD_NORM = 1.5
 
@@ -54,7 +56,7 @@ def fill(model: nn.Module, answer_tokens: list[int]) -> None:
         answer_tokens: ids that greedy decoding may choose.
     """
     seen: set[int] = set()
-    is_tied = not any(isinstance(module, ParallelLMHead) for module in model.modules())
+    is_tied = _is_tied(model)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -69,6 +71,14 @@ def fill(model: nn.Module, answer_tokens: list[int]) -> None:
             elif isinstance(module, VocabParallelEmbedding) and is_tied:
                 scaled = scaled * TIED_GAIN
             parameter.copy_(scaled)
+
+
+def _is_tied(model: nn.Module) -> bool:
+    """Whether the head is the embedding, or has its rows."""
+    heads = [module for module in model.modules() if isinstance(module, ParallelLMHead)]
+    embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
+    shared = {id(module.weight) for module in embeddings}
+    return all(id(head.weight) in shared for head in heads)
 
 
 def _scaled(
@@ -95,6 +105,8 @@ def _vector(
     """Biases, and factors of norms, which keep what the model makes them: 0 or 1 for nothing."""
     if name.endswith("sinks"):
         return torch.linspace(*SINKS, len(parameter))
+    if name.endswith(".A"):
+        return -torch.linspace(*DECAYS, len(parameter))
     if "bias" in name:
         return BIAS_STD * noise
     if "Norm" not in type(module).__name__:

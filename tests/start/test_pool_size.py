@@ -32,9 +32,11 @@ def engine(override: int | None = None, recurrent_layers: int = 0) -> Any:
         get_num_kv_heads=lambda parallel_config: 2,
         is_hybrid=recurrent_layers > 0,
         max_model_len=4096,
-        architectures=["LlamaForCausalLM"],
+        architectures=["Qwen3NextForCausalLM" if recurrent_layers else "LlamaForCausalLM"],
         get_num_layers=lambda parallel_config: 4 + recurrent_layers,
-        get_num_layers_by_block_type=lambda parallel_config, kind: 4,
+        hf_text_config=SimpleNamespace(
+            layer_types=["full_attention"] * 4 + ["linear_attention"] * recurrent_layers
+        ),
     )
     return SimpleNamespace(
         model_config=model,

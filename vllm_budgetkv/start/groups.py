@@ -74,11 +74,13 @@ def groups_of(engine: EngineConfig) -> Groups:
     if refused_models.keeps_windows(model):
         ours = refused_models.num_full_layers(model)
         return Groups(ours, num_windowed=num_layers - ours)
-    if not model.is_hybrid:
+    if not refused_models.keeps_state(model):
         return Groups(num_layers)
-    ours = model.get_num_layers_by_block_type(parallel, "attention")
-    mode = engine.cache_config.mamba_cache_mode
-    return Groups(ours, num_layers - ours, state_blocks=STATE_BLOCKS[mode])
+    return Groups(
+        refused_models.num_full_layers(model),
+        refused_models.num_state_layers(model),
+        state_blocks=STATE_BLOCKS[engine.cache_config.mamba_cache_mode],
+    )
 
 
 def page_tokens_of(engine: EngineConfig) -> int:

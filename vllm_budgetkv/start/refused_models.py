@@ -58,6 +58,9 @@ SWITCHES = {
 # `attention_chunk_size`, one of `sliding_attention` with `sliding_window`
 FULL_LAYER_TYPES = {"full_attention", "attention", "chunked_attention", "sliding_attention"}
 WINDOWED_LAYER_TYPES = {"chunked_attention", "sliding_attention"}
+STATE_LAYER_TYPES = {"conv", "linear_attention", "mamba"}
+# of models with recurrent layers, which count what others have behind each attention
+CACHELESS_LAYER_TYPES = {"mlp", "moe"}
 
 # models that compute the same with --disable-sliding-window as without, up to their window; others
 # lose their rotary embedding with it, or do not start
@@ -67,6 +70,10 @@ WINDOW_CAN_GO = {"mistral", "mixtral", "phi3", "qwen2", "qwen3", "starcoder2"}
 # models with recurrent layers beside full attention whose state vLLM may keep in the pool; others
 # were not tried
 STATE_BESIDE = {
+    "GraniteMoeHybridForCausalLM",
+    "Lfm2ForCausalLM",
+    "MiniCPMV4_6ForConditionalGeneration",
+    "NemotronHForCausalLM",
     "Qwen3NextForCausalLM",
     "Qwen3_5ForCausalLM",
     "Qwen3_5ForConditionalGeneration",
@@ -102,9 +109,14 @@ def keeps_windows(model: ModelConfig) -> bool:
 
 
 def num_full_layers(model: ModelConfig) -> int:
-    """Layers with full attention of a model that keeps windows."""
-    kinds = list(model.hf_text_config.layer_types)
-    return len(kinds) - sum(kind in WINDOWED_LAYER_TYPES for kind in kinds)
+    """Layers with full attention of a model that has layers of several kinds."""
+    full = FULL_LAYER_TYPES - WINDOWED_LAYER_TYPES
+    return sum(kind in full for kind in model.hf_text_config.layer_types)
+
+
+def num_state_layers(model: ModelConfig) -> int:
+    """Layers with recurrent state of a model that keeps it."""
+    return sum(kind in STATE_LAYER_TYPES for kind in model.hf_text_config.layer_types)
 
 
 def dead_ends(model: ModelConfig) -> list[str]:
@@ -179,7 +191,9 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
             yield words.format(value)
     if text.model_type in ("granite", "granitemoe") and _sinks_by_default(text):
         yield SINKS
-    served = FULL_LAYER_TYPES | ({"linear_attention"} if keeps_state(model) else set())
+    served = set(FULL_LAYER_TYPES)
+    if keeps_state(model):
+        served |= STATE_LAYER_TYPES | CACHELESS_LAYER_TYPES
     for kind in sorted(_layer_types(text) - served):
         yield f"layers of type {kind}"
     heads = ("total_num_attention_heads", "total_num_kv_heads", "head_size")

@@ -245,6 +245,8 @@ TOUCHPOINTS = (
     Touchpoint("vllm.model_executor.models.interfaces", "requires_raw_input_tokens", "read",
                "the same for models that read embeddings",
                ("model",)),
+    Touchpoint("vllm.model_executor.layers.mamba.abstract", "MambaBase", "read",
+               "layers with recurrent state, which are silenced in it"),
     Touchpoint("vllm.config", "ModelConfig.uses_mrope", "read", "the axes of positions"),
     Touchpoint("vllm.config", "ModelConfig.mrope_num_dims", "read", "how many they are"),
     Touchpoint(_ROPE + ".base", "RotaryEmbeddingBase.__init__", "read",

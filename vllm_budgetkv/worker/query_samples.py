@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.interfaces import requires_raw_input_tokens
 
 from vllm_budgetkv.cache.upload import upload
@@ -27,7 +28,7 @@ class Listener:
 
     So what a layer adds to the hidden state does not depend on the position, and the queries of one
     token differ from position to position by what the model does to queries alone. Layers with
-    recurrent state add nothing in such a run either.
+    recurrent state are silenced: without requests vLLM leaves their output as it found it.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,8 @@ def heard(vllm_config: VllmConfig) -> Iterator[Listener]:
     """A listener to all of our layers, inside."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     impls = [layer.impl for layer in layers if isinstance(_impl_of(layer), BudgetAttention)]
+    recurrent = [x for x in layers if isinstance(x, MambaBase) and isinstance(x, torch.nn.Module)]
+    hooks = [layer.register_forward_hook(_silence, with_kwargs=True) for layer in recurrent]
     listener = Listener()
     for impl in impls:
         impl.listener = listener
@@ -51,6 +54,19 @@ def heard(vllm_config: VllmConfig) -> Iterator[Listener]:
     finally:
         for impl in impls:
             impl.listener = None
+        for hook in hooks:
+            hook.remove()
+
+
+def _silence(
+    layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], returned: Any
+) -> Any:
+    """Let a layer add nothing. Mutates the tensor into which it writes, where it returns none."""
+    if isinstance(returned, torch.Tensor):
+        return torch.zeros_like(returned)
+    out = kwargs["output"] if "output" in kwargs else args[1]
+    out.zero_()
+    return returned
 
 
 def _impl_of(layer: object) -> object:
