@@ -11,6 +11,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.models import registry
 
 import vllm_budgetkv
+from tests.families.catalogue import FAMILIES
+from tests.families.folders import folder_of
 from vllm_budgetkv.start.activation import quota_of
 from vllm_budgetkv.testing.recurrent import build_qwen3_5
 
@@ -87,6 +89,22 @@ def test_what_is_not_served_is_said(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         configure(budget, **engine)
+
+
+@pytest.mark.parametrize("name", ["Granite 4, hybrid", "Nemotron-H"])
+def test_mamba2_on_a_cpu_has_no_prefix_cache(name: str) -> None:
+    """Stock vLLM starts with it, and the first prompt ends its engine."""
+    vllm_budgetkv.register()
+    arguments: dict[str, Any] = {
+        "model": str(folder_of(FAMILIES[name], MODELS)),
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "additional_config": {"budgetkv": BUDGET | {"page_quota": 4}},
+    }
+    with pytest.raises(ValueError, match="of Mamba2 on a CPU: add --no-enable-prefix-caching"):
+        EngineArgs(**arguments, enable_prefix_caching=True).create_engine_config()
+    config = EngineArgs(**arguments, enable_prefix_caching=False).create_engine_config()
+    assert quota_of(config).num_layers == 2
 
 
 def test_without_a_policy_nothing_changes() -> None:

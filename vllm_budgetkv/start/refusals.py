@@ -171,6 +171,8 @@ def _connections(vllm_config: VllmConfig) -> Iterator[str]:
 
 def _beside(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
     """What is not served of models some layers of which keep recurrent state or windows."""
+    from vllm.platforms import current_platform
+
     cache, groups = vllm_config.cache_config, groups_of(vllm_config)
     if not groups.num_recurrent and not groups.num_windowed:
         return
@@ -187,6 +189,13 @@ def _beside(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
             "chunks of compressed prompts end where the quota says: remove "
             "--enable-mamba-shared-prefix-checkpoint"
         )
+    if (
+        refused_models.has_mamba2(vllm_config.model_config)
+        and cache.mamba_cache_mode != "none"
+        and current_platform.is_cpu()
+    ):
+        # stock vLLM starts, and its engine ends with the first prompt
+        yield "vLLM caches no prefixes of Mamba2 on a CPU: add --no-enable-prefix-caching"
     if cache.prefix_match_unit is not None:
         yield (
             f"cached prefixes end with a block: remove --prefix-match-unit "

@@ -80,6 +80,10 @@ STATE_BESIDE = {
 }
 
 
+# of them those with Mamba2, whose states between chunks vLLM's kernel for CPUs does not return
+MAMBA2 = {"GraniteMoeHybridForCausalLM", "NemotronHForCausalLM"}
+
+
 # models with windows or chunks in some layers and full attention in others, which alone are under
 # the quota; others were not tried
 WINDOWS_BESIDE = {
@@ -98,6 +102,11 @@ WINDOWS_BESIDE = {
 def keeps_state(model: ModelConfig) -> bool:
     """Whether layers beside those under the quota keep recurrent state, in a way that is served."""
     return model.is_hybrid and bool(STATE_BESIDE.intersection(model.architectures))
+
+
+def has_mamba2(model: ModelConfig) -> bool:
+    """Whether recurrent layers of a model that is served are Mamba2."""
+    return keeps_state(model) and bool(MAMBA2.intersection(model.architectures))
 
 
 def keeps_windows(model: ModelConfig) -> bool:
