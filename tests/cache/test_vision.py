@@ -23,6 +23,7 @@ from vllm_budgetkv.cache.vision import (
     spans_of,
     vision_items,
 )
+from vllm_budgetkv.scheduler.connector import end_of_items
 
 if TYPE_CHECKING:
     from typing import Any
@@ -118,6 +119,19 @@ def test_timestamps_between_frames_are_text() -> None:
     expected = [p for s in (12, 20, 28) for p in range(s, s + 6)]
     assert is_vision.nonzero().flatten().tolist() == expected
     assert spans.trailing_frame_start(23) == 20, "the frame that is cut starts behind its stamp"
+
+
+@pytest.mark.parametrize("closing", [0, 1, 3])
+def test_marks_that_close_the_last_item_are_its_own(closing: int) -> None:
+    """As for the scheduler, which counts the tokens up to the end of an item: the bug was a
+    question one token longer here, so that what stays hung on who had computed the prompt."""
+    mask = torch.cat((timestamped(2, 6, 2), torch.zeros(closing, dtype=torch.bool)))
+    item = feature(10, len(mask), grid=(2, 4, 6), is_embed=mask)
+    first = feature(0, 8, grid=(1, 4, 6), is_embed=torch.tensor([1] * 6 + [0] * 2).bool())
+    spans = spans_of(40, [first, item])
+    assert spans.end_of_vision == end_of_items([first, item]) == 26 + closing
+    assert spans.vision_ranges[-1].stop == 26
+    assert spans_of(40, []).end_of_vision == end_of_items([]) == 0
 
 
 def test_records_of_items_tell_positions_and_frames_apart() -> None:

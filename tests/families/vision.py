@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from tests.families import processors
 from tests.families.family import Sight
 from tests.families.text import LFM2
-from vllm_budgetkv.testing.recurrent import STATE_HEAD_DIM
+from vllm_budgetkv.testing.recurrent import STATE_FIELDS
 
 if TYPE_CHECKING:
     from tests.families.family import Ids
@@ -194,10 +194,7 @@ def minicpmv4_6(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
     fields = {
         "model_type": "qwen3_5_text",
         "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": STATE_HEAD_DIM,
-        "linear_value_head_dim": STATE_HEAD_DIM,
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 1,
+        **STATE_FIELDS,
     }
     return {
         "text_config": text | fields,

@@ -208,16 +208,6 @@ def test_a_prompt_whose_text_does_not_run_ahead_takes_over_nothing(qwen2: Path) 
     assert reused(core) == {"first": 0, "second": 0}
 
 
-def test_a_request_that_wants_all_logprobs_takes_over_nothing(config: VllmConfig) -> None:
-    core = Core(config)
-    ask(core, "first")
-    request = core.make("second", [*range(LONG)])
-    request.skip_reading_prefix_cache = True
-    core.scheduler.add_request(request)
-    core.run()
-    assert reused(core)["second"] == 0
-
-
 def test_short_prompts_are_not_kept(config: VllmConfig) -> None:
     core = Core(config)
     core.add("short", 60)

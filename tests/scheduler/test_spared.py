@@ -158,7 +158,7 @@ def test_one_that_is_preempted_and_finds_nothing_has_one_too(config: VllmConfig)
     assert_nothing_is_left(core)
 
 
-def test_one_that_asks_for_logprobs_of_its_prompt_has_one(config: VllmConfig) -> None:
+def test_one_that_wants_all_logprobs_takes_over_nothing_and_has_one(config: VllmConfig) -> None:
     """vLLM lets it begin with nothing, whatever is there."""
     core = Core(config)
     ask(core, "first")
@@ -166,6 +166,7 @@ def test_one_that_asks_for_logprobs_of_its_prompt_has_one(config: VllmConfig) ->
     request.skip_reading_prefix_cache = True
     core.scheduler.add_request(request)
     core.run()
+    assert reused(core)["second"] == 0
     assert parents(core) == ["first", "second"]
 
 

@@ -44,6 +44,7 @@ TESTS = (
     "tests/cache/test_decode_step.py",
     "tests/worker/test_frame_proof.py",
     "tests/worker/test_video_encoder.py",
+    "tests/worker/test_query_samples.py",
     "tests/cache/test_streaming.py",
     "tests/worker/test_generators.py",
     "tests/worker/test_graphs.py",

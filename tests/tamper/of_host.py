@@ -6,6 +6,60 @@ from tests.tamper.mutation import Mutation
 
 OF_HOST = (
     Mutation(
+        "spared: it begins though too little is kept",
+        "scheduler/lookahead.py",
+        "if request_id not in self.spared or (is_kept and",
+        "if request_id not in self.spared or (",
+    ),
+    Mutation(
+        "spared: a question that stands before the picture runs ahead of nothing",
+        "arithmetic/terms.py",
+        "prompt_tokens - end_of_items >= self.enough_tokens",
+        "prompt_tokens - end_of_items >= 0",
+    ),
+    Mutation(
+        "spared: an aborted request leaves its late look-ahead",
+        "scheduler/scheduler.py",
+        "ids += [ahead_id for ahead_id in late if ahead_id is not None]",
+        "ids += []",
+    ),
+    Mutation(
+        "spared: one that is only held leaves its keys",
+        "scheduler/connector.py",
+        "        del self._keys[request.request_id]\n",
+        "",
+    ),
+    Mutation(
+        "choice: what ran ahead asks beside the question",
+        "cache/cache.py",
+        "        self.layers.probes.drop_seed(request)\n",
+        "",
+    ),
+    Mutation(
+        "choice: a query too many asks",
+        "cache/probe/bank.py",
+        "self.num_written - count)",
+        "self.num_written - count - 1)",
+    ),
+    Mutation(
+        "recall: the last token of a prompt that streams comes by itself",
+        "arithmetic/quota.py",
+        "is_alone = not self.streams and",
+        "is_alone =",
+    ),
+    Mutation(
+        "proof: layers with state say what they find in memory",
+        "worker/query_samples.py",
+        "    out.zero_()\n",
+        "",
+    ),
+    Mutation(
+        "spans: marks that close an item belong to the question",
+        "cache/spans.py",
+        "self.vision_ranges[-1].stop + self.closing_tokens",
+        "self.vision_ranges[-1].stop",
+    ),
+    Mutation(
         "host: a request keeps its blocks when it goes",
         "scheduler/prompts.py",
         "        self.blocks.release(kept.blocks)\n",

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Tokenizer, Qwen3VLProcessor
 
 STATE_HEAD_DIM = 128
+STATE_FIELDS = {
+    "linear_key_head_dim": STATE_HEAD_DIM,
+    "linear_value_head_dim": STATE_HEAD_DIM,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 1,
+}
 # logarithm of the rate at which state forgets: it remembers some 30 tokens
 DECAY = -3.0
 # the vision tower of the models for images
@@ -125,10 +131,7 @@ def _text_fields(shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> dict[str, A
             "rope_theta": shape.rope_theta,
             "partial_rotary_factor": 0.25,
         },
-        "linear_key_head_dim": STATE_HEAD_DIM,
-        "linear_value_head_dim": STATE_HEAD_DIM,
-        "linear_num_key_heads": 1,
-        "linear_num_value_heads": 1,
+        **STATE_FIELDS,
         # of Qwen3-Next one layer at least has experts
         "mlp_only_layers": list(range(shape.layers - 1)),
         "num_experts": 2,
