@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.e2e import devices
 from tests.e2e.job import describe, drive
 
 
@@ -19,7 +20,7 @@ def answer_of(run: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     budget = run["budget"]
-    ours = {} if budget is None else {"additional_config": {"budgetkv": budget}}
+    ours = {} if budget is None else {"additional_config": {"budgetkv": devices.allowed(budget)}}
     llm = LLM(**engine, **ours)
     answer = drive(llm, run)
     answer["engine"] = describe(llm)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vllm_budgetkv.testing import triton_cpu
+from tests.e2e import devices
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -32,11 +32,9 @@ def environment(*, runner: str = "v1", stock: bool = False) -> dict[str, str]:
     if stock:
         variables["VLLM_PLUGINS"] = ""
     if runner == "v2":
+        # what interprets kernels adds a folder to it
         os.environ["PYTHONPATH"] = variables["PYTHONPATH"]
-        variables |= triton_cpu.environment()
-    else:
-        variables["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-    return variables
+    return variables | devices.of_runner(runner)
 
 
 def run(
@@ -56,9 +54,11 @@ def run(
 
     `starts_as_on_gpu`: with what vLLM does on a GPU only; see `tests.e2e.gpu_start`.
     """
+    if starts_as_on_gpu and devices.ON_GPU:
+        engine |= devices.GRAPHS
     arguments = arguments_of(model, **engine)
     if budget is not None:
-        arguments["additional_config"] = {"budgetkv": budget}
+        arguments["additional_config"] = {"budgetkv": devices.allowed(budget)}
     job = {
         "engine": arguments,
         "requests": requests,
@@ -103,6 +103,7 @@ def arguments_of(model: Path, **engine: Any) -> dict[str, Any]:
         "max_model_len": 4096,
         "block_size": 32,
         "disable_log_stats": True,
+        **devices.ENGINE,
         **(VISION if "vl" in model.name else {}),
         **engine,
     }

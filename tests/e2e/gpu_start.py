@@ -1,5 +1,7 @@
 """What vLLM does on a GPU and not on a CPU, done on a CPU: warm-up requests and CUDA graphs.
 
+On a GPU vLLM does it itself, and `install` only notes which graphs are replayed.
+
 Model Runner V2 itself builds the graphs' inputs, dispatches to them and pads the batch. Only the
 graph is a double: it replays by running the captured forward again, with the metadata of the
 capture, and without what a replay does not run: hooks of the model.
@@ -20,12 +22,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import warmup
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
+from tests.e2e import devices
 from vllm_budgetkv.worker.worker import BudgetWorker
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-CAPTURE_SIZES = [1, 2, 4]
 
 
 @dataclass
@@ -47,7 +48,10 @@ class Graph:
 
 
 def install() -> None:
-    """Make this process start its engine as on a GPU."""
+    """Make this process start its engine as on a GPU, and note the graphs that it replays."""
+    if devices.ON_GPU:
+        CudaGraphManager.run_fullgraph = noted(CudaGraphManager.run_fullgraph)
+        return
     CompilationConfig.resolve_cudagraph_mode_and_sizes = resolve_mode
     CudaGraphManager.capture = capture
     CPUWorker.determine_available_memory = before(
@@ -65,6 +69,14 @@ def install() -> None:
     SamplingParams.for_sampler_warmup = staticmethod(
         lambda: SamplingParams(temperature=0.0, max_tokens=4)
     )
+
+
+def noted(replay: Any) -> Any:
+    def replay_and_note(self: Any, desc: Any) -> Any:
+        Graph.replays.append(desc.num_tokens)
+        return replay(self, desc)
+
+    return replay_and_note
 
 
 def before(method: Any, action: Any) -> Any:
@@ -94,8 +106,8 @@ def resolve_mode(
 
 def want_graphs(config: CompilationConfig) -> None:
     config.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-    config.cudagraph_capture_sizes = CAPTURE_SIZES
-    config.max_cudagraph_capture_size = CAPTURE_SIZES[-1]
+    config.cudagraph_capture_sizes = devices.CAPTURE_SIZES
+    config.max_cudagraph_capture_size = devices.CAPTURE_SIZES[-1]
 
 
 def capture(self: Any, create_forward_fn: Any, progress_bar_desc: str = "") -> None:

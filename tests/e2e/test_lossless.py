@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.e2e.devices import RUNNER_MODULES, STOCK_BACKEND
 from tests.e2e.engines import run, tokens_of
 
 if TYPE_CHECKING:
@@ -32,17 +33,13 @@ TEXT_REQUESTS = [
     {"name": "seeded long", "content": [{"text": "And now? " * 60}], "arrives": 1, "seed": 7},
 ]
 FITS = {"policy": "hybrid", "page_quota": 40, "chunk_tokens": 40, "check_ledger": True}
-RUNNER_MODULES = {
-    "v1": "vllm.v1.worker.cpu_model_runner",
-    "v2": "vllm.v1.worker.cpu.model_runner",
-}
 CHUNKS = {"max_num_batched_tokens": 48, "max_num_seqs": 8}
 
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory, vision_model: Path) -> dict[str, list[int]]:
     answer = run(tmp_path_factory.mktemp("stock"), vision_model, REQUESTS, stock=True, **CHUNKS)
-    assert answer["engine"]["backends"] == ["CPU_ATTN"]
+    assert answer["engine"]["backends"] == [STOCK_BACKEND]
     assert answer["running_at_once"] >= 3
     return tokens_of(answer)
 
@@ -68,7 +65,7 @@ def test_without_a_policy_nothing_of_ours_is_on_the_path(
     tmp_path: Path, vision_model: Path, stock: dict[str, list[int]]
 ) -> None:
     answer = run(tmp_path, vision_model, REQUESTS, **CHUNKS)
-    assert answer["engine"]["backends"] == ["CPU_ATTN"]
+    assert answer["engine"]["backends"] == [STOCK_BACKEND]
     assert "budgetkv" not in answer["engine"]["worker"]
     assert "Budget" not in answer["engine"]["scheduler"]
     assert tokens_of(answer) == stock

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.e2e.conftest import MODELS
+from tests.e2e.devices import RUNNER_MODULES, STOCK_BACKEND
 from tests.e2e.engines import run, run_each, tokens_of
-from tests.e2e.test_lossless import RUNNER_MODULES
 from vllm_budgetkv.testing import sliding
 
 if TYPE_CHECKING:
@@ -84,8 +84,8 @@ def family(
 def test_a_quota_above_need_changes_nothing(family: dict[str, Any]) -> None:
     """And what fits may begin with what an equal prompt left, in windows and full layers alike."""
     stock, ours = family["stock"], family["fits"]
-    assert stock["engine"]["backends"] == ["CPU_ATTN"]
-    assert ours["engine"]["backends"] == ["BUDGETKV", "CPU_ATTN"]
+    assert stock["engine"]["backends"] == [STOCK_BACKEND]
+    assert ours["engine"]["backends"] == ["BUDGETKV", STOCK_BACKEND]
     assert ours["engine"]["sizes"]["quota"]["num_layers"] == family["full_layers"]
     tokens = tokens_of(ours)
     assert tokens == tokens_of(stock)
