@@ -101,7 +101,11 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
     """Figures of one side by size, from an engine for each, whose quota is a tenth of it."""
     found: dict[str, Any] = {}
     stock = {"max_num_batched_tokens": STOCK_BATCH_TOKENS}
-    on_gpu = {"enforce_eager": False, "compilation_config": GRAPHS}
+    on_gpu = {
+        "enforce_eager": False,
+        "compilation_config": GRAPHS,
+        "gpu_memory_utilization": 0.8,
+    }
     for size in options.sizes:
         found |= bench.measure(
             model,
