@@ -104,7 +104,7 @@ def measure(model: Path, side: str, options: argparse.Namespace) -> dict[str, An
     on_gpu = {
         "enforce_eager": False,
         "compilation_config": GRAPHS,
-        "gpu_memory_utilization": 0.8,
+        "gpu_memory_utilization": 0.85,
     }
     for size in options.sizes:
         found |= bench.measure(

@@ -1,6 +1,6 @@
 """Times the Triton kernels on a GPU: microseconds, bytes/s and FLOP/s against what the card does.
 
-    python -m benchmarks.bench_kernels [--quick] [--check] [--only decode budget ...]
+    python -m benchmarks.bench_kernels [--quick] [--check | --no-check] [--only decode budget ...]
 
 Every kernel is compared with its reference first, and one that is wrong gets no time. Copy
 bandwidth and matrix products are measured in the same run, and so are other libraries' attention
@@ -12,6 +12,9 @@ The section `recall` pins up to 8 GB of host memory.
 
 `--check` compares and does not time; without a GPU it does so in Triton's interpreter, on small
 caches: `TRITON_INTERPRET=1 python -m benchmarks.bench_kernels --check`.
+
+`--no-check` times kernels that `--check` has compared on this card: `kernels` in both files is the
+hash of their sources.
 """
 
 from __future__ import annotations
@@ -68,7 +71,8 @@ def main() -> None:
     all_sizes = [SMALL]
     if device.type == "cuda":
         all_sizes.append(representative(QWEN25_VL_7B, options.page_tokens))
-    report.verdicts += run_checks(all_sizes, device, print)
+    if not options.no_check:
+        report.verdicts += run_checks(all_sizes, device, print)
     if device.type == "cuda":
         measure(options, report, device)
     wrong = wrong_ops(report.verdicts)
@@ -144,7 +148,9 @@ def choose_device(check: bool) -> torch.device:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cases, within two minutes")
-    parser.add_argument("--check", action="store_true", help="compare with references only")
+    checks = parser.add_mutually_exclusive_group()
+    checks.add_argument("--check", action="store_true", help="compare with references only")
+    checks.add_argument("--no-check", action="store_true", help="time only what was compared")
     parser.add_argument("--only", nargs="+", choices=tuple(SECTIONS), help="sections to time")
     parser.add_argument("--page-tokens", type=int, default=32)
     parser.add_argument("--seconds-per-case", type=float, default=0.05)
