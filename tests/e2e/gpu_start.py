@@ -18,7 +18,6 @@ from vllm.config import CUDAGraphMode
 from vllm.config.compilation import CompilationConfig
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu import warmup
 from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
 
@@ -52,6 +51,9 @@ def install() -> None:
     if devices.ON_GPU:
         CudaGraphManager.run_fullgraph = noted(CudaGraphManager.run_fullgraph)
         return
+    # replaces functions of `torch.cuda`
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
     CompilationConfig.resolve_cudagraph_mode_and_sizes = resolve_mode
     CudaGraphManager.capture = capture
     CPUWorker.determine_available_memory = before(

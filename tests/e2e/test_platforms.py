@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,32 @@ from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+# configures an engine as on a GPU; vLLM's own choice of a worker is not asked
+STARTS_ON_CUDA = """
+import sys
+import vllm_budgetkv
+from vllm_budgetkv.start import platforms
+platforms.known = lambda platform: platforms.CUDA
+vllm_budgetkv.register()
+import torch
+from vllm.engine.arg_utils import EngineArgs
+stream = torch.cuda.Stream
+EngineArgs(
+    model=sys.argv[1],
+    max_model_len=4096,
+    worker_cls=platforms.CUDA.stock_worker,
+    additional_config={
+        "budgetkv": {"policy": "hybrid", "page_quota": 64, "chunk_tokens": 256,
+                     "unproven_device": True}
+    },
+).create_engine_config()
+import vllm_budgetkv.worker.worker
+assert torch.cuda.Stream is stream
+imported = [name for name in sys.modules if name.startswith("vllm.v1.worker.cpu")]
+assert not imported, imported
+"""
 
 
 @pytest.fixture
@@ -88,6 +115,11 @@ def test_on_a_gpu_our_backend_is_selected(text_model: Path) -> None:
 def test_on_a_gpu_another_backend_is_refused(text_model: Path) -> None:
     with pytest.raises(ValueError, match="--attention-backend FLASH_ATTN would replace ours"):
         create(text_model, attention_backend="FLASH_ATTN")
+
+
+def test_on_a_gpu_nothing_of_vllm_for_cpus_is_imported(text_model: Path) -> None:
+    """vLLM's worker for CPUs takes streams and pinned memory from the whole process."""
+    subprocess.run([sys.executable, "-c", STARTS_ON_CUDA, str(text_model)], check=True)
 
 
 @pytest.mark.usefixtures("on_cuda")

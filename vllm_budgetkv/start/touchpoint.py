@@ -22,6 +22,8 @@ class Touchpoint:
         why: what we need it for.
         parameters: the parameters it must have, in order, and "..." behind them where any others
             are passed on unseen; None when only its presence counts.
+        device: the one kind of device that imports it, or None for all. vLLM's worker for CPUs
+            replaces functions of `torch.cuda` for the whole process as it is imported.
     """
 
     module: str
@@ -29,6 +31,7 @@ class Touchpoint:
     how: str
     why: str
     parameters: tuple[str, ...] | None = None
+    device: str | None = None
 
     @property
     def place(self) -> str:

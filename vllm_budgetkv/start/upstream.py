@@ -15,6 +15,7 @@ import sys
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv.start import platforms
 from vllm_budgetkv.start.touchpoint import Touchpoint, resolve
 from vllm_budgetkv.start.upstream_frames import FRAME_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
@@ -202,7 +203,8 @@ TOUCHPOINTS = (
                "its cache must not outlive the registration"),
 
     Touchpoint(_WORKER, "Worker", "subclass", "the worker of the engine"),
-    Touchpoint("vllm.v1.worker.cpu_worker", "CPUWorker", "subclass", "the same on a CPU"),
+    Touchpoint("vllm.v1.worker.cpu_worker", "CPUWorker", "subclass", "the same on a CPU",
+               device="cpu"),
     Touchpoint(_WORKER, "Worker.load_model", "override", "our backend while the model loads",
                ("self", "load_dummy_weights")),
     Touchpoint(_WORKER, "Worker.get_kv_cache_spec", "override",
@@ -300,8 +302,13 @@ def minor_of(version: str) -> str:
 
 
 def problems() -> Iterator[str]:
-    """What the installed vLLM has otherwise than both tables say."""
-    yield from (problem for point in TOUCHPOINTS if (problem := point.problem()))
+    """What the installed vLLM has otherwise than both tables say, for the device it runs on."""
+    from vllm.platforms import current_platform
+
+    device = platforms.known(current_platform)
+    for point in TOUCHPOINTS:
+        if point.device in (None, device and device.device) and (problem := point.problem()):
+            yield problem
     yield from problems_of(READS)
 
 

@@ -15,9 +15,9 @@ WINDOW_TOUCHPOINTS = (
                 "use_mm_prefix", "use_per_head_quant_scales", "attn_type", "num_heads",
                 "has_sliding_window")),
     Touchpoint(_CPU, "CPUAttentionBackend", "subclass",
-               "their backend on a CPU, in the buffer that ours need"),
+               "their backend on a CPU, in the buffer that ours need", device="cpu"),
     Touchpoint(_CPU, "CPUAttentionBackendImpl", "subclass",
-               "adds nothing in a run without requests"),
+               "adds nothing in a run without requests", device="cpu"),
     Touchpoint(_SPEC, "iter_layer_specs", "read", "which group of layers is ours",
                ("kv_cache_spec",)),
 )
