@@ -128,7 +128,7 @@ def test_the_entry_point(
 @pytest.mark.parametrize(
     ("platform", "state", "told"),
     [
-        (platforms.CUDA, "note", "cuda, on which no test has run yet"),
+        (platforms.CUDA, "note", "cuda, on which not all tests have passed yet"),
         (None, "wrong", "the plugin has kernels for CPUs and NVIDIA GPUs"),
     ],
 )

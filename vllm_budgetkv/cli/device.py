@@ -42,6 +42,6 @@ def findings() -> Iterator[Finding]:
         yield Finding(
             name,
             State.NOTE,
-            f"{found.device}, on which no test has run yet",
+            f"{found.device}, on which not all tests have passed yet",
             "start with --kv-unproven-device, and compare answers before use",
         )

@@ -136,7 +136,7 @@ class BudgetConfig(PolicyFlags):
         metavar="PATH",
     )
     unproven_device: bool = option(
-        False, "Start on a kind of device on which no test has run: compare answers before use."
+        False, "Start on a kind of device where not all tests have passed: compare answers first."
     )
     check_ledger: bool = option(
         False, "Check every page table after every step and fill free pages with NaN (slow)."

@@ -72,7 +72,7 @@ def _platform(config: BudgetConfig) -> Iterator[str]:
         )
     elif not platform.is_proven and not config.unproven_device:
         yield (
-            f"no version was tested on device {platform.device!r} yet: run on a CPU, start "
+            f"no version was fully tested on device {platform.device!r} yet: run on a CPU, start "
             "without --kv-policy, or try it with --kv-unproven-device"
         )
 
