@@ -44,10 +44,8 @@ COLUMNS = "| family | vLLM class | layers | positions | special | outcome | test
 def page_of(results: dict[str, Any]) -> str:
     """The page, of results by name of the family."""
     rows = [row_of(family, results.get(family.name, {})) for family in FAMILIES.values()]
-    counts = {
-        verdict: sum(found.get("verdict") == verdict for found in results.values())
-        for verdict in ("served", "refused", "not built")
-    }
+    kept = [found["verdict"] for found in results.values() if "failed" not in found]
+    counts = {verdict: kept.count(verdict) for verdict in ("served", "refused", "not built")}
     numbers = ", ".join(f"{number} {verdict}" for verdict, number in counts.items())
     divider = "|" + "---|" * 7
     return f"{HEAD}{numbers}.\n\n" + "\n".join([COLUMNS, divider, *rows]) + "\n"

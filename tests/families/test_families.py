@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,13 @@ def test_refused_families_are_refused_in_the_words_of_the_table() -> None:
         found = run.result_of(family, told)
         assert "failed" not in found, found["failed"]
         assert found["reason"] == WRITTEN.get(family.name, found)["reason"]
+
+
+def test_every_family_was_run() -> None:
+    """Eighteen rows of the table once said "not run", and no test minded."""
+    missing, gone = set(FAMILIES) - set(WRITTEN), set(WRITTEN) - set(FAMILIES)
+    assert not missing, f"run python -m tests.families.run --only {shlex.join(sorted(missing))}"
+    assert not gone, f"of no family any more: {sorted(gone)}"
 
 
 def test_the_table_is_what_was_found() -> None:
@@ -86,6 +94,13 @@ def changed(*path: Any, to: Any) -> dict[str, Any]:
         place = place[key]
     place[path[-1]] = to
     return answer
+
+
+def test_the_page_counts_no_row_that_failed() -> None:
+    """A row that was not as promised was counted among those that are served."""
+    verdict = {"verdict": "served"}
+    counted = page.page_of({"Qwen2": verdict, "Qwen3": {**verdict, "failed": "a token differs"}})
+    assert "\n1 served, 0 refused, 0 not built.\n" in counted
 
 
 def test_what_is_as_promised_passes() -> None:

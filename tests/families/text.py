@@ -147,7 +147,6 @@ TEXT = [
         config="SmolLM3Config",
         fields={"num_hidden_layers": 4, "no_rope_layers": [1, 1, 1, 0]},
         special="layers without positions; through Transformers",
-        page_quota=6,
     ),
     Family(
         name="Transformers backend",
