@@ -6,6 +6,9 @@ The small model of the suite under a quota, every page table checked after every
 text, pictures and videos, leave before the answer or in the middle of it, and send bodies that are
 wrong; one of their processes after the other is killed and another started. Each process of the
 server is looked at every ten seconds. Exits with 1 unless all of `verdicts` hold.
+
+glibc keeps much of what is freed, the more the longer; to see what the server itself keeps, tell it
+not to: `MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=65536 python -m benchmarks.soak`.
 """
 
 from __future__ import annotations
@@ -86,7 +89,7 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         after = outcome.settled(server.url, model)
     found = {
         "about": {
-            "command": " ".join(["python -m benchmarks.soak", *sys.argv[1:]]),
+            "command": command(),
             "commit": current_commit(),
             "machine": machine(),
             "arguments": [*ARGUMENTS, *host],
@@ -102,6 +105,12 @@ def soak(options: argparse.Namespace) -> dict[str, Any]:
         "log_errors": outcome.errors_of(WORK / "server.log"),
     }
     return found | {"verdicts": outcome.verdicts(found)}
+
+
+def command() -> str:
+    """With the variables of glibc's allocator, which decide what a process holds."""
+    allocator = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if "MALLOC_" in name]
+    return " ".join([*allocator, "python -m benchmarks.soak", *sys.argv[1:]])
 
 
 def under_load(

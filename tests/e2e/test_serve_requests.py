@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.engine
 
 LARGEST = 16
-# 4,380 were sent in one go; every run sends some
+# 10,000 were sent in one go; every run sends some
 NUM_BODIES = int(os.environ.get("BUDGETKV_FUZZED_BODIES", "400"))
 
 
