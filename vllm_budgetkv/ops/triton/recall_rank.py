@@ -1,4 +1,4 @@
-"""The second launch of `recall`: the mass of every token, and which of them stand where."""
+"""The second launch of `recall`: the mass of every token as a key, and their first digits."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ import triton.language as tl
 
 from vllm_budgetkv.ops.triton.arrival import arrives_last
 from vllm_budgetkv.ops.triton.index import WORD_BITS, find_page, find_shape
-from vllm_budgetkv.ops.triton.ranking import LOWEST_KEY, sort_key
-from vllm_budgetkv.ops.triton.recall_assign import assign_places
-from vllm_budgetkv.ops.triton.recall_weigh import (
-    find_logits,
-    find_task,
-    load_codes,
-    prepare_page,
+from vllm_budgetkv.ops.triton.recall_narrow import (
+    FIRST_SHIFT,
+    HELD,
+    KEY,
+    NUM_BINS,
+    NUM_BOUNDS,
+    REST,
+    add_counts,
+    count_digits,
+    mass_key,
+    take_digit,
 )
+from vllm_budgetkv.ops.triton.recall_task import find_runs
+from vllm_budgetkv.ops.triton.recall_weigh import find_logits, load_codes, prepare_page
 
 
 @triton.jit
-def choose_kernel(
+def rank_kernel(
     query: tl.tuple,
     index: tl.tuple,
     recalling: tl.tuple,
     weights: tl.tuple,
-    run_pages: tl.tensor,
-    num_runs: tl.tensor,
+    choice: tl.tuple,
     scale: tl.tensor,
-    pages: tl.tuple,
-    tables: tl.tuple,
-    tier: tl.tuple,
-    arrivals: tl.tensor,
-    TIER_TOKENS: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
@@ -42,25 +41,26 @@ def choose_kernel(
     BLOCK_WORDS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
 ) -> None:
-    """Grid [runs, H, R]: the mass of the tokens of a run of index pages.
-
-    The last program of a head to finish gives places to what the head recalls.
-    """
+    """Grid [runs, H, R]: the keys of the tokens of a run, and the first digit of the bound."""
     run, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    slot, num_tokens, count = find_task(recalling, index, head, row, PAGE_WORDS, NUM_WORDS)
-    entry_tokens, entries, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
-    num_pages = tl.cdiv(num_tokens, page_tokens)
-    if (count <= 0) | (run * run_pages >= num_pages):
-        return
-    task, used_runs = row.to(tl.int64) * tl.num_programs(1) + head, tl.cdiv(num_pages, run_pages)
     # fmt: off
-    peak, share = _join_runs(
-        weights, task * GROUP, used_runs, num_runs, GROUP, BLOCK_GROUP, BLOCK_RUNS
+    slot, num_tokens, count, used_runs, run_tokens = find_runs(
+        recalling, index, head, row, PAGE_WORDS, NUM_WORDS
     )
     # fmt: on
-    keys = weights.keys + task * weights.keys_stride
-    for number in range(run * run_pages, tl.minimum((run + 1) * run_pages, num_pages)):
-        page, is_page = find_page(index, slot, head, number, number < num_pages)
+    if run >= used_runs:
+        return
+    task = row.to(tl.int64) * tl.num_programs(1) + head
+    # fmt: off
+    peak, share = _join_runs(
+        weights, task * GROUP, used_runs, recalling.num_runs, GROUP, BLOCK_GROUP, BLOCK_RUNS
+    )
+    # fmt: on
+    keys = choice.keys + task * choice.keys_stride
+    entry_tokens, entries, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
+    stop_page = tl.minimum((run + 1) * recalling.run_pages, tl.cdiv(num_tokens, page_tokens))
+    for number in range(run * recalling.run_pages, stop_page):
+        page, is_page = find_page(index, slot, head, number, number < stop_page)
         rest_tokens = tl.minimum(num_tokens - number * page_tokens, page_tokens)
         stop = tl.cdiv(rest_tokens, entry_tokens)
         # fmt: off
@@ -76,23 +76,37 @@ def choose_kernel(
             codes = load_codes(index, page, entry, mask, NUM_WORDS, BLOCK_WORDS)
             logits = find_logits(factors, base, codes)
             mass = tl.sum(tl.exp2(logits - peak[:, None]) * share[:, None], 0)
-            key = tl.maximum(sort_key(mass), LOWEST_KEY + 1)
-            for neighbour in range(0, entry_tokens):
-                token = entry * entry_tokens + neighbour
-                is_token = token < rest_tokens
-                words = tl.load(marks + token // WORD_BITS, mask=mask & is_token, other=-1)
-                is_held = ((words >> (token % WORD_BITS)) & 1) != 0
-                mine = tl.where(is_held, LOWEST_KEY, key)
-                tl.store(keys + number * page_tokens + token, mine, mask=is_token)
-    if arrives_last(arrivals + task, used_runs):
-        # fmt: off
-        num_moved = assign_places(
-            pages, tables, tier, keys, slot, head, num_tokens, count, index.num_pages,
-            TIER_TOKENS, PAGE_TOKENS,
-        )
-        # fmt: on
-        moved = recalling.moved + slot * recalling.moved_stride + head
-        tl.store(moved, tl.load(moved) + num_moved)
+            of_page = keys + number * page_tokens
+            _store_keys(of_page, mass_key(mass), marks, entry, entry_tokens, rest_tokens, mask)
+    # every thread has written its keys
+    tl.debug_barrier()
+    first, stop = run * run_tokens, tl.minimum((run + 1) * run_tokens, num_tokens)
+    counts, _ = count_digits(keys, first, stop, 0, FIRST_SHIFT, NUM_BINS)
+    add_counts(choice, task, counts, NUM_BINS)
+    if arrives_last(choice.arrivals + task, used_runs):
+        digit, rest, _ = take_digit(choice, task, count, NUM_BINS)
+        bounds = choice.bounds + task * NUM_BOUNDS
+        tl.store(bounds + KEY, digit)
+        tl.store(bounds + REST, rest)
+
+
+@triton.jit
+def _store_keys(
+    keys: tl.tensor,
+    key: tl.tensor,
+    marks: tl.tensor,
+    entry: tl.tensor,
+    entry_tokens: tl.tensor,
+    num_tokens: tl.tensor,
+    mask: tl.tensor,
+) -> None:
+    """Writes the key of each entry for those of its tokens that the head does not hold."""
+    for neighbour in range(0, entry_tokens):
+        token = entry * entry_tokens + neighbour
+        is_token = token < num_tokens
+        words = tl.load(marks + token // WORD_BITS, mask=mask & is_token, other=-1)
+        is_held = ((words >> (token % WORD_BITS)) & 1) != 0
+        tl.store(keys + token, tl.where(is_held, HELD, key), mask=is_token)
 
 
 @triton.jit
