@@ -210,7 +210,7 @@ LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_attend_part: 1,
     launch_encode: 1,
     launch_mark: 1,
-    launch_recall: 6,
+    launch_recall: 12,
 }
 
 

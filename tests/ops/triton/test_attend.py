@@ -9,6 +9,7 @@ from tests.ops.factories import SOFTMAXES, batch_rows, make_cache, strided_randn
 from tests.ops.test_attend import DTYPES, check_kernel
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
+from vllm_budgetkv.ops.triton import attend_decode
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,6 +44,24 @@ def test_long_runs() -> None:
     """A table so wide that a run is longer than the shortest one."""
     cache = make_cache([[900, 513]], PageLayout(16, 32, torch.bfloat16), table_pages=1024)
     check_kernel(cache, group=2, slots=[0], tokens=[1])
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_more_runs_than_are_joined_at_once(monkeypatch: pytest.MonkeyPatch, others: int) -> None:
+    """Of a decode alone and beside a chunk; one of two heads is done within the first of them."""
+    monkeypatch.setattr(attend_decode, "MIN_RUN_TOKENS", 64)
+    monkeypatch.setattr(attend_decode, "LONG_RUN_TOKENS", 64)
+    cache = make_cache([[2200, 90], [30, 9]], PageLayout(16, 32, torch.bfloat16), table_pages=256)
+    run = attend_decode.run_tokens(256, cache.pool.layout)
+    assert run * attend_decode.MAX_BLOCK_RUNS < 2200 and run * attend_decode.MAX_RUNS == 4096
+    check_kernel(cache, group=2, slots=[0, 1], tokens=[1, others])
+
+
+def test_only_wide_tables_are_cut_in_more_runs() -> None:
+    layout = PageLayout(32, 128, torch.bfloat16)
+    found = [attend_decode.run_tokens(tokens // 32, layout) for tokens in (8192, 32768, 32800)]
+    assert found == [256, 1024, 1024]
+    assert attend_decode.run_tokens(131072 // 32, layout) == 131072 // attend_decode.MAX_RUNS
 
 
 @pytest.mark.parametrize("chunk", [1, 40])

@@ -10,6 +10,7 @@ from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, Weighing, 
 from vllm_budgetkv.ops.triton.attend_decode import (
     MIN_BLOCK_QUERIES,
     Runs,
+    block_runs,
     decode_kernel,
     decode_options,
     join_kernel,
@@ -65,13 +66,13 @@ def attend(
         **common,
         **decode_options(layout),
     )
-    block_runs = triton.next_power_of_2(num_runs)
+    block = block_runs(num_runs)
     if not is_decode:
         options = prefill_options(layout)
         blocks = count_blocks(num_tokens, num_rows, options["BLOCK_QUERIES"] // group)
         prefill_kernel[(blocks, num_heads)](
-            *sources, num_rows, runs, weighing, BLOCK_RUNS=block_runs, **common, **options
+            *sources, num_rows, runs, weighing, BLOCK_RUNS=block, **common, **options
         )
     elif num_runs > 1:
         joined = (to, tables, *where, runs, weighing)
-        join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block_runs, **cut, **size)
+        join_kernel[(num_rows, num_query_heads)](*joined, BLOCK_RUNS=block, **cut, **size)

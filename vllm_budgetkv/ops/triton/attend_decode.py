@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PageLayout
 
 MIN_RUN_TOKENS = 256
-MAX_RUNS = 32
+# a table is cut in so many runs, unless they are longer than what joining more of them is worth
+USUAL_RUNS, LONG_RUN_TOKENS = 32, 1024
+# those of a wider one, so that a row alone gives each multiprocessor of a card two programs
+MAX_RUNS = 64
+# runs that are joined at once, for a tile of registers
+MAX_BLOCK_RUNS = 32
 # the smallest tile of queries that a matrix product takes
 MIN_BLOCK_QUERIES = 16
 
@@ -52,7 +57,16 @@ class Runs(NamedTuple):
 def run_tokens(width_pages: int, layout: PageLayout) -> int:
     """Keys of one run: at most `MAX_RUNS` of them cover the table."""
     capacity_tokens = width_pages * layout.page_tokens
-    return max(MIN_RUN_TOKENS, triton.next_power_of_2(triton.cdiv(capacity_tokens, MAX_RUNS)))
+    usual, least = (
+        triton.next_power_of_2(triton.cdiv(capacity_tokens, num_runs))
+        for num_runs in (USUAL_RUNS, MAX_RUNS)
+    )
+    return max(MIN_RUN_TOKENS, min(usual, LONG_RUN_TOKENS), least)
+
+
+def block_runs(num_runs: int) -> int:
+    """Runs that a join takes at once."""
+    return min(MAX_BLOCK_RUNS, triton.next_power_of_2(num_runs))
 
 
 def decode_options(layout: PageLayout) -> dict[str, int]:
@@ -147,18 +161,24 @@ def join_runs(
 ) -> None:
     """Write one query head's output for one token that sees `visible` keys."""
     run, channel = tl.arange(0, BLOCK_RUNS), tl.arange(0, BLOCK_SIZE)
-    is_found = run * RUN_TOKENS < visible
     found = (entry.to(tl.int64) * num_query_heads + query_head) * NUM_RUNS + run
-    peaks = tl.load(runs.peaks + found, mask=is_found, other=float("-inf"))
-    peak = tl.max(peaks)
+    peak = tl.full([], float("-inf"), tl.float32)
+    for first in range(0, NUM_RUNS, BLOCK_RUNS):
+        is_found = (first + run) * RUN_TOKENS < visible
+        peaks = tl.load(runs.peaks + first + found, mask=is_found, other=float("-inf"))
+        peak = tl.maximum(peak, tl.max(peaks))
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    weights = tl.exp2(peaks - peak)
-    total = tl.sum(weights * tl.load(runs.totals + found, mask=is_found, other=0.0))
+    total, sums = tl.full([], 0.0, tl.float32), tl.zeros([BLOCK_SIZE], tl.float32)
+    for first in range(0, NUM_RUNS, BLOCK_RUNS):
+        is_found = (first + run) * RUN_TOKENS < visible
+        peaks = tl.load(runs.peaks + first + found, mask=is_found, other=float("-inf"))
+        weights = tl.exp2(peaks - peak)
+        total += tl.sum(weights * tl.load(runs.totals + first + found, mask=is_found, other=0.0))
+        mask = is_found[:, None] & (channel < HEAD_SIZE)[None, :]
+        at = (first + found)[:, None] * HEAD_SIZE + channel[None, :]
+        sums += tl.sum(weights[:, None] * tl.load(runs.sums + at, mask=mask, other=0.0), 0)
     if HAS_SINKS:
         total = with_sink(total, peak, tl.load(weighing.sinks + query_head))
-    mask = is_found[:, None] & (channel < HEAD_SIZE)[None, :]
-    at = found[:, None] * HEAD_SIZE + channel[None, :]
-    sums = tl.sum(weights[:, None] * tl.load(runs.sums + at, mask=mask, other=0.0), 0)
     answer = (sums / tl.where(total == 0.0, 1.0, total)).to(out.data.dtype.element_ty)
     vector = out.data + token.to(tl.int64) * out.stride + query_head * out.head_stride
     tl.store(vector + channel, answer, mask=channel < HEAD_SIZE)

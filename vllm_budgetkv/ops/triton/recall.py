@@ -1,4 +1,9 @@
-"""`recall` in Triton: one launch weighs the tokens, one chooses among them, one fetches them."""
+"""`recall` in Triton: six launches, whose grids follow from shapes alone.
+
+The first two weigh the tokens. Those from the second to the fourth find the bound of the best of a
+head by a radix search over programs, a digit each. The fifth lists what is missing and which places
+are free, the sixth fetches.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +12,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
-import triton.language as tl
 
+from vllm_budgetkv.ops.triton import recall_task
 from vllm_budgetkv.ops.triton.arguments import Pages, Tables, Tokens, require_dense
 from vllm_budgetkv.ops.triton.arrival import counters
 from vllm_budgetkv.ops.triton.index import CODES_PER_WORD, Index
-from vllm_budgetkv.ops.triton.recall_assign import FIRST_NEW
-from vllm_budgetkv.ops.triton.recall_choose import choose_kernel
-from vllm_budgetkv.ops.triton.recall_weigh import Recalling, Weights, find_task, weigh_kernel
+from vllm_budgetkv.ops.triton.recall_fetch import fetch_kernel
+from vllm_budgetkv.ops.triton.recall_list import list_kernel
+from vllm_budgetkv.ops.triton.recall_narrow import (
+    LAST_BINS,
+    NUM_BINS,
+    NUM_BOUNDS,
+    NUM_RUN_FIELDS,
+    Choice,
+    narrow_kernel,
+)
+from vllm_budgetkv.ops.triton.recall_rank import rank_kernel
+from vllm_budgetkv.ops.triton.recall_settle import settle_kernel
+from vllm_budgetkv.ops.triton.recall_task import Recalling
+from vllm_budgetkv.ops.triton.recall_weigh import Weights, weigh_kernel
 from vllm_budgetkv.ops.triton.scratch import scratch
-from vllm_budgetkv.ops.triton.tier import Tier, find_keys
+from vllm_budgetkv.ops.triton.tier import Tier
 
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PageLayout
     from vllm_budgetkv.ops.views import BatchRows, PagedHeads, RecallHeads, TierLayer
 
 # of the index pages of a head, each of one program
-MAX_RUNS = 64
+MAX_RUNS = recall_task.MAX_RUNS.value
 # elements of a tile of codes
 TILE_SIZE = 4096
 MAX_BLOCK_ENTRIES = 128
@@ -54,32 +70,31 @@ def recall(
     require_dense(slots=rows.slots, query_start=rows.query_start, moved=moved)
     layout, grid = heads.pool.layout, (num_heads, num_rows)
     most_tokens = tier.blocks.shape[1] * tier.page_tokens
+    run_pages = triton.cdiv(width_pages, MAX_RUNS)
+    num_runs = triton.cdiv(width_pages, run_pages)
     recalling = Recalling(
         *(rows.slots, rows.query_start, recalls.table.shape[0], heads.capacity_tokens),
-        *(most_tokens, moved, moved.stride(0)),
+        *(most_tokens, moved, moved.stride(0), run_pages, num_runs),
     )
-    run_pages = triton.cdiv(width_pages, MAX_RUNS)
-    num_runs, index = triton.cdiv(width_pages, run_pages), Index.of(heads.pool, recalls)
-    weights = _weights(query, grid, num_runs, most_tokens)
-    pages, tables, host = Pages.of(heads.pool), Tables.of(heads), Tier.of(tier)
-    common = (Tokens.of(query), index, recalling, weights, run_pages, num_runs)
-    options = _options(layout, query.shape[1] // num_heads)
-    weigh_kernel[(num_runs, *grid)](*common, scale / math.log(2), **options)
-    choose_kernel[(num_runs, *grid)](
-        *common,
-        scale / math.log(2),
-        *(pages, tables, host, counters(num_heads * num_rows, query.device)),
-        TIER_TOKENS=tier.page_tokens,
-        PAGE_TOKENS=layout.page_tokens,
-        BLOCK_RUNS=triton.next_power_of_2(num_runs),
-        **options,
+    index, weights = Index.of(heads.pool, recalls), _weights(query, num_runs)
+    choice = _choice(query, grid, num_runs, most_tokens, heads.capacity_tokens)
+    places = (Pages.of(heads.pool), Tables.of(heads))
+    shape = {"PAGE_WORDS": layout.page_words, "NUM_WORDS": layout.code_words}
+    placed = shape | {"PAGE_TOKENS": layout.page_tokens}
+    block_runs, scale = triton.next_power_of_2(num_runs), scale / math.log(2)
+    by_run, codes = (num_runs, *grid), shape | _code_options(layout, query.shape[1] // num_heads)
+    common = (Tokens.of(query), index, recalling, weights)
+    weigh_kernel[by_run](*common, scale, **codes)
+    rank_kernel[by_run](*common, choice, scale, BLOCK_RUNS=block_runs, **codes)
+    narrow_kernel[by_run](index, recalling, *places, choice, **placed, num_warps=8)
+    settle_kernel[by_run](index, recalling, choice, BLOCK_RUNS=block_runs, **shape, num_warps=8)
+    list_kernel[by_run](
+        index, recalling, *places, choice, BLOCK_RUNS=block_runs, **placed, num_warps=8
     )
     fetch_kernel[(min(MAX_FETCHERS, triton.cdiv(heads.capacity_tokens, BLOCK_PLACES)), *grid)](
-        *(index, recalling, pages, tables, host),
-        PAGE_WORDS=layout.page_words,
-        NUM_WORDS=layout.code_words,
+        *(index, recalling, *places, Tier.of(tier), choice),
+        **placed,
         TIER_TOKENS=tier.page_tokens,
-        PAGE_TOKENS=layout.page_tokens,
         HEAD_SIZE=layout.head_size,
         BLOCK_SIZE=triton.next_power_of_2(layout.head_size),
         BLOCK_PLACES=BLOCK_PLACES,
@@ -87,73 +102,46 @@ def recall(
     )
 
 
-def _weights(
-    query: torch.Tensor, heads_and_rows: tuple[int, int], num_runs: int, num_tokens: int
-) -> Weights:
-    num_heads, num_rows = heads_and_rows
-    runs = (num_rows, query.shape[1], num_runs)
-    keys = scratch("recall keys", (num_rows, num_heads, num_tokens), query)
-    return Weights(
-        scratch("recall peaks", runs, query),
-        scratch("recall totals", runs, query),
-        keys.view(torch.int32),
+def _weights(query: torch.Tensor, num_runs: int) -> Weights:
+    shape = (*query.shape[:2], num_runs)
+    return Weights(scratch("recall peaks", shape, query), scratch("recall totals", shape, query))
+
+
+def _choice(
+    query: torch.Tensor,
+    heads_and_rows: tuple[int, int],
+    num_runs: int,
+    num_tokens: int,
+    capacity_tokens: int,
+) -> Choice:
+    num_tasks = math.prod(heads_and_rows)
+
+    def words(name: str, *shape: int) -> torch.Tensor:
+        return scratch(name, (num_tasks, *shape), query).view(torch.int32)
+
+    return Choice(
+        words("recall keys", num_tokens),
         num_tokens,
+        counters(num_tasks, query.device),
+        counters(num_tasks * NUM_BINS.value, query.device),
+        words("recall bounds", NUM_BOUNDS.value),
+        words("recall runs", NUM_RUN_FIELDS.value, num_runs),
+        words("recall tails", num_runs, LAST_BINS.value),
+        words("recall lists", 2, capacity_tokens),
+        capacity_tokens,
     )
 
 
-def _options(layout: PageLayout, group: int) -> dict[str, Any]:
+def _code_options(layout: PageLayout, group: int) -> dict[str, Any]:
     """What the kernels that read codes are compiled for."""
     block_words = max(MIN_BLOCK_WORDS, triton.next_power_of_2(layout.code_words))
     block_codes = block_words * CODES_PER_WORD.value
     return {
         "GROUP": group,
-        "PAGE_WORDS": layout.page_words,
         "HEAD_SIZE": layout.head_size,
-        "NUM_WORDS": layout.code_words,
         "BLOCK_SIZE": triton.next_power_of_2(layout.head_size),
         "BLOCK_GROUP": max(MIN_BLOCK_GROUP, triton.next_power_of_2(group)),
         "BLOCK_WORDS": block_words,
         "BLOCK_ENTRIES": min(MAX_BLOCK_ENTRIES, TILE_SIZE // block_codes),
         "num_warps": 8,
     }
-
-
-@triton.jit
-def fetch_kernel(
-    index: tl.tuple,
-    recalling: tl.tuple,
-    pages: tl.tuple,
-    tables: tl.tuple,
-    tier: tl.tuple,
-    PAGE_WORDS: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
-    TIER_TOKENS: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_PLACES: tl.constexpr,
-) -> None:
-    """Grid [fetchers, H, R]: copies the tokens that `choose_kernel` gave places to."""
-    head, row = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    slot, _, num_places = find_task(recalling, index, head, row, PAGE_WORDS, NUM_WORDS)
-    table = tables.table + slot * tables.slot_stride + head * tables.head_stride
-    channel = tl.arange(0, BLOCK_SIZE)
-    stride = tl.num_programs(0) * BLOCK_PLACES
-    for first in range(tl.program_id(0) * BLOCK_PLACES, num_places, stride):
-        place = first + tl.arange(0, BLOCK_PLACES)
-        page = tl.load(table + place // PAGE_TOKENS, mask=place < num_places, other=-1)
-        mask = (page >= 0) & (page < index.num_pages)
-        page, offset = page.to(tl.int64), place % PAGE_TOKENS
-        word = pages.position + page * pages.word_stride + offset
-        token = -tl.load(word, mask=mask, other=-1) + FIRST_NEW
-        source, found = find_keys(tier, slot, head, token, mask, TIER_TOKENS)
-        mask = found[:, None] & (channel < HEAD_SIZE)[None, :]
-        keys = tier.data + source[:, None] + channel[None, :]
-        new_keys = tl.load(keys, mask=mask, other=0.0)
-        new_values = tl.load(keys + tier.part_stride, mask=mask, other=0.0)
-        target = (page * pages.stride + offset * HEAD_SIZE)[:, None] + channel[None, :]
-        tl.store(pages.key + target, new_keys, mask=mask)
-        tl.store(pages.value + target, new_values, mask=mask)
-        # every thread has read the positions
-        tl.debug_barrier()
-        tl.store(word, token, mask=found)

@@ -11,62 +11,22 @@ from vllm_budgetkv.ops.triton.index import (
     CODE_BITS,
     CODES_PER_WORD,
     MAX_CODE,
-    count_tokens,
     find_page,
     find_shape,
     load_coded,
 )
-
-
-class Recalling(NamedTuple):
-    """The rows of a step, [R] and [R + 1], and the counts [S, H] of what they move.
-
-    A head holds at most `capacity_tokens` of the at most `most_tokens` in host memory.
-    """
-
-    slots: Any
-    query_start: Any
-    num_slots: Any
-    capacity_tokens: Any
-    most_tokens: Any
-    moved: Any
-    moved_stride: Any
+from vllm_budgetkv.ops.triton.recall_task import find_task
 
 
 class Weights(NamedTuple):
-    """What the first two launches find.
+    """What the first launch finds, of the logits of each run of index pages.
 
-    peaks, totals: float32 [R, Hq, runs], of the logits of each run of index pages. Logits are in
-        units of log 2; a total is relative to its peak.
-    keys: int32 [R, H, n], mass of each token as a sort key; that of a held one is lowest.
+    peaks, totals: float32 [R, Hq, runs]. Logits are in units of log 2; a total is relative to its
+        peak.
     """
 
     peaks: Any
     totals: Any
-    keys: Any
-    keys_stride: Any
-
-
-@triton.jit
-def find_task(
-    recalling: tl.tuple,
-    index: tl.tuple,
-    head: tl.tensor,
-    row: tl.tensor,
-    PAGE_WORDS: tl.constexpr,
-    NUM_WORDS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Slot of a row, tokens of a head's index, and how many it recalls: 0 for nothing to do."""
-    start = tl.load(recalling.query_start + row)
-    slot = tl.load(recalling.slots + row).to(tl.int64)
-    is_active = tl.load(recalling.query_start + row + 1) > start
-    is_active = is_active & (slot >= 0) & (slot < recalling.num_slots)
-    slot = tl.where(is_active, slot, 0)
-    _, _, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
-    num_tokens = tl.minimum(count_tokens(index, slot, head, page_tokens), recalling.most_tokens)
-    count = tl.load(index.num_recalled + slot * index.recalled_slot_stride + head)
-    count = tl.minimum(tl.minimum(count, recalling.capacity_tokens), num_tokens)
-    return slot, num_tokens, tl.where(is_active, count, 0)
 
 
 @triton.jit
@@ -75,8 +35,6 @@ def weigh_kernel(
     index: tl.tuple,
     recalling: tl.tuple,
     weights: tl.tuple,
-    run_pages: tl.tensor,
-    num_runs: tl.tensor,
     scale: tl.tensor,
     GROUP: tl.constexpr,
     PAGE_WORDS: tl.constexpr,
@@ -89,13 +47,13 @@ def weigh_kernel(
 ) -> None:
     """Grid [runs, H, R]: peak and sum of the logits of a run of index pages, for each query head.
 
-    The logits are made again by `choose_kernel`: kept, they would take a word for each token of
+    The logits are made again by `rank_kernel`: kept, they would take a word for each token of
     each query head of each row.
     """
     run, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot, num_tokens, count = find_task(recalling, index, head, row, PAGE_WORDS, NUM_WORDS)
     entry_tokens, entries, page_tokens = find_shape(index, slot, head, PAGE_WORDS, NUM_WORDS)
-    num_pages = tl.cdiv(num_tokens, page_tokens)
+    num_pages, run_pages = tl.cdiv(num_tokens, page_tokens), recalling.run_pages
     if (count <= 0) | (run * run_pages >= num_pages):
         return
     peak = tl.full([BLOCK_GROUP], float("-inf"), tl.float32)
@@ -123,7 +81,7 @@ def weigh_kernel(
             peak = new_peak
     member = tl.arange(0, BLOCK_GROUP)
     query_head = (row.to(tl.int64) * tl.num_programs(1) + head) * GROUP + member
-    at = query_head * num_runs + run
+    at = query_head * recalling.num_runs + run
     tl.store(weights.peaks + at, peak, mask=member < GROUP)
     tl.store(weights.totals + at, total, mask=member < GROUP)
 
