@@ -32,18 +32,25 @@ class Server:
         arguments: of `vllm serve`, besides model, host and port.
         log: file for the output of the server; overwritten.
         environment: of the server.
+        start_timeout_s: how long it may take until it answers.
 
     Raises:
         RuntimeError: the server died or did not answer in time; with the end of its log.
     """
 
     def __init__(
-        self, model: str, arguments: Sequence[str], log: Path, environment: Mapping[str, str]
+        self,
+        model: str,
+        arguments: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str],
+        start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self.environment = environment
+        self.start_timeout_s = start_timeout_s
         # the console script of this environment, whatever PATH says
         vllm = str(Path(sys.executable).parent / "vllm")
         address = ["--host", "127.0.0.1", "--port", str(self.port)]
@@ -96,7 +103,7 @@ class Server:
             return
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + self.start_timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
                 raise RuntimeError(f"vllm serve ended at start:\n{self._log_tail()}")
@@ -105,7 +112,7 @@ class Server:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise RuntimeError(f"no answer after {START_TIMEOUT_S:.0f} s:\n{self._log_tail()}")
+        raise RuntimeError(f"no answer after {self.start_timeout_s:.0f} s:\n{self._log_tail()}")
 
     def _log_tail(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-LOG_LINES:])

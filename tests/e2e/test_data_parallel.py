@@ -17,9 +17,11 @@ from tests.e2e.test_serve import ARGUMENTS, QUOTA_BLOCKS, ask, wait_until_idle
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 RANKS = 2
+# it is five processes, each of which imports vLLM, on the cores that there are
+START_TIMEOUT_S = 600.0
 VIDEOS = 4
 VIDEO = [{"video": 96}, {"text": "Which letter does the sign show?"}]
 TEXT = [{"text": "Hi"}]
@@ -39,7 +41,8 @@ def test_two_ranks_answer_inside_the_quota(tmp_path: Path, vision_model: Path) -
     arguments = [*ARGUMENTS, "--data-parallel-size", str(RANKS)]
     # by itself each rank would take the same cores
     environment = os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    with Server(str(vision_model), arguments, tmp_path / "server.log", environment) as server:
+    log_file = tmp_path / "server.log"
+    with Server(str(vision_model), arguments, log_file, environment, START_TIMEOUT_S) as server:
         client = server.client()
 
         def answer(parts: list[dict[str, Any]]) -> Any:
