@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.server import Server
-from tests.e2e.test_serve import ARGUMENTS, QUOTA_BLOCKS, ask, wait_until_idle
+from tests.e2e.test_serve import ARGUMENTS, QUOTA_BLOCKS, VIDEO, ask, wait_until_idle
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,7 +23,6 @@ RANKS = 2
 # it is five processes, each of which imports vLLM, on the cores that there are
 START_TIMEOUT_S = 600.0
 VIDEOS = 4
-VIDEO = [{"video": 96}, {"text": "Which letter does the sign show?"}]
 TEXT = [{"text": "Hi"}]
 
 
