@@ -13,8 +13,8 @@ The section `recall` pins up to 8 GB of host memory.
 `--check` compares and does not time; without a GPU it does so in Triton's interpreter, on small
 caches: `TRITON_INTERPRET=1 python -m benchmarks.bench_kernels --check`.
 
-`--no-check` times kernels that `--check` has compared on this card: `kernels` in both summaries, the
-hash of their sources, must be the same.
+`--no-check` times kernels that `--check` has compared on this card: `kernels` in both summaries,
+the hash of their sources, must be the same.
 """
 
 from __future__ import annotations
