@@ -143,7 +143,7 @@ def _check_encode(made: Remembered) -> Iterator[Verdict]:
     for slot, head in (made.recalls.num_tokens > 0).nonzero().tolist():
         parts = _keys(twin, slot, head).split(made.index_tokens)
         for number, part in zip(_index_pages(made, slot, head).tolist(), parts, strict=True):
-            keys = average(part, made.entry_tokens).double()
+            keys = average(part, made.entry_tokens, layout.dtype).double()
             page = _read_page(made, number, len(keys))
             if not page.is_sound:
                 choice_error = float("inf")

@@ -8,7 +8,8 @@ policy needs of a token travels with the token and is charged to the pool:
 
     K [N, D] | V [N, D] | centre [D] | radius [D] | position int32 [N] | pad
 
-K, V, centre and radius have the cache dtype. `centre` and `radius` are the page's digest.
+Centre and radius, the page's digest, have the dtype that the model computes in; so have K and V,
+unless they are quantised: then they are 8-bit floats, in units of a scale of their layer.
 `position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
 every field starts on a 16-byte boundary.
 
@@ -34,6 +35,8 @@ from vllm_budgetkv.arithmetic.index_page import entries_of_page
 PAGE_ALIGNMENT_BYTES = 256
 SUPPORTED_PAGE_TOKENS = (8, 16, 32, 64, 128, 256)
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# of quantised keys and values: 4 bits of exponent, 3 of mantissa, no infinity, 448 at most
+QUANTISED_DTYPE = torch.float8_e4m3fn
 MIN_HEAD_SIZE, MAX_HEAD_SIZE = 32, 256
 # channels of a key whose 4-bit codes share a word
 CODES_PER_WORD = 8
@@ -48,7 +51,9 @@ class PageLayout:
     Args:
         page_tokens: tokens of a page (N), one of `SUPPORTED_PAGE_TOKENS`.
         head_size: elements of a key and of a value (D), 32 to 256, a multiple of 8.
-        dtype: of keys, values and digests, one of `SUPPORTED_DTYPES`.
+        dtype: that the model computes in, of queries, answers and digests; one of
+            `SUPPORTED_DTYPES`.
+        is_quantised: whether keys and values are stored as 8-bit floats.
 
     Raises:
         ValueError: a size or dtype is not supported.
@@ -57,6 +62,7 @@ class PageLayout:
     page_tokens: int
     head_size: int
     dtype: torch.dtype
+    is_quantised: bool = False
 
     def __post_init__(self) -> None:
         if self.page_tokens not in SUPPORTED_PAGE_TOKENS:
@@ -75,8 +81,13 @@ class PageLayout:
             )
 
     @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values as they are stored."""
+        return QUANTISED_DTYPE if self.is_quantised else self.dtype
+
+    @property
     def value_offset_bytes(self) -> int:
-        return self.page_tokens * self.head_size * self.dtype.itemsize
+        return self.page_tokens * self.head_size * self.kv_dtype.itemsize
 
     @property
     def digest_offset_bytes(self) -> int:
@@ -113,12 +124,12 @@ class PageLayout:
     def page_bytes(self) -> int:
         used_bytes = self.position_offset_bytes + 4 * self.page_tokens
         # vLLM sees a page as N tokens of whole elements
-        alignment_bytes = max(PAGE_ALIGNMENT_BYTES, self.page_tokens * self.dtype.itemsize)
+        alignment_bytes = max(PAGE_ALIGNMENT_BYTES, self.page_tokens * self.kv_dtype.itemsize)
         return -(-used_bytes // alignment_bytes) * alignment_bytes
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a page per token: exact, and whole elements of the cache dtype."""
+        """Bytes of a page per token: exact, and whole elements of keys."""
         return self.page_bytes // self.page_tokens
 
 
@@ -191,19 +202,20 @@ class PagePool:
 
     @cached_property
     def keys(self) -> torch.Tensor:
-        """[P, N, D], cache dtype."""
-        return self._field(0, (self.layout.page_tokens, self.layout.head_size), self.layout.dtype)
+        """[P, N, D], as stored."""
+        layout = self.layout
+        return self._field(0, (layout.page_tokens, layout.head_size), layout.kv_dtype)
 
     @cached_property
     def values(self) -> torch.Tensor:
-        """[P, N, D], cache dtype."""
+        """[P, N, D], as stored."""
         layout = self.layout
         shape = (layout.page_tokens, layout.head_size)
-        return self._field(layout.value_offset_bytes, shape, layout.dtype)
+        return self._field(layout.value_offset_bytes, shape, layout.kv_dtype)
 
     @cached_property
     def digests(self) -> torch.Tensor:
-        """[P, 2, D], cache dtype: centre and radius of the page's keys."""
+        """[P, 2, D], computed dtype: centre and radius of the page's keys."""
         layout = self.layout
         return self._field(layout.digest_offset_bytes, (2, layout.head_size), layout.dtype)
 

@@ -17,6 +17,7 @@ from vllm_budgetkv.ops.encode import encode
 from vllm_budgetkv.ops.load import load
 from vllm_budgetkv.ops.mark import mark
 from vllm_budgetkv.ops.merge import merge
+from vllm_budgetkv.ops.quantise import quantise
 from vllm_budgetkv.ops.recall import recall
 from vllm_budgetkv.ops.reserve import reserve
 from vllm_budgetkv.ops.retrieve import retrieve
@@ -53,6 +54,7 @@ __all__ = [
     "load",
     "mark",
     "merge",
+    "quantise",
     "recall",
     "reserve",
     "retrieve",

@@ -28,7 +28,7 @@ def append(
     pages ascending.
 
     Args:
-        key: cache dtype [T, H, D]; tokens and heads may lie apart.
+        key: [T, H, D] as pages store them, see `quantise`; tokens and heads may lie apart.
         value: as `key`.
         heads: one layer of all slots; pool, table and lens are mutated.
         stack: of all slots; `num_free` is mutated.
@@ -41,8 +41,8 @@ def append(
     """
     pool, layout = heads.pool, heads.pool.layout
     require_layer(heads)
-    require("key", key, layout.dtype, (None, heads.num_heads, layout.head_size))
-    require("value", value, layout.dtype, key.shape)
+    require("key", key, layout.kv_dtype, (None, heads.num_heads, layout.head_size))
+    require("value", value, layout.kv_dtype, key.shape)
     require_stacks(stack, heads)
     require_rows(rows)
     require("first_position", rows.first_position, torch.int32, rows.slots.shape)

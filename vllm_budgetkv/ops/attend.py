@@ -32,7 +32,7 @@ def attend(
     threads. Online softmax after https://arxiv.org/abs/1805.02867.
 
     Args:
-        query: cache dtype [T, Hq, D]; tokens and heads may lie apart.
+        query: computed dtype [T, Hq, D]; tokens and heads may lie apart.
         heads: one layer of all slots; the pool is only read, and only below `lens`.
         rows: of the batch; only `slots` and `query_start` are read.
         out: as `query`; mutated.

@@ -31,7 +31,7 @@ def attend_part(
     are joined by the weights `exp(lse)` (https://arxiv.org/abs/2501.01005, section 2.2).
 
     Args:
-        query: cache dtype [T, Hq, D]; tokens and heads may lie apart.
+        query: computed dtype [T, Hq, D]; tokens and heads may lie apart.
         heads: one layer of all slots; the pool is only read, and only below `lens`.
         rows: of the batch; `shared` is not read.
         first_token: position in its request of the first token that a head holds.

@@ -18,7 +18,7 @@ def digest(heads: PagedHeads) -> None:
     """Write centre and radius of the keys of every page of one request and layer.
 
     Per channel, over the valid tokens of a page: centre = (max + min) / 2 and
-    radius = mean |k - centre|. Computed in float32, stored in the cache dtype.
+    radius = mean |k - centre|. Computed in float32, stored in the computed dtype.
 
     Based on ArkVale (NeurIPS 2024, https://nips.cc/virtual/2024/poster/96635). The mean deviation
     makes the box tighter than min/max would, so it ranks pages and does not bound their keys.

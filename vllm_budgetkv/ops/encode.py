@@ -21,11 +21,11 @@ def encode(
     """Write four bits for a quarter of the channels of the keys that heads recall, in one layer.
 
     A page has E entries for `entry_tokens` consecutive tokens each, which stand for the mean of
-    their keys, summed from the first on and rounded to the cache's dtype. It tells those R channels
-    apart that move logits most: with the largest energy times variance over its entries, of equals
-    the lower ones. With the mean m of a channel, and its step s of 0.3352 deviations (the best of a
-    uniform quantiser of 16 levels for a Gaussian: Max, 1960,
-    https://doi.org/10.1109/TIT.1960.1057548), both rounded to the cache's dtype, the code of k is
+    their keys, summed from the first on and rounded to the digests' dtype. It tells those R
+    channels apart that move logits most: with the largest energy times variance over its entries,
+    of equals the lower ones. With the mean m of a channel, and its step s of 0.3352 deviations (the
+    best of a uniform quantiser of 16 levels for a Gaussian: Max, 1960,
+    https://doi.org/10.1109/TIT.1960.1057548), both rounded to that dtype, the code of k is
     floor((k - m) / s + 8), from 0 to 15. Arithmetic is float32.
 
     Keys that were rotated to their positions differ most where queries hardly look, in fast pairs

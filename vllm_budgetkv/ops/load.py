@@ -20,7 +20,7 @@ def load(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLaye
     What `store` wrote, bit for bit. A token whose slot has no block there is left as it is.
 
     Args:
-        key: cache dtype [T, H, D], written; tokens and heads may lie apart.
+        key: [T, H, D] as the tier keeps them, written; tokens and heads may lie apart.
         value: as `key`, written.
         rows: of the batch; `shared` is not read.
         tier: one layer of all slots.

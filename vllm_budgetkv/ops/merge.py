@@ -44,7 +44,7 @@ def merge(
     - value: v_p <- (v_p + sum(w_e v_e)) / (1 + sum(w_e)) with w_e = c_e |v_e| / (|v_e| + |v_p|).
       p is chosen among the kept tokens of e's modality, and e is left out if c_e < `threshold`.
 
-    All means are of the values before the call, in float32, rounded once to the cache dtype. Kept
+    All means are of the values before the call, in float32, rounded once to that of the pages. Kept
     tokens are never sources, and tokens of a head that keeps none (or, by value, none of that
     modality) are lost. Positions and digests are not touched: the digest of a page whose
     keys changed is stale until `digest` runs. No token remembers how many it has taken in: at the

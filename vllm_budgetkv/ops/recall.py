@@ -36,7 +36,7 @@ def recall(
     sketches of keys after ShadowKV (https://arxiv.org/abs/2410.21465).
 
     Args:
-        query: [R, Hq, D] of the cache's dtype: one decode query per row.
+        query: computed dtype [R, Hq, D]: one decode query per row.
         heads: one layer of all slots. K, V and positions of recall pages are mutated; a position of
             -1 there says that the place is empty.
         rows: of the batch, a token each or none; `slots` and `query_start` are read.

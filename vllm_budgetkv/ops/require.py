@@ -48,6 +48,8 @@ def require_softmax(softmax: Softmax, num_query_heads: int) -> None:
     Raises:
         ValueError: a shape, dtype or number does not fit.
     """
+    if not softmax.value_unit > 0:
+        raise ValueError(f"value_unit is {softmax.value_unit}; it must be positive")
     if not softmax.soft_cap >= 0:
         raise ValueError(f"soft_cap is {softmax.soft_cap}; it must be positive, or 0 for none")
     if softmax.sinks is not None:

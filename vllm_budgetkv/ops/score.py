@@ -26,7 +26,8 @@ class Scores(NamedTuple):
     Attributes:
         mass: float32 [H, n], mean or largest attention of the probe; 0 beyond `lens`.
         topk_mass: float32 [Hq], mean share of the attention that the top k tokens get.
-        value_norms: float32 [H, n], L2 norm of each value; 0 beyond `lens`.
+        value_norms: float32 [H, n], L2 norm of each value, not as stored but in units of the model;
+            0 beyond `lens`.
         positions: int32 [H, n], logical index of each token; -1 beyond `lens`.
     """
 

@@ -37,7 +37,7 @@ def stage(
     layout, num_heads = pool.layout, tier.tokens.shape[1]
     require_tier(tier, tier.blocks.shape[0])
     kept_shape = (None, num_heads, 2, layout.page_tokens, layout.head_size)
-    require("tier.tokens", tier.tokens, layout.dtype, kept_shape)
+    require("tier.tokens", tier.tokens, layout.kv_dtype, kept_shape)
     require("pages", pages, torch.int32, (num_heads, None))
     match backend.of(pages):
         case "reference":

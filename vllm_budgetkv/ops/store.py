@@ -20,7 +20,7 @@ def store(key: torch.Tensor, value: torch.Tensor, rows: BatchRows, tier: TierLay
     A token's place follows from its position. One whose slot has no block there is left out.
 
     Args:
-        key: cache dtype [T, H, D]; tokens and heads may lie apart.
+        key: [T, H, D] as the tier keeps them; tokens and heads may lie apart.
         value: as `key`.
         rows: of the batch; `shared` is not read.
         tier: one layer of all slots; its tokens are mutated.

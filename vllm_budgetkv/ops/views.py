@@ -59,14 +59,16 @@ class Softmax(NamedTuple):
     the logit of a token without key and value: it takes a share of the weights and gives nothing.
 
     Attributes:
-        scale: of the logits, usually 1 / sqrt(D).
+        scale: of the logits, usually 1 / sqrt(D); times the unit of the keys, if they have one.
         soft_cap: C, positive; 0 for none.
         sinks: float32 [Hq], of each query head; None without.
+        value_unit: what a stored value of 1 stands for.
     """
 
     scale: float
     soft_cap: float = 0.0
     sinks: torch.Tensor | None = None
+    value_unit: float = 1.0
 
     @classmethod
     def of(cls, scale: float | Softmax) -> Softmax:
@@ -109,8 +111,8 @@ class TierLayer(NamedTuple):
     """One layer of the tokens that host memory keeps, of all slots.
 
     Attributes:
-        tokens: cache dtype [B, H, 2, N, D], keys and values of B host blocks of N tokens; blocks
-            may lie apart. On a GPU's host, pinned memory that kernels read and write.
+        tokens: [B, H, 2, N, D], keys and values of B host blocks of N tokens, as pages store them;
+            blocks may lie apart. On a GPU's host, pinned memory that kernels read and write.
         blocks: int32 [S, M], the blocks of each slot's tokens in their order; -1 where it has none.
     """
 

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_budgetkv.ops.views import Softmax
+
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads, Softmax
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
 
 
 def attend(
@@ -21,7 +23,7 @@ def attend(
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
-    scale, cap, sinks = softmax_fields(scale)
+    scale, cap, sinks, value_unit = Softmax.of(scale)
     group = query.shape[1] // heads.num_heads
     for row, slot in enumerate(rows.slots.tolist()):
         start, end = rows.query_start[row : row + 2].tolist()
@@ -39,12 +41,8 @@ def attend(
                 scores = torch.cat((scores, sink.expand(-1, end - start, 1)), dim=-1)
             # A query that sees no key gets zeros: softmax gives NaN there.
             weights = scores.softmax(dim=-1)[..., :num_keys].masked_fill(hidden, 0.0)
-            out[start:end, query_heads] = (weights @ values).transpose(0, 1).to(out.dtype)
-
-
-def softmax_fields(scale: float | Softmax) -> tuple[float, float, torch.Tensor | None]:
-    """Scale, soft cap and sinks, also of a scale alone."""
-    return scale if isinstance(scale, tuple) else (scale, 0.0, None)
+            mean = weights @ values * value_unit
+            out[start:end, query_heads] = mean.transpose(0, 1).to(out.dtype)
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -30,18 +30,19 @@ def encode(
             blocks = tier.blocks[slot, positions // tier.page_tokens].long()
             keys = tier.tokens[blocks, head, 0, positions % tier.page_tokens]
             page = int(recalls.table[slot, head, first // page_tokens])
-            encode_page(pool, page, average(keys, entry_tokens).float(), energy[head])
+            means = average(keys, entry_tokens, pool.layout.dtype)
+            encode_page(pool, page, means.float(), energy[head])
 
 
-def average(keys: torch.Tensor, entry_tokens: int) -> torch.Tensor:
-    """Means [e, D] of neighbouring keys [n, D], in their dtype: summed from the first on."""
+def average(keys: torch.Tensor, entry_tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    """Means [e, D] of neighbouring keys [n, D], rounded to `dtype`: summed from the first on."""
     means = []
     for neighbours in keys.float().split(entry_tokens):
         total = neighbours[0]
         for key in neighbours[1:]:
             total = total + key
         means.append(total / len(neighbours))
-    return torch.stack(means).to(keys.dtype)
+    return torch.stack(means).to(dtype)
 
 
 def encode_page(pool: PagePool, page: int, keys: torch.Tensor, energy: torch.Tensor) -> None:

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops.reference.attend import soft_cap, softmax_fields
+from vllm_budgetkv.ops.reference.attend import soft_cap
 from vllm_budgetkv.ops.reference.tokens import locate_tokens
+from vllm_budgetkv.ops.views import Softmax
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import PagedHeads, Softmax
+    from vllm_budgetkv.ops.views import PagedHeads
 
 
 def score(
@@ -24,7 +25,7 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
     num_rows, num_query_heads, head_size = probe.shape
-    scale, cap, sinks = softmax_fields(scale)
+    scale, cap, sinks, value_unit = Softmax.of(scale)
     pool, num_heads = heads.pool, heads.num_heads
     pages, offsets, held = locate_tokens(heads, max_tokens)
     # a slot behind the last token may hold NaN, which no weight of zero would silence
@@ -45,7 +46,7 @@ def score(
     top = _masked_softmax(logits, rest).topk(min(top_k, max_tokens), dim=-1).values
     topk_mass = top.sum(dim=-1).mean(dim=-1)
     topk_mass = torch.where(rest.any(dim=1)[:, None], topk_mass, 1.0)
-    return mass, topk_mass.reshape(num_query_heads), values.norm(dim=-1), positions
+    return mass, topk_mass.reshape(num_query_heads), values.norm(dim=-1) * value_unit, positions
 
 
 def _masked_softmax(logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
