@@ -29,8 +29,8 @@ struct Kernel {
 Kernel prefill_kernel(const AttendArgs& args) {
 #if defined(__x86_64__)
   // its softmax takes the largest product for the largest score, and bends none
-  if (args.type == FloatType::kBfloat16 && current_isa() == Isa::kAmx && args.scale >= 0 &&
-      args.soft_cap == 0) {
+  if (args.type == FloatType::kBfloat16 && args.key_type == args.type &&
+      current_isa() == Isa::kAmx && args.scale >= 0 && args.soft_cap == 0) {
     return {amx::attend_tile_queries(), amx::attend_scratch_floats(args.head_size),
             &amx::attend_split};
   }
@@ -112,13 +112,14 @@ void run(const AttendArgs& args, const Kernel& prefill, Plan& plan) {
 
 AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                      const at::Tensor& table, const at::Tensor& out, double scale, double soft_cap,
-                     const std::optional<at::Tensor>& sinks) {
+                     const std::optional<at::Tensor>& sinks, double value_unit) {
   check_pool_field("keys", keys);
   check_pool_field("values", values);
   check_last_stride("query", query);
   check_last_stride("out", out);
   AttendArgs args{};
-  args.type = float_type(keys.scalar_type());
+  args.type = float_type(query.scalar_type());
+  args.key_type = float_type(keys.scalar_type());
   args.query = query.const_data_ptr();
   args.query_token_stride = query.stride(0);
   args.query_head_stride = query.stride(1);
@@ -135,6 +136,7 @@ AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::
   args.num_query_heads = static_cast<int>(query.size(1));
   args.scale = static_cast<float>(scale);
   args.soft_cap = static_cast<float>(soft_cap);
+  args.value_unit = static_cast<float>(value_unit);
   args.sinks = sinks.has_value() ? sinks->const_data_ptr<float>() : nullptr;
   return args;
 }
@@ -176,10 +178,11 @@ void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table
 void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
             const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
             const at::Tensor& query_start, const at::Tensor& out, double scale, double soft_cap,
-            const std::optional<at::Tensor>& sinks_in) {  // float32 [Hq]
+            const std::optional<at::Tensor>& sinks_in,  // float32 [Hq]
+            double value_unit) {
   std::optional<at::Tensor> sinks = sinks_in;
   if (sinks.has_value()) sinks = sinks->contiguous();
-  const AttendArgs args = make_args(query, keys, values, table, out, scale, soft_cap, sinks);
+  const AttendArgs args = make_args(query, keys, values, table, out, scale, soft_cap, sinks, value_unit);
   const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
   attend_rows("attend", args, table, lens, rows, nullptr, 0);
 }
@@ -188,7 +191,7 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
                  const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
                  const at::Tensor& query_start, const at::Tensor& first_position,
                  int64_t first_token, const at::Tensor& out, const at::Tensor& lse, double scale) {
-  AttendArgs args = make_args(query, keys, values, table, out, scale, 0.0, std::nullopt);
+  AttendArgs args = make_args(query, keys, values, table, out, scale, 0.0, std::nullopt, 1.0);
   TORCH_CHECK_VALUE(lse.is_contiguous() && first_position.is_contiguous(),
                     "attend_part: lse and first_position must be contiguous");
   args.lse = lse.mutable_data_ptr<float>();
@@ -203,7 +206,7 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, Tensor slots, "
-      "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks) -> ()");
+      "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks, float value_unit) -> ()");
   m.def(
       "attend_part(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, "
       "Tensor slots, Tensor query_start, Tensor first_position, int first_token, Tensor(a!) out, "

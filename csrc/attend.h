@@ -6,16 +6,16 @@
 
 #include <cstdint>
 
+#include "float_type.h"
 #include "isa.h"
 
 namespace budgetkv {
 
-enum class FloatType { kFloat32, kBfloat16, kFloat16 };
-
 // What all tiles share. Strides count elements.
 struct AttendArgs {
-  FloatType type;     // of query, keys, values and, without `lse`, out
-  const void* query;  // [T, Hq, D]
+  FloatType type;      // of query and, without `lse`, out
+  FloatType key_type;  // of keys and values
+  const void* query;   // [T, Hq, D]
   int64_t query_token_stride, query_head_stride;
   void* out;  // [T, Hq, D], float32 with `lse`
   int64_t out_token_stride, out_head_stride;
@@ -30,6 +30,7 @@ struct AttendArgs {
   int num_query_heads;  // Hq
   float scale;          // of the scores
   float soft_cap;       // that bends them; 0 for none
+  float value_unit;     // what a stored value of 1 stands for
   const float* sinks;   // [Hq], scores of tokens without a value; null for none, and with `lse`
 };
 

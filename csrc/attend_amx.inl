@@ -63,7 +63,7 @@ BUDGETKV_INLINE void pack_queries(const AttendArgs& args, const AttendTile& tile
   const int pairs = args.head_size / 2, padded_pairs = work.depths * kSide;
   for (int q = 0; q < kTileQueries; ++q) {
     const char* from = q < tile.num_queries
-                           ? reinterpret_cast<const char*>(query_row<Bf16>(args, tile, q))
+                           ? static_cast<const char*>(args.query) + 2 * place_of_query(args, tile, q)
                            : nullptr;
     for (int pair = 0; pair < padded_pairs; ++pair) {
       uint32_t word = 0;
@@ -358,6 +358,6 @@ bool attend_split(const AttendArgs& args, const AttendTile& tile, int split, flo
   const bool found =
       prefill(args, tile, begin, end, result, Workspace(scratch + result_words, args.head_size));
   _tile_release();
-  if (found) finish_split<Bf16>(args, tile, split, result);
+  if (found) finish_split(args, tile, split, result);
   return found;
 }

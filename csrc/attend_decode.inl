@@ -107,10 +107,7 @@ bool decode_group(const AttendArgs& args, const AttendTile& tile, int begin, int
   float* scores = sums + num_padded * padded;
   __builtin_memset(scratch, 0, 2 * num_padded * padded * sizeof(float));
   for (int q = 0; q < tile.num_queries; ++q) {
-    const T* from = query_row<T>(args, tile, q);
-    for_each_vector(size, [&](int d, bool is_tail) {
-      store(queries + q * padded + d, load(from + d, is_tail) * args.scale);
-    });
+    read_query(args, tile, q, queries + q * padded);
   }
   float peak[kMaxPaddedGroup], total[kMaxPaddedGroup] = {}, decay[kMaxPaddedGroup];
   for (float& value : peak) value = -kInfinity;

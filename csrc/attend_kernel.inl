@@ -20,12 +20,11 @@ BUDGETKV_INLINE bool split_of_type(const AttendArgs& args, const AttendTile& til
                      : vectors == 1 ? prefill<T, 1>(args, tile, begin, end, result, rest)
                      : vectors == 2 ? prefill<T, 2>(args, tile, begin, end, result, rest)
                                     : prefill<T, 3>(args, tile, begin, end, result, rest);
-  if (found) finish_split<T>(args, tile, split, result);
+  if (found) finish_split(args, tile, split, result);
   return found;
 }
 
-template <class T>
-BUDGETKV_INLINE void combine_of_type(const AttendArgs& args, const AttendTile& tile, float* sum) {
+void attend_combine(const AttendArgs& args, const AttendTile& tile, float* sum) {
   const int size = args.head_size;
   const int64_t stride = static_cast<int64_t>(tile.num_queries) * (size + 2);
   for (int q = 0; q < tile.num_queries; ++q) {
@@ -45,7 +44,7 @@ BUDGETKV_INLINE void combine_of_type(const AttendArgs& args, const AttendTile& t
         store(sum + d, load(sum + d, is_tail) + more, is_tail);
       });
     }
-    write_row<T>(args, tile, q, sum, peak, total);
+    write_row(args, tile, q, sum, peak, total);
   }
 }
 
@@ -59,18 +58,5 @@ int64_t attend_scratch_floats(int head_size) {
 }
 
 bool attend_split(const AttendArgs& args, const AttendTile& tile, int split, float* scratch) {
-  switch (args.type) {
-    case FloatType::kBfloat16: return split_of_type<Bf16>(args, tile, split, scratch);
-    case FloatType::kFloat16: return split_of_type<Fp16>(args, tile, split, scratch);
-    case FloatType::kFloat32: break;
-  }
-  return split_of_type<float>(args, tile, split, scratch);
-}
-
-void attend_combine(const AttendArgs& args, const AttendTile& tile, float* scratch) {
-  switch (args.type) {
-    case FloatType::kBfloat16: return combine_of_type<Bf16>(args, tile, scratch);
-    case FloatType::kFloat16: return combine_of_type<Fp16>(args, tile, scratch);
-    case FloatType::kFloat32: return combine_of_type<float>(args, tile, scratch);
-  }
+  BUDGETKV_FOR_FLOAT_TYPE(args.key_type, split_of_type, args, tile, split, scratch);
 }

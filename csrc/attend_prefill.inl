@@ -2,7 +2,7 @@
 //
 // So K needs no transposition and softmax no reduction across lanes: scores are S^T = K Q^T, the
 // output is O^T += V^T P^T, and only Q and O are transposed, once per tile. float32 pages are read
-// in place; 16-bit ones are widened into scratch, a block at a time.
+// in place; narrower ones are widened into scratch, a block at a time.
 
 // Registers: kRegisterRows x 3 sums, 3 operands and one broadcast.
 constexpr int kRegisterRows = kLanes == 16 ? 8 : 4;
@@ -15,17 +15,12 @@ int64_t prefill_scratch_floats(int head_size) {
 }
 
 // Q^T [D, kV * kLanes] from the tile's rows; lanes without a query are zero.
-template <class T, int kV>
+template <int kV>
 BUDGETKV_INLINE void transpose_queries(const AttendArgs& args, const AttendTile& tile, float* q_t) {
   constexpr int kWidth = kV * kLanes;
   float row[kMaxHeadSize];
   for (int q = 0; q < kWidth; ++q) {
-    if (q < tile.num_queries) {
-      const T* from = query_row<T>(args, tile, q);
-      for_each_vector(args.head_size, [&](int d, bool is_tail) {
-        store(row + d, load(from + d, is_tail) * args.scale, is_tail);
-      });
-    }
+    if (q < tile.num_queries) read_query(args, tile, q, row);
     for (int d = 0; d < args.head_size; ++d) {
       q_t[d * kWidth + q] = q < tile.num_queries ? row[d] : 0.0f;
     }
@@ -112,7 +107,7 @@ bool prefill(const AttendArgs& args, const AttendTile& tile, int begin, int end,
   float* scores = o_t + size * kWidth;
   float* k_copy = scores + kBlockKeys * kWidth;
   float* v_copy = k_copy + kBlockKeys * size;
-  transpose_queries<T, kV>(args, tile, q_t);
+  transpose_queries<kV>(args, tile, q_t);
   __builtin_memset(o_t, 0, size * kWidth * sizeof(float));
   Vec peak[kV], total[kV], decay[kV];
   Int visible[kV];

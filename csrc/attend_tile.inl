@@ -20,22 +20,22 @@ struct Partial {
       : sum(base), peak(base + num_queries * head_size), total(peak + num_queries) {}
 };
 
-template <class T>
-BUDGETKV_INLINE const T* query_row(const AttendArgs& args, const AttendTile& tile, int query) {
+// First element of a query in `args.query`.
+BUDGETKV_INLINE int64_t place_of_query(const AttendArgs& args, const AttendTile& tile, int query) {
   const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
   const int64_t token = tile.first_token + tile.token_of(query, args.group);
-  return static_cast<const T*>(args.query) + token * args.query_token_stride +
-         head * args.query_head_stride;
+  return token * args.query_token_stride + head * args.query_head_stride;
 }
 
-template <class T>
-BUDGETKV_INLINE void write_mean(T* out, int size, const float* sum, float total) {
-  const Vec weight = splat(total > 0 || total != total ? 1.0f / total : 0.0f);
-  for_each_vector(
-      size, [&](int d, bool is_tail) { store(out + d, load(sum + d, is_tail) * weight, is_tail); });
+// to [D] = the query, times the scale; `to` is padded to whole vectors.
+BUDGETKV_INLINE void read_query(const AttendArgs& args, const AttendTile& tile, int query,
+                                float* to) {
+  const int64_t place = place_of_query(args, tile, query);
+  for_each_vector(args.head_size, [&](int d, bool is_tail) {
+    store(to + d, load_as(args.type, args.query, place + d, is_tail) * args.scale);
+  });
 }
 
-template <class T>
 BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, int query,
                                const float* sum, float peak, float total) {
   const int head = tile.kv_head * args.group + (tile.first_query + query) % args.group;
@@ -48,10 +48,13 @@ BUDGETKV_INLINE void write_row(const AttendArgs& args, const AttendTile& tile, i
       const float above = args.sinks[head] - peak;
       total += exp(splat(above < kMostAbove ? above : kMostAbove))[0];
     }
-    write_mean(static_cast<T*>(args.out) + place, args.head_size, sum, total);
-    return;
   }
-  write_mean(static_cast<float*>(args.out) + place, args.head_size, sum, total);
+  const FloatType type = args.lse == nullptr ? args.type : FloatType::kFloat32;
+  const Vec weight = splat(total > 0 || total != total ? args.value_unit / total : 0.0f);
+  for_each_vector(args.head_size, [&](int d, bool is_tail) {
+    store_as(type, args.out, place + d, load(sum + d, is_tail) * weight, is_tail);
+  });
+  if (args.lse == nullptr) return;
   // a query that sees no key has no weight
   args.lse[token * args.num_query_heads + head] =
       total == 0 ? -kInfinity : peak + __builtin_logf(total);
@@ -128,12 +131,11 @@ BUDGETKV_INLINE Vec soften(float* scores, int stride, int num_keys, Vec& peak, V
 }
 
 // Where the result of a split goes: to `out` if it is the only one.
-template <class T>
 BUDGETKV_INLINE void finish_split(const AttendArgs& args, const AttendTile& tile, int split,
                                   const Partial& result) {
   if (tile.num_splits == 1) {
     for (int q = 0; q < tile.num_queries; ++q) {
-      write_row<T>(args, tile, q, result.sum + q * args.head_size, result.peak[q], result.total[q]);
+      write_row(args, tile, q, result.sum + q * args.head_size, result.peak[q], result.total[q]);
     }
     return;
   }

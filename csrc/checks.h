@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "attend.h"
+#include "float_type.h"
 
 namespace budgetkv {
 
@@ -24,11 +24,15 @@ inline void check_pool_field(const char* name, const at::Tensor& field) {
 }
 
 inline FloatType float_type(at::ScalarType type) {
-  TORCH_CHECK_VALUE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, type,
-                    " is not a cache dtype; use float32, bfloat16 or float16");
-  return type == at::kFloat      ? FloatType::kFloat32
-         : type == at::kBFloat16 ? FloatType::kBfloat16
-                                 : FloatType::kFloat16;
+  switch (type) {
+    case at::kFloat: return FloatType::kFloat32;
+    case at::kBFloat16: return FloatType::kBfloat16;
+    case at::kHalf: return FloatType::kFloat16;
+    case at::kFloat8_e4m3fn: return FloatType::kFloat8;
+    default:
+      TORCH_CHECK_VALUE(false, type,
+                        " is not a cache dtype; use float32, bfloat16, float16 or float8_e4m3fn");
+  }
 }
 
 // Uninitialised floats on an aligned address, for one call of an op.

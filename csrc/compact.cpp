@@ -40,10 +40,11 @@ struct Pages {
         positions(positions),
         digests(digests),
         dtype(keys.scalar_type()),
+        digest_dtype(digests.scalar_type()),
         page_tokens(keys.size(1)),
         head_size(keys.size(2)) {}
   TokenField keys, values, positions, digests;
-  at::ScalarType dtype;
+  at::ScalarType dtype, digest_dtype;
   int64_t page_tokens, head_size;
 };
 
@@ -79,6 +80,8 @@ void fill_nan(char* data, int64_t count, at::ScalarType dtype) {
     std::fill_n(reinterpret_cast<float*>(data), count, nan);
   } else if (dtype == at::kBFloat16) {
     std::fill_n(reinterpret_cast<c10::BFloat16*>(data), count, c10::BFloat16(nan));
+  } else if (dtype == at::kFloat8_e4m3fn) {
+    std::fill_n(reinterpret_cast<c10::Float8_e4m3fn*>(data), count, c10::Float8_e4m3fn(nan));
   } else {
     std::fill_n(reinterpret_cast<c10::Half*>(data), count, c10::Half(nan));
   }
@@ -94,7 +97,7 @@ void poison_slots(const Pages& pages, int64_t page, int64_t begin) {
 
 void poison_page(const Pages& pages, int64_t page) {
   poison_slots(pages, page, 0);
-  fill_nan(pages.digests.at(page, 0), 2 * pages.head_size, pages.dtype);
+  fill_nan(pages.digests.at(page, 0), 2 * pages.head_size, pages.digest_dtype);
 }
 
 // Everything that could go wrong, before anything is moved. Returns the survivors of each head.

@@ -44,13 +44,15 @@ void digest(const at::Tensor& keys,     // [P, N, D]
   const char* key_data = static_cast<const char*>(keys.const_data_ptr());
   char* digest_data = static_cast<char*>(digests.mutable_data_ptr());
   const int64_t page_bytes = keys.stride(0) * keys.itemsize();
-  const FloatType type = float_type(keys.scalar_type());
+  const FloatType key_type = float_type(keys.scalar_type());
+  const FloatType digest_type = float_type(digests.scalar_type());
   const auto digest_page = BUDGETKV_PICK(digest_page);
   constexpr int64_t kPagesPerTask = 16;
   at::parallel_for(0, pages.size(), kPagesPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t offset = pages[i].id * page_bytes;
-      digest_page(type, key_data + offset, pages[i].num_tokens, keys.size(2), digest_data + offset);
+      digest_page(key_type, key_data + offset, pages[i].num_tokens, keys.size(2), digest_type,
+                  digest_data + offset);
     }
   });
 }

@@ -4,10 +4,8 @@ BUDGETKV_INLINE Vec magnitude(Vec x) { return bitcast<Vec>(bitcast<Int>(x) & 0x7
 
 template <class T>
 static void digest_page_as(const void* page_keys, int64_t num_tokens, int64_t head_size,
-                           void* digest) {
+                           FloatType digest_type, void* digest) {
   const T* keys = static_cast<const T*>(page_keys);
-  T* centres = static_cast<T*>(digest);
-  T* radii = centres + head_size;
   for_each_vector(head_size, [&](int channel, bool is_tail) {
     const T* column = keys + channel;
     Vec highest = load(column, is_tail), lowest = highest;
@@ -21,12 +19,14 @@ static void digest_page_as(const void* page_keys, int64_t num_tokens, int64_t he
     for (int64_t i = 0; i < num_tokens; ++i) {
       deviation += magnitude(load(column + i * head_size, is_tail) - centre);
     }
-    store(centres + channel, centre, is_tail);
-    store(radii + channel, deviation / static_cast<float>(num_tokens), is_tail);
+    const Vec radius = deviation / static_cast<float>(num_tokens);
+    store_as(digest_type, digest, channel, centre, is_tail);
+    store_as(digest_type, digest, head_size + channel, radius, is_tail);
   });
 }
 
-void digest_page(FloatType type, const void* keys, int64_t num_tokens, int64_t head_size,
-                 void* digest) {
-  BUDGETKV_FOR_FLOAT_TYPE(type, digest_page_as, keys, num_tokens, head_size, digest);
+void digest_page(FloatType key_type, const void* keys, int64_t num_tokens, int64_t head_size,
+                 FloatType digest_type, void* digest) {
+  BUDGETKV_FOR_FLOAT_TYPE(key_type, digest_page_as, keys, num_tokens, head_size, digest_type,
+                          digest);
 }

@@ -12,6 +12,7 @@
 #include "digest.h"
 #include "float_type.h"
 #include "merge.h"
+#include "quantise.h"
 #include "recall.h"
 #include "retrieve.h"
 #include "score.h"

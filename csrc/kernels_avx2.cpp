@@ -9,6 +9,7 @@ namespace budgetkv::avx2 {
 #include "attend_kernel.inl"
 #include "contrast_kernel.inl"
 #include "digest_kernel.inl"
+#include "quantise_kernel.inl"
 #include "recall_kernel.inl"
 #include "retrieve_kernel.inl"
 #include "score_kernel.inl"

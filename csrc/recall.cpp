@@ -270,7 +270,7 @@ void encode(const at::Tensor& tokens,           // [B, H, 2, N, D]
   const auto entry_tokens = entry_tokens_in.accessor<int32_t, 1>();
   const TierTokens tier(tokens, blocks.const_data_ptr<int32_t>(), blocks.size(0));
   const at::Tensor energy = energy_in.contiguous();
-  const int64_t head_size = tokens.size(4), row_bytes = head_size * tokens.element_size();
+  const int64_t head_size = tokens.size(4), mean_bytes = head_size * digests.element_size();
   struct Page {
     int64_t head, first;
     IndexPage index_page;
@@ -287,6 +287,7 @@ void encode(const at::Tensor& tokens,           // [B, H, 2, N, D]
   const PageField<int32_t> word_field(words);
   const PageField<char> digest_field(digests);
   const FloatType type = float_type(digests.scalar_type());
+  const FloatType key_type = float_type(tokens.scalar_type());
   at::parallel_for(0, pages.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const auto& [h, first, index_page] = pages[i];
@@ -294,13 +295,13 @@ void encode(const at::Tensor& tokens,           // [B, H, 2, N, D]
       std::vector<const void*> keys(std::min<int64_t>(index_page.tokens, num_tokens[h] - first));
       for (size_t t = 0; t < keys.size(); ++t) keys[t] = tier.at(h, 0, first + t);
       std::vector<char> means;
-      if (index_page.entry_tokens > 1) {
+      if (index_page.entry_tokens > 1 || key_type != type) {
         const int64_t count = keys.size(), num_entries = ceil_div(count, index_page.entry_tokens);
-        means.resize(num_entries * row_bytes);
+        means.resize(num_entries * mean_bytes);
         BUDGETKV_PICK(average_keys)
-        (type, keys.data(), count, index_page.entry_tokens, head_size, means.data());
+        (key_type, keys.data(), count, index_page.entry_tokens, head_size, type, means.data());
         keys.resize(num_entries);
-        for (int64_t e = 0; e < num_entries; ++e) keys[e] = means.data() + e * row_bytes;
+        for (int64_t e = 0; e < num_entries; ++e) keys[e] = means.data() + e * mean_bytes;
       }
       std::vector<float> mean(head_size), variance(head_size);
       const int64_t count = keys.size();

@@ -41,9 +41,9 @@ BUDGETKV_DECLARE(void index_logits(const IndexQuery& query,
 BUDGETKV_DECLARE(void index_mass(float* logits,  // [num_queries, stride], destroyed
                                  int64_t num_queries, int64_t num_tokens, int64_t stride,
                                  float* mass))  // [num_tokens], mutated
-// Means of `entry_tokens` neighbours each, of the keys at `keys`, in their type.
-BUDGETKV_DECLARE(void average_keys(FloatType type, const void* const* keys, int64_t num_tokens,
-                                   int64_t entry_tokens, int64_t head_size,
+// Means of `entry_tokens` neighbours each, of the keys at `keys`, in the type of digests.
+BUDGETKV_DECLARE(void average_keys(FloatType key_type, const void* const* keys, int64_t num_tokens,
+                                   int64_t entry_tokens, int64_t head_size, FloatType mean_type,
                                    void* means))  // [ceil(num_tokens / entry_tokens), D], mutated
 // Mean and variance of each channel of the keys at `keys`, one pointer a token.
 BUDGETKV_DECLARE(void measure_keys(FloatType type, const void* const* keys, int64_t num_tokens,

@@ -8,7 +8,7 @@ BUDGETKV_INLINE float read_one(const float* from) { return *from; }
 BUDGETKV_INLINE void write_one(float* to, float number) { *to = number; }
 template <class T>
 BUDGETKV_INLINE float read_one(const T* from) {
-  Short bits = {};
+  typename T::Bits bits = {};
   bits[0] = from->bits;
   return widen(T{}, bits)[0];
 }
@@ -138,9 +138,9 @@ void index_mass(float* logits, int64_t num_queries, int64_t num_tokens, int64_t 
 
 template <class T>
 static void average_keys_as(const void* const* keys, int64_t num_tokens, int64_t entry_tokens,
-                            int64_t head_size, void* means) {
-  T* mean = static_cast<T*>(means);
-  for (int64_t first = 0; first < num_tokens; first += entry_tokens, mean += head_size) {
+                            int64_t head_size, FloatType mean_type, void* means) {
+  int64_t place = 0;
+  for (int64_t first = 0; first < num_tokens; first += entry_tokens, place += head_size) {
     const int64_t count = num_tokens - first < entry_tokens ? num_tokens - first : entry_tokens;
     for_each_vector(head_size, [&](int channel, bool is_tail) {
       const auto key = [&](int64_t t) {
@@ -148,14 +148,15 @@ static void average_keys_as(const void* const* keys, int64_t num_tokens, int64_t
       };
       Vec sum = key(0);
       for (int64_t t = 1; t < count; ++t) sum += key(t);
-      store(mean + channel, sum / static_cast<float>(count), is_tail);
+      store_as(mean_type, means, place + channel, sum / static_cast<float>(count), is_tail);
     });
   }
 }
 
-void average_keys(FloatType type, const void* const* keys, int64_t num_tokens, int64_t entry_tokens,
-                  int64_t head_size, void* means) {
-  BUDGETKV_FOR_FLOAT_TYPE(type, average_keys_as, keys, num_tokens, entry_tokens, head_size, means);
+void average_keys(FloatType key_type, const void* const* keys, int64_t num_tokens,
+                  int64_t entry_tokens, int64_t head_size, FloatType mean_type, void* means) {
+  BUDGETKV_FOR_FLOAT_TYPE(key_type, average_keys_as, keys, num_tokens, entry_tokens, head_size,
+                          mean_type, means);
 }
 
 template <class T>

@@ -75,7 +75,8 @@ std::vector<BlockOfHead> blocks_of(const std::vector<Head>& heads) {
 
 // Fills `packed` [all slots, D] and `norms` [H, n] from the heads' keys and values.
 void pack_heads(const std::vector<Head>& heads, const at::Tensor& keys, const at::Tensor& values,
-                const at::TensorAccessor<int32_t, 2>& table, float* packed, at::Tensor& norms) {
+                float value_unit, const at::TensorAccessor<int32_t, 2>& table, float* packed,
+                at::Tensor& norms) {
   const auto blocks = blocks_of(heads);
   const auto pack_block = BUDGETKV_PICK(pack_block);
   const int64_t page_tokens = keys.size(1), head_size = keys.size(2);
@@ -85,8 +86,8 @@ void pack_heads(const std::vector<Head>& heads, const at::Tensor& keys, const at
       const auto& [head, first_token, num_tokens, first_slot] = blocks[i];
       pack_block({float_type(keys.scalar_type()), static_cast<const char*>(keys.const_data_ptr()),
                   static_cast<const char*>(values.const_data_ptr()),
-                  keys.stride(0) * keys.itemsize(), page_tokens, head_size, table[head].data(),
-                  first_token, num_tokens, packed + first_slot * head_size,
+                  keys.stride(0) * keys.itemsize(), page_tokens, head_size, value_unit,
+                  table[head].data(), first_token, num_tokens, packed + first_slot * head_size,
                   norms.mutable_data_ptr<float>() + head * norms.size(1) + first_token});
     }
   });
@@ -151,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
     const at::Tensor& lens,       // int32 [H]
     double scale, double soft_cap,
     const std::optional<at::Tensor>& learned_sinks,  // float32 [H * G]
-    int64_t top_k, int64_t num_sinks, bool takes_largest, int64_t max_tokens) {
+    double value_unit, int64_t top_k, int64_t num_sinks, bool takes_largest, int64_t max_tokens) {
   const int64_t num_heads = lens.size(0), group = probe.size(1) / num_heads;
   const at::Tensor table = table_in.contiguous();
   const auto pages = table.accessor<int32_t, 2>();
@@ -178,7 +179,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
 
   at::Tensor packed = at::empty({num_slots, probe.size(2)}, options);
   float* packed_data = packed.mutable_data_ptr<float>();
-  pack_heads(heads, keys, values, pages, packed_data, norms);
+  pack_heads(heads, keys, values, static_cast<float>(value_unit), pages, packed_data, norms);
   at::Tensor partial = at::zeros({num_slots * group}, options);
   const at::Tensor learned = learned_sinks.has_value() ? learned_sinks->contiguous() : at::Tensor();
   const Numbers numbers{static_cast<float>(scale * std::numbers::log2e),
@@ -200,8 +201,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> score(
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "score(Tensor probe, Tensor keys, Tensor values, Tensor positions, Tensor table, "
-      "Tensor lens, float scale, float soft_cap, Tensor? learned_sinks, int top_k, int num_sinks, "
-      "bool takes_largest, int max_tokens) "
+      "Tensor lens, float scale, float soft_cap, Tensor? learned_sinks, float value_unit, "
+      "int top_k, int num_sinks, bool takes_largest, int max_tokens) "
       "-> (Tensor mass, Tensor topk_mass, Tensor value_norms, Tensor positions)");
 }
 

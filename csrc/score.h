@@ -16,6 +16,7 @@ struct PackTask {
   FloatType type;
   const char *keys, *values;  // of the pool's first page
   int64_t page_bytes, page_tokens, head_size;
+  float value_unit;                 // what a stored value of 1 stands for
   const int32_t* table;             // pages of the head
   int64_t first_token, num_tokens;  // 1 to kBlockTokens tokens
   float* packed;                    // [head_size, kBlockTokens], mutated: 0 behind the last token

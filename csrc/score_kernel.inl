@@ -18,7 +18,7 @@ static void pack_block_as(const PackTask& task) {
       const Vec element = load(value + channel, is_tail);
       squares += element * element;
     });
-    task.norms[i] = __builtin_sqrtf(reduce_add(squares));
+    task.norms[i] = __builtin_sqrtf(reduce_add(squares)) * task.value_unit;
   }
   for (int64_t channel = 0; channel < size; ++channel) {
     for (int64_t i = task.num_tokens; i < kBlockTokens; ++i) {

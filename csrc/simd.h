@@ -13,13 +13,20 @@ typedef float Vec __attribute__((vector_size(4 * BUDGETKV_LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * BUDGETKV_LANES)));
 typedef uint32_t Uint __attribute__((vector_size(4 * BUDGETKV_LANES)));
 typedef uint16_t Short __attribute__((vector_size(2 * BUDGETKV_LANES)));
+typedef uint8_t Byte __attribute__((vector_size(BUDGETKV_LANES)));
 
-// 16-bit floats as they lie in memory.
+// Floats of 16 and of 8 bits as they lie in memory; `Bits` is a vector of them.
 struct Bf16 {
+  typedef Short Bits;
   uint16_t bits;
 };
 struct Fp16 {
+  typedef Short Bits;
   uint16_t bits;
+};
+struct Fp8 {  // 4 bits of exponent, 3 of mantissa, no infinity
+  typedef Byte Bits;
+  uint8_t bits;
 };
 
 template <class To, class From>
@@ -92,6 +99,32 @@ BUDGETKV_INLINE Short narrow(Fp16, Vec x) {
 }
 #endif
 
+// ---- 8-bit floats --------------------------------------------------------------------------
+
+BUDGETKV_INLINE Vec widen(Fp8, Byte bytes) {
+  const Uint bits = __builtin_convertvector(bytes, Uint);
+  const Uint magnitude = bits & 0x7f;
+  const Vec normal = bitcast<Vec>((magnitude << 20) + (120u << 23));  // the bias, from 7 to 127
+  const Vec subnormal = __builtin_convertvector(bitcast<Int>(magnitude), Vec) * 0x1p-9f;
+  Vec result = select(magnitude < 8, subnormal, normal);
+  result = select(magnitude == 0x7f, bitcast<Vec>(Uint{} + 0x7fc00000), result);
+  return bitcast<Vec>(bitcast<Uint>(result) | (bits & 0x80) << 24);
+}
+
+// To nearest, ties to even; what is beyond the largest becomes that.
+BUDGETKV_INLINE Byte narrow(Fp8, Vec x) {
+  const Uint bits = bitcast<Uint>(x);
+  const Uint magnitude = bits & 0x7fffffff;
+  const Uint normal = (magnitude - (120u << 23) + 0x7ffff + ((magnitude >> 20) & 1)) >> 20;
+  // Adding 2^14 rounds a subnormal number, a multiple of 2^-9, into the low bits of the sum.
+  const Uint subnormal = bitcast<Uint>(bitcast<Vec>(magnitude) + 0x1p14f) - 0x46800000;
+  const Uint largest = Uint{} + 0x7e, nan = Uint{} + 0x7f;
+  Vec result = select(magnitude < 0x3c800000, bitcast<Vec>(subnormal), bitcast<Vec>(normal));
+  result = select(magnitude > 0x43e00000, bitcast<Vec>(largest), result);
+  result = select(magnitude > 0x7f800000, bitcast<Vec>(nan), result);
+  return __builtin_convertvector(bitcast<Uint>(result) | (bits >> 24 & 0x80), Byte);
+}
+
 // ---- memory --------------------------------------------------------------------------------
 
 BUDGETKV_INLINE Vec load(const float* from) {
@@ -103,13 +136,13 @@ BUDGETKV_INLINE void store(float* to, Vec vec) { __builtin_memcpy(to, &vec, size
 
 template <class T>
 BUDGETKV_INLINE Vec load(const T* from) {
-  Short bits;
+  typename T::Bits bits;
   __builtin_memcpy(&bits, from, sizeof(bits));
   return widen(T{}, bits);
 }
 template <class T>
 BUDGETKV_INLINE void store(T* to, Vec vec) {
-  const Short bits = narrow(T{}, vec);
+  const typename T::Bits bits = narrow(T{}, vec);
   __builtin_memcpy(to, &bits, sizeof(bits));
 }
 
@@ -143,6 +176,22 @@ BUDGETKV_INLINE Vec load(const T* from, bool is_tail) {
 template <class T>
 BUDGETKV_INLINE void store(T* to, Vec vec, bool is_tail) {
   is_tail ? store_tail(to, vec) : store(to, vec);
+}
+
+// The same at an index of an array whose type is known at run time only.
+template <class T>
+BUDGETKV_INLINE Vec load_at(const void* from, int64_t index, bool is_tail) {
+  return load(static_cast<const T*>(from) + index, is_tail);
+}
+template <class T>
+BUDGETKV_INLINE void store_at(void* to, int64_t index, Vec vec, bool is_tail) {
+  store(static_cast<T*>(to) + index, vec, is_tail);
+}
+BUDGETKV_INLINE Vec load_as(FloatType type, const void* from, int64_t index, bool is_tail) {
+  BUDGETKV_FOR_FLOAT_TYPE(type, load_at, from, index, is_tail);
+}
+BUDGETKV_INLINE void store_as(FloatType type, void* to, int64_t index, Vec vec, bool is_tail) {
+  BUDGETKV_FOR_FLOAT_TYPE(type, store_at, to, index, vec, is_tail);
 }
 
 // ---- arithmetic ----------------------------------------------------------------------------
