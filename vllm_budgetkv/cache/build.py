@@ -50,6 +50,8 @@ class Model:
             another for every group of layers of another kind.
         soft_caps: of the logits, by the index of a layer that has one.
         sinks: learned, [Hq], by the index of a layer that has some.
+        units: what a stored key and a stored value of 1 stand for, by the index of a layer whose
+            keys and values are quantised.
     """
 
     pool: PagePool
@@ -61,6 +63,7 @@ class Model:
     group: int = 0
     soft_caps: Mapping[int, float] = field(default_factory=dict)
     sinks: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    units: Mapping[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -70,6 +73,15 @@ class Model:
     def num_heads(self) -> int:
         """KV heads of this rank (H)."""
         return self.blocks.num_heads
+
+    @property
+    def logit_scales(self) -> dict[int, float]:
+        """Of products with keys as they are stored, by the index of the layer."""
+        return {layer: scale * self.units_of(layer)[0] for layer, scale in self.scales.items()}
+
+    def units_of(self, layer: int) -> tuple[float, float]:
+        """What a stored key and a stored value of 1 stand for."""
+        return self.units.get(layer, (1.0, 1.0))
 
 
 def build_cache(
@@ -125,6 +137,7 @@ def build_cache(
         recaller=recaller,
         replay=_replay_of(rules, compressor, recaller),
         streaming=_streaming_of(model, rules, recaller),
+        units=model.units,
     )
     return BudgetCache(
         slots=Slots(tables, rules, probes, reports, arrival_of, recaller, model.group),
@@ -137,13 +150,14 @@ def build_cache(
 
 def _softmaxes(model: Model) -> dict[int, float | ops.Softmax]:
     """How logits become weights in each layer: by a scale, if that is all."""
-    found: dict[int, float | ops.Softmax] = {**model.scales}
-    for layer in {*model.soft_caps, *model.sinks}:
+    found: dict[int, float | ops.Softmax] = {**model.logit_scales}
+    for layer in {*model.soft_caps, *model.sinks, *model.units}:
         sinks = model.sinks.get(layer)
         found[layer] = ops.Softmax(
-            model.scales[layer],
+            model.logit_scales[layer],
             model.soft_caps.get(layer, 0.0),
             None if sinks is None else sinks.float(),
+            model.units_of(layer)[1],
         )
     return found
 
@@ -183,7 +197,7 @@ def _recaller_of(model: Model, rules: Rules, tables: HeadTables) -> Recaller | N
             "host memory brings no tokens back in a model with a soft cap on logits or learned "
             "attention sinks: remove --kv-host-memory"
         )
-    return Recaller.empty(tables, tier, quota.recall, model.scales, **sizes)
+    return Recaller.empty(tables, tier, quota.recall, model.logit_scales, **sizes)
 
 
 def _replay_of(rules: Rules, compressor: Compressor, recaller: Recaller | None) -> Replay | None:
@@ -196,7 +210,8 @@ def _replay_of(rules: Rules, compressor: Compressor, recaller: Recaller | None) 
 def _streaming_of(model: Model, rules: Rules, recaller: Recaller | None) -> Streaming | None:
     if recaller is None:
         return None
-    return Streaming(recaller.tables, recaller, model.scales, rules.check_ledger)
+    units = {layer: model.units_of(layer)[1] for layer in model.scales}
+    return Streaming(recaller.tables, recaller, model.logit_scales, units, rules.check_ledger)
 
 
 def _probes_of(model: Model, rules: Rules) -> Probes:

@@ -97,7 +97,7 @@ class Recaller:
     def token_bytes(self) -> int:
         """Bytes of a token of one head that come back: its key and its value."""
         layout = self.tables.pool.layout
-        return 2 * layout.head_size * layout.dtype.itemsize
+        return 2 * layout.head_size * layout.kv_dtype.itemsize
 
     @property
     def slot_bytes(self) -> int:

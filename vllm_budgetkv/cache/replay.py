@@ -174,6 +174,6 @@ class Replay:
         layout = self.tables.pool.layout
         shape = (starts[-1], self.tables.num_heads, layout.head_size)
         key, value = (
-            torch.empty(shape, dtype=layout.dtype, device=self.tables.lens.device) for _ in "kv"
+            torch.empty(shape, dtype=layout.kv_dtype, device=self.tables.lens.device) for _ in "kv"
         )
         return Lead(self.rows.first(len(requests)), key, value, self.tables, self.tier)

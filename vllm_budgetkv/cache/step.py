@@ -37,6 +37,8 @@ class Layers:
         recaller: brings tokens back from host memory; None where nothing does.
         replay: takes over what host memory keeps of a prompt; None without host memory.
         streaming: attends to what host memory keeps of a prompt; None without host memory.
+        units: what a stored key and a stored value of 1 stand for, by the index of the layer; empty
+            where keys and values are stored as they are computed.
     """
 
     index: Mapping[str, int]
@@ -47,16 +49,18 @@ class Layers:
     recaller: Recaller | None
     replay: Replay | None
     streaming: Streaming | None
+    units: Mapping[int, tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Step:
     """Device tensors and host plans of one batch. R rows, T query tokens. `BudgetCache` opens it.
 
-    A decode step, one generated token in every row, runs its layers without allocating and without
-    asking the host, so that a CUDA graph can replay them: what differs between two steps lies in
-    `rows` and in the tables. Before, the cache reserves the pages of all layers; behind it, the
-    queries that the layers left behind move to the requests' banks.
+    A decode step, one generated token in every row, runs its layers without asking the host and,
+    but for quantised keys and values, without allocating, so that a CUDA graph can replay them:
+    what differs between two steps lies in `rows` and in the tables. Before, the cache reserves the
+    pages of all layers; behind it, the queries that the layers left behind move to the requests'
+    banks.
 
     Args:
         layers: what its layers work with.
@@ -132,6 +136,8 @@ class Step:
         tables, rows = self.layers.tables, self.rows
         layer = self.layers.index[layer_name]
         query, key, value, out = (x[: self.starts[-1]] for x in (query, key, value, out))
+        if units := self.layers.units:
+            key, value = ops.quantise(key, value, *units[layer])
         if self.lead is not None:
             self.lead.append(layer)
         ops.append(key, value, tables.layer(layer), tables.stack, rows)

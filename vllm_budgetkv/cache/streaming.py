@@ -53,12 +53,14 @@ class Streaming:
         tables: which pages each head holds, and which are free.
         recaller: knows host memory and what is still being written there.
         scales: of the logits, by the index of the layer.
+        value_units: what a stored value of 1 stands for, by the index of the layer.
         poison: fill pages with NaN again when they have been read.
     """
 
     tables: HeadTables
     recaller: Recaller
     scales: Mapping[int, float]
+    value_units: Mapping[int, float]
     poison: bool
 
     def open(self, plans: Sequence[RowPlan], starts: Sequence[int]) -> list[Stream]:
@@ -103,7 +105,7 @@ class Streaming:
             mean *= (weight - both).exp_()[..., None]
             mean += other.mul_((other_weight - both).exp_()[..., None])
             weight = both
-        out[stream.tokens] = mean.to(out.dtype)
+        out[stream.tokens] = mean.mul_(self.value_units[layer]).to(out.dtype)
         if self.poison:
             self.tables.pool.poison(pages.flatten())
 

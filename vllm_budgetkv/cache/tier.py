@@ -29,7 +29,7 @@ class HostTier:
     """Blocks of N tokens of all layers and heads, allocated once. It changes through its verbs.
 
     Args:
-        tokens: cache dtype [B, L, H, 2, N, D], keys and values; in pinned memory for a GPU.
+        tokens: [B, L, H, 2, N, D], keys and values as pages store them; in pinned memory for a GPU.
         blocks: int32 [S, M] on the device, the blocks of each slot in the order of its tokens.
         places: int32 [B, N] on the device, the largest rotary position of each token.
         poison: fill blocks with NaN before a request writes them.
@@ -66,7 +66,7 @@ class HostTier:
         num_slots, num_layers, num_heads = lens.shape
         shape = (num_layers, num_heads, 2, layout.page_tokens, layout.head_size)
         on_gpu = lens.device.type == "cuda"
-        tokens = torch.empty(num_blocks, *shape, dtype=layout.dtype, pin_memory=on_gpu)
+        tokens = torch.empty(num_blocks, *shape, dtype=layout.kv_dtype, pin_memory=on_gpu)
         width_blocks = ceil_div(longest_tokens, layout.page_tokens)
         blocks = lens.new_full((num_slots, width_blocks), NO_PAGE)
         return cls(tokens, blocks, lens.new_zeros(num_blocks, layout.page_tokens), poison)

@@ -76,7 +76,7 @@ def stock_cost(engine: PlannedEngine, tokens: int, pool_bytes: int | None) -> Re
         block_size=page_tokens,
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
-        dtype=model.dtype,
+        dtype=layout_of(engine).kv_dtype,
     )
     block_bytes = model.get_num_layers(parallel) * spec.page_size_bytes
     pool_blocks = engine.cache_config.num_gpu_blocks_override

@@ -160,6 +160,8 @@ def _cache_of(given: EngineArgs) -> CacheConfig:
     from vllm.config import CacheConfig
 
     return CacheConfig(
+        cache_dtype=given.kv_cache_dtype,
+        kv_cache_dtype_skip_layers=given.kv_cache_dtype_skip_layers,
         block_size=given.block_size or plugin.DEFAULT_PAGE_TOKENS,
         gpu_memory_utilization=given.gpu_memory_utilization,
         kv_cache_memory_bytes=given.kv_cache_memory_bytes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    KVQuantMode,
     SlidingWindowSpec,
     iter_layer_specs,
     replace_as,
@@ -22,6 +23,7 @@ from vllm_budgetkv.start.pool_size import Windows
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 # fields of a full-attention spec that a page serves; any other must have its default
 FREE_FIELDS = {"block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded", "max_tp_shards"}
+# how keys and values may be stored: as they are computed, or in 8 bits with a scale for a layer
+STORED = (KVQuantMode.NONE, KVQuantMode.FP8_PER_TENSOR)
 
 # what a field means, where the name does not tell
 MEANINGS = {
@@ -70,8 +74,15 @@ class QuotaSpec(FullAttentionSpec):
     encoder_tokens: int = 0
 
     @classmethod
-    def of(cls, spec: FullAttentionSpec, quota: Quota) -> QuotaSpec:
+    def of(
+        cls, spec: FullAttentionSpec, quota: Quota, computed: torch.dtype | None = None
+    ) -> QuotaSpec:
         """The spec of a layer under the quota; its pages pay for all fields of a head-page.
+
+        Args:
+            spec: vLLM's.
+            quota: the largest of a request.
+            computed: dtype that the model computes in; None if keys and values are stored so.
 
         Raises:
             ValueError: the layer is not plain full attention, or its page layout is not supported.
@@ -83,7 +94,8 @@ class QuotaSpec(FullAttentionSpec):
             )
         # vLLM asks for a token alone, too, to make blocks as long as recurrent state
         assert spec.block_size in (quota.block_tokens, 1), "the quota counts blocks of another size"
-        layout = PageLayout(quota.page_tokens, spec.head_size, spec.dtype)
+        is_quantised = spec.kv_quant_mode != KVQuantMode.NONE
+        layout = PageLayout(quota.page_tokens, spec.head_size, computed or spec.dtype, is_quantised)
         return replace_as(
             spec,
             cls,
@@ -186,7 +198,9 @@ def foreign_to(spec: KVCacheSpec) -> list[str]:
     return [
         MEANINGS.get(name, f"a cache with {name} {{!r}}").format(value)
         for name, value in asked.items()
-        if name not in FREE_FIELDS and value != getattr(plain, name)
+        if name not in FREE_FIELDS
+        and value != getattr(plain, name)
+        and not (name == "kv_quant_mode" and value in STORED)
     ]
 
 

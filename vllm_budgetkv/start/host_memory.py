@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.start import stored
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -17,7 +19,8 @@ def token_bytes(engine: EngineConfig) -> int:
     """Bytes of host memory that keep a token on one worker: K and V of all layers and KV heads."""
     model, parallel = engine.model_config, engine.parallel_config
     num_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    return 2 * num_heads * model.get_head_size() * model.dtype.itemsize
+    layout = stored.layout_of(engine, engine.cache_config.block_size)
+    return 2 * num_heads * layout.head_size * layout.kv_dtype.itemsize
 
 
 def num_blocks(engine: EngineConfig, config: BudgetConfig) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import ceil_div
+from vllm_budgetkv.start import stored
 from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ class Windows:
 
 def block_bytes(engine: EngineConfig, quota: Quota) -> int:
     """Bytes of a block on one worker: head-pages for every KV head of the layers of a group."""
-    model = engine.model_config
-    layout = PageLayout(quota.page_tokens, model.get_head_size(), model.dtype)
-    num_heads = model.get_num_kv_heads(engine.parallel_config)
+    layout = stored.layout_of(engine, quota.page_tokens)
+    num_heads = engine.model_config.get_num_kv_heads(engine.parallel_config)
     num_pages = groups_of(engine).block_layers * num_heads * quota.block_pages
     return num_pages * layout.page_bytes
 

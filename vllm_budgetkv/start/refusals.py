@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.start import platforms, refused_models
+from vllm_budgetkv.start import platforms, refused_models, stored
 from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def of_model(engine: EngineConfig) -> list[str]:
     reasons = [*_runner(model), *refused_models.dead_ends(model)]
     if model.runner_type == "generate" and not refused_models.dead_ends(model):
         reasons += [*refused_models.sliding_window(model), *_parallel(engine)]
+        reasons += stored.refusals(engine)
     return reasons
 
 
@@ -115,7 +116,7 @@ def _cache(vllm_config: VllmConfig) -> Iterator[str]:
     from vllm import envs
 
     cache = vllm_config.cache_config
-    yield from _quantised(vllm_config)
+    yield from stored.of_device(vllm_config)
     if cache.kv_sharing_fast_prefill:
         yield "layers that share their cache are not supported: remove --kv-sharing-fast-prefill"
     if cache.prefix_match_unit not in (None, cache.block_size):
@@ -128,28 +129,6 @@ def _cache(vllm_config: VllmConfig) -> Iterator[str]:
             f"the cache cannot be laid out as {envs.VLLM_KV_CACHE_LAYOUT}: unset "
             "VLLM_KV_CACHE_LAYOUT"
         )
-
-
-def _quantised(vllm_config: VllmConfig) -> Iterator[str]:
-    """Whether keys and values are stored otherwise than the model computes them."""
-    from vllm.utils.torch_utils import resolve_kv_cache_dtype_string
-
-    model_dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    # what `auto` means, here or, for checkpoints of llm-compressor, when a layer is built
-    automatic = resolve_kv_cache_dtype_string("auto", vllm_config.model_config)
-    if automatic == "auto" and getattr(vllm_config.quant_config, "kv_cache_scheme", None):
-        automatic = "fp8"
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    stored = automatic if cache_dtype == "auto" else cache_dtype
-    if stored in ("auto", model_dtype):
-        return
-    if automatic in ("auto", model_dtype):
-        wanted = f"use auto (here {model_dtype})"
-    elif model_dtype == "float32":
-        wanted = f"the checkpoint asks for {automatic}, so use bfloat16 and --dtype bfloat16"
-    else:
-        wanted = f"the checkpoint asks for {automatic}, so use {model_dtype}"
-    yield f"--kv-cache-dtype {stored} is not supported: {wanted}"
 
 
 def _connections(vllm_config: VllmConfig) -> Iterator[str]:

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
 from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import make_policy
+from vllm_budgetkv.start import stored
 from vllm_budgetkv.start.groups import groups_of, page_tokens_of
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.layout import PageLayout
     from vllm_budgetkv.start.config import BudgetConfig
     from vllm_budgetkv.start.engine_config import EngineConfig
     from vllm_budgetkv.start.request_rules import RequestRules
 
 
 def layout_of(engine: EngineConfig) -> PageLayout:
-    """Where the bytes of a head-page lie.
+    """Where the bytes of a head-page lie, of as many tokens as the options say.
 
     Raises:
         ValueError: the page size, head size or dtype is not supported.
     """
-    model = engine.model_config
-    return PageLayout(page_tokens_of(engine), model.get_head_size(), model.dtype)
+    return stored.layout_of(engine, page_tokens_of(engine))
 
 
 def resolve_quota(engine: EngineConfig, config: BudgetConfig, block_pages: int = 1) -> Quota:

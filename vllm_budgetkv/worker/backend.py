@@ -9,6 +9,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout, MambaSpec
 
 from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE, SUPPORTED_DTYPES
 from vllm_budgetkv.scheduler.spec import WINDOWS, QuotaSpec, foreign_to
+from vllm_budgetkv.start import stored
 from vllm_budgetkv.worker.attention import BudgetAttention
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     import torch
+    from vllm.config.cache import CacheDType
     from vllm.v1.attention.backend import AttentionImpl, AttentionMetadataBuilder
     from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
@@ -23,10 +25,22 @@ if TYPE_CHECKING:
 
 
 class BudgetBackend(AttentionBackend):
-    """Attention over per-head pages. The worker sets `quota` before it loads a model."""
+    """Attention over per-head pages.
+
+    Attributes:
+        quota: the largest of a request.
+        computed: dtype that the model computes in. The worker sets both before it loads a model.
+    """
 
     quota: ClassVar[Quota]
+    computed: ClassVar[torch.dtype]
     supported_dtypes: ClassVar[list[torch.dtype]] = list(SUPPORTED_DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        *stored.QUANTISED,
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -58,7 +72,7 @@ class BudgetBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         # vLLM also passes specs that have been customized already
-        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota)
+        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota, cls.computed)
 
     @classmethod
     def supports_sink(cls) -> bool:

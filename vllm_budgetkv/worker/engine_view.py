@@ -9,6 +9,7 @@ import torch
 
 from vllm_budgetkv.arithmetic.layout import BlockLayout, PageLayout, PagePool
 from vllm_budgetkv.cache.build import Model
+from vllm_budgetkv.start.stored import QUANTISED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -83,21 +84,22 @@ def heads_of(layers: Mapping[str, Any], quota: Quota) -> tuple[int, int, int]:
     return shapes.pop()
 
 
-def model_of(layers: Mapping[str, Any], quota: Quota, group: int) -> Model:
+def model_of(layers: Mapping[str, Any], quota: Quota, group: int, computed: torch.dtype) -> Model:
     """What the cache must know of the engine's model, whose buffer is allocated, but rotations.
 
     Args:
         layers: the engine's attention layers by name, with `kv_cache`, `impl` and head counts.
         quota: for as many layers.
         group: of the lists of blocks that the engine keeps of a request, which is theirs.
+        computed: dtype that the model computes in.
 
     Raises:
         ValueError: the layers do not match the quota or differ in their heads.
     """
     num_query_heads, _, head_size = heads_of(layers, quota)
     views = {name: layer.kv_cache for name, layer in layers.items()}
-    dtype = next(iter(views.values())).dtype
-    layout = PageLayout(quota.page_tokens, head_size, dtype)
+    is_quantised = any(layer.impl.kv_cache_dtype in QUANTISED for layer in layers.values())
+    layout = PageLayout(quota.page_tokens, head_size, computed, is_quantised)
     pool, blocks, layer_index = pool_of(views, layout, quota.block_pages)
     return Model(
         pool=pool,
@@ -116,5 +118,10 @@ def model_of(layers: Mapping[str, Any], quota: Quota, group: int) -> Model:
             layer_index[name]: layer.impl.sinks.detach()
             for name, layer in layers.items()
             if layer.impl.sinks is not None
+        },
+        units={
+            layer_index[name]: (layer._k_scale_float, layer._v_scale_float)
+            for name, layer in layers.items()
+            if is_quantised
         },
     )

@@ -93,6 +93,7 @@ class BudgetWorker(Worker):
         self.budget_config = config_of(self.vllm_config)
         self.budget_rules = rules_of(self.vllm_config)
         BudgetBackend.quota = self._largest_quota
+        BudgetBackend.computed = self.model_config.dtype
         keeps_windows = refused_models.keeps_windows(self.vllm_config.model_config)
         with backend_registered(), windows_left_to_vllm(self.vllm_config, keeps_windows):
             super().load_model(**kwargs)
@@ -155,7 +156,7 @@ class BudgetWorker(Worker):
     def _make_cache(self, layers: Mapping[str, Any], group: int) -> BudgetCache:
         config = self.budget_config
         offers = [self._offer(name) for name in config.policies]
-        model = model_of(layers, self._largest_quota, group)
+        model = model_of(layers, self._largest_quota, group, self.model_config.dtype)
         if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report, trace = (
