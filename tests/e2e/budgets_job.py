@@ -7,22 +7,28 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from tests.e2e import devices
 from tests.e2e.job import describe, drive
+from tests.e2e.rounding import to_nearest
 
 
 def answer_of(run: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    """Answers, blocks held and engine of one run; a budget that is None is vLLM as it is."""
+    """Answers, blocks held and engine of one run; a budget that is None is vLLM as it is.
+
+    A run that `rounds` lets stock vLLM round 8-bit keys and values; see `tests.e2e.rounding`.
+    """
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     budget = run["budget"]
     ours = {} if budget is None else {"additional_config": {"budgetkv": devices.allowed(budget)}}
-    llm = LLM(**engine, **ours)
-    answer = drive(llm, run)
+    with to_nearest() if run.get("rounds") else nullcontext():
+        llm = LLM(**engine, **ours)
+        answer = drive(llm, run)
     answer["engine"] = describe(llm)
     llm.llm_engine.engine_core.shutdown()
     cleanup_dist_env_and_memory()
