@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
-import torch
 
 from tests.ops import test_quantise as naive
 from vllm_budgetkv.ops.quantise import quantise
+
+if TYPE_CHECKING:
+    import torch
 
 
 def test_codes() -> None:

@@ -123,7 +123,8 @@ def _average_keys(
 ) -> tuple[tl.tensor, tl.tensor]:
     """float32 [entries, channels] of the mean of each entry's keys, and which entries have keys.
 
-    Means are rounded to TYPE, that of digests. `entries` are slot and head, the first token of a page, its tokens, and those of an entry.
+    Means are rounded to TYPE, that of digests. `entries` are slot and head, the first token of a
+    page, its tokens, and those of an entry.
     """
     slot, head, first, count, entry_tokens = entries
     total = tl.zeros([entry.shape[0], channel.shape[0]], tl.float32)

@@ -30,8 +30,9 @@ def attend_keys(
 ) -> tl.tuple:
     """Add the keys from `first_key` to `stop_key` to the state (sums, peak, total) of a tile.
 
-    `queries` is [M, D], of the type that weights are rounded to, and query m sees the first `visible[m]` keys; without MASKED all see all,
-    and the run is whole blocks. `entries` points at the head's page table.
+    `queries` is [M, D], of the type that weights are rounded to. Query m sees the first
+    `visible[m]` keys; without MASKED all see all, and the run is whole blocks. `entries` points at
+    the head's page table.
     """
     sums, peak, total = state
     channel, asked = tl.arange(0, BLOCK_SIZE), queries.to(DOT)

@@ -27,7 +27,7 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 @triton.jit
 def round_to(numbers: tl.tensor, TYPE: tl.constexpr) -> tl.tensor:
     """float32 `numbers` in a type of pages, rounded to the nearest, of two to the even one."""
-    if TYPE == tl.float8e4nv:
+    if TYPE == tl.float8e4nv:  # noqa: SIM300
         numbers = _quantise(numbers)
     else:
         numbers = numbers.to(TYPE)

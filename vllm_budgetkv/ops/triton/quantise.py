@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
 from vllm_budgetkv.arithmetic.layout import QUANTISED_DTYPE
 from vllm_budgetkv.ops.triton.arguments import Tokens
 from vllm_budgetkv.ops.triton.precision import round_to
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK_TOKENS = 16
 
