@@ -68,6 +68,12 @@ def copy_with_strides(view: torch.Tensor) -> torch.Tensor:
     return copy.copy_(view)
 
 
+def is_same(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    """`torch.equal`, of 8-bit floats too, which torch cannot compare as a whole."""
+    assert actual.dtype == expected.dtype
+    return torch.equal(*(t.float() if t.element_size() == 1 else t for t in (actual, expected)))
+
+
 def int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
@@ -140,9 +146,9 @@ def fill_pages(
     positions = gaps.cumsum(0).to(torch.int32) - 1
     for index, page in enumerate(pages):
         tokens = min(page_tokens, num_tokens - index * page_tokens)
-        shape = (tokens, head_size)
-        pool.keys[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
-        pool.values[page, :tokens] = torch.randn(shape, generator=generator).to(pool.layout.dtype)
+        shape, kv_dtype = (tokens, head_size), pool.layout.kv_dtype
+        pool.keys[page, :tokens] = torch.randn(shape, generator=generator).to(kv_dtype)
+        pool.values[page, :tokens] = torch.randn(shape, generator=generator).to(kv_dtype)
         pool.positions[page, :tokens] = positions[index * page_tokens :][:tokens]
 
 
@@ -157,19 +163,26 @@ def strided_randn(
     return fused[:, 1:-1]
 
 
+# what a stored 1 of quantised pages stands for: no power of two
+UNIT = 0.7
+
 # kinds of `Softmax`, but for the plain one: with the tests' keys logits reach 3 and more
 SOFTMAXES = ("cap", "sinks", "cap-and-sinks")
 
 
-def softmax_of(kind: str, head_size: int, num_query_heads: int) -> Softmax:
-    """A `Softmax` of a kind; sinks from far below all logits to far above them."""
+def softmax_of(kind: str, head_size: int, num_query_heads: int, unit: float = 1.0) -> Softmax:
+    """A `Softmax` of a kind; sinks from far below all logits to far above them.
+
+    A stored key of 1 stands for `unit`, and so does a stored value.
+    """
     generator = torch.Generator().manual_seed(3)
     sinks = torch.randn(num_query_heads, generator=generator) * 3
     sinks[::5], sinks[3::5] = -300.0, 300.0
     return Softmax(
-        head_size**-0.5,
+        unit * head_size**-0.5,
         soft_cap=1.5 if "cap" in kind else 0.0,
         sinks=sinks if "sinks" in kind else None,
+        value_unit=unit,
     )
 
 
@@ -191,7 +204,7 @@ def assert_within_budget(
         rounding_steps: of the output, more than one where a rounded input may make as many.
     """
     assert actual.dtype == low_precision.dtype
-    assert torch.isfinite(actual).all()
+    assert actual.double().isfinite().all()
     rounding = torch.finfo(actual.dtype).eps * exact.abs().max().item()
     low_error = (low_precision.double() - exact).abs().max().item()
     allowed = 2 * (low_error + rounding_steps * rounding)

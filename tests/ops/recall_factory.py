@@ -130,7 +130,7 @@ def _make_tier(
     counts = [ceil_div(count, page_tokens) for count in num_tokens]
     num_blocks = sum(counts) + 3
     shape = (num_blocks, NUM_LAYERS, num_heads, 2, page_tokens, layout.head_size)
-    tokens = torch.full(shape, torch.nan, dtype=layout.dtype)
+    tokens = torch.full(shape, torch.nan, dtype=layout.kv_dtype)
     blocks = torch.full((len(num_tokens), max(counts) + 1), -1, dtype=torch.int32)
     order = iter(torch.randperm(num_blocks, generator=generator).tolist())
     # channels of unlike means and deviations, as rotated keys have them
@@ -142,7 +142,7 @@ def _make_tier(
         for number, block in enumerate(taken):
             filled = min(page_tokens, num_tokens[slot] - number * page_tokens)
             made = torch.randn(num_heads, 2, filled, layout.head_size, generator=generator)
-            tokens[block, -1, :, :, :filled] = (mean + deviation * made).to(layout.dtype)
+            tokens[block, -1, :, :, :filled] = (mean + deviation * made).to(layout.kv_dtype)
     return TierLayer(tokens[:, -1], blocks)
 
 

@@ -28,8 +28,8 @@ def run(
     """Append random tokens. Mutates the cache."""
     layout = cache.pool.layout
     shape = (sum(tokens), cache.lens.shape[1], layout.head_size)
-    key = strided_randn(shape, layout.dtype, seed=3)
-    value = strided_randn(shape, layout.dtype, seed=4)
+    key = strided_randn(shape, layout.kv_dtype, seed=3)
+    value = strided_randn(shape, layout.kv_dtype, seed=4)
     op(key, value, cache.heads, cache.stack, batch_rows(slots, tokens, shared))
     return key, value
 
@@ -54,14 +54,24 @@ def give_pages(cache: Cache, slot: int, num_tokens: int) -> None:
 @pytest.mark.parametrize("page_tokens", [8, 16, 32])
 @pytest.mark.parametrize("chunk", [1, 8, 33])
 def test_equals_reference(chunk: int, page_tokens: int, dtype: torch.dtype) -> None:
+    check_append(PageLayout(page_tokens, 40, dtype), chunk)
+
+
+def check_append(layout: PageLayout, chunk: int) -> None:
     """A shared and an identity row, a padding row between them, a slot that takes no part."""
-    cache = make_cache(LENS, PageLayout(page_tokens, 40, dtype), table_pages=16, free_pages=18)
+    cache = make_cache(LENS, layout, table_pages=16, free_pages=18)
     give_pages(cache, slot=0, num_tokens=7)
     expected = cache.clone()
     rows = ([1, 2, 0], [chunk, 0, 7], [True, True, False])
     run(append, cache, *rows)
     run(append_reference, expected, *rows)
     assert_equal(cache, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    for head_size, chunk in ((40, 33), (72, 1)):
+        check_append(PageLayout(8, head_size, dtype, is_quantised=True), chunk)
 
 
 @pytest.mark.parametrize("op", [append, append_reference], ids=["kernel", "reference"])

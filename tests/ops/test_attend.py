@@ -12,6 +12,7 @@ import torch
 
 from tests.ops.factories import (
     SOFTMAXES,
+    UNIT,
     Cache,
     assert_within_budget,
     batch_rows,
@@ -44,7 +45,8 @@ def check_kernel(
     shape = (sum(tokens), cache.lens.shape[1] * group, layout.head_size)
     query = strided_randn(shape, layout.dtype, seed=1, scale=query_scale)
     rows = batch_rows(slots, tokens)
-    scale = softmax_of(kind, layout.head_size, shape[1])
+    unit = UNIT if layout.is_quantised else 1.0
+    scale = softmax_of(kind, layout.head_size, shape[1], unit)
     actual = strided_randn(shape, layout.dtype, seed=2)
     around = actual._base
     attend(query, cache.heads, rows, actual, scale)
@@ -144,6 +146,26 @@ def test_mixed_batch(instruction_set: str, dtype: torch.dtype) -> None:
     lens = [[2050, 3], [40, 1100], [90, 64], [512, 513], [0, 0]]
     cache = make_cache(lens, PageLayout(32, 64, dtype))
     check_kernel(cache, group=4, slots=[3, 2, 0, 4, 1], tokens=[1, 62, 1, 0, 5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 72, 256])
+def test_quantised_pages(instruction_set: str, head_size: int, dtype: torch.dtype) -> None:
+    check_quantised(PageLayout(16, head_size, dtype, is_quantised=True))
+
+
+def check_quantised(layout: PageLayout) -> None:
+    """Chunks and decodes, of one run of keys and of several, with every kind of softmax.
+
+    The last head has few keys, so that weights are large and their rounding shows.
+    """
+    cache = make_cache([[70, 530], [520, 0], [8, 33]], layout)
+    for kind in ("plain", "cap-and-sinks"):
+        for tokens in ([9, 1, 20], [1, 1, 1]):
+            check_kernel(cache, 3, [0, 1, 2], tokens, kind=kind)
+    short = make_cache([[3, 2]], layout)
+    for tokens in ([1], [2]):
+        check_kernel(short, 2, [0], tokens)
 
 
 @pytest.mark.parametrize("chunk", [1, 9])

@@ -109,6 +109,14 @@ def test_runs(instruction_set: str, first_token: int, dtype: torch.dtype) -> Non
     check_kernel(cache, 4, [1, 2, 0], [66, 1, 5], first_token)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(instruction_set: str, dtype: torch.dtype) -> None:
+    for head_size in (32, 72):
+        layout = PageLayout(16, head_size, dtype, is_quantised=True)
+        cache = make_cache([[70, 133], [19, 0], [48, 5]], layout)
+        check_kernel(cache, 4, [1, 2, 0], [66, 1, 5], 60)
+
+
 @pytest.mark.parametrize("head_size", [32, 40, 80, 128, 256])
 @pytest.mark.parametrize("group", [1, 3, 7, 16])
 def test_shapes(instruction_set: str, group: int, head_size: int) -> None:

@@ -89,6 +89,20 @@ def test_random_survivors(dtype: torch.dtype, share: float, poison: bool) -> Non
     check_compact(cache, random_keep(RAGGED, share), poison)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    """What is poisoned has NaN of two types, and keys of a length that is no power of two."""
+    for head_size in (32, 40, 72):
+        layout = PageLayout(8, head_size, dtype, is_quantised=True)
+        cache = make_shared_cache((150, 0, 33), layout)
+        for share in (0.6, 0.0):
+            keep = random_keep(cache.lens[0].tolist(), share)
+            check_compact(cache, keep, poison=True)
+        pages = cache.free_pages[0, : int(cache.num_free)].long()
+        for field in (cache.pool.keys, cache.pool.values, cache.pool.digests):
+            assert field[pages].isnan().all()
+
+
 @pytest.mark.parametrize("page_tokens", [8, 16, 256])
 def test_page_sizes_and_repetition(page_tokens: int) -> None:
     cache = make_shared_cache((700, 33), PageLayout(page_tokens, 64, torch.bfloat16))

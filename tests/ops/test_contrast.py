@@ -38,6 +38,12 @@ def test_head_sizes(instruction_set: str, head_size: int, dtype: torch.dtype) ->
     check_contrast((131, 0, 17), PageLayout(16, head_size, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(instruction_set: str, dtype: torch.dtype) -> None:
+    for head_size in (32, 72):
+        check_contrast((131, 0, 17), PageLayout(16, head_size, dtype, is_quantised=True))
+
+
 @pytest.mark.parametrize("page_tokens", [8, 16, 256])
 def test_ragged_heads(instruction_set: str, page_tokens: int) -> None:
     check_contrast(RAGGED, PageLayout(page_tokens, 32, torch.float32))

@@ -1,4 +1,4 @@
-"""The ops of host memory: the references against naive ones, the kernels too."""
+"""What heads recall from host memory: the references against naive ones, the kernels too."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import batch_rows, strided_randn
+from tests.ops.factories import batch_rows, is_same, strided_randn
 from tests.ops.recall_factory import Remembered, make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.ops import TierLayer, encode, load, mark, recall, store
+from vllm_budgetkv.ops import encode, mark, recall
 from vllm_budgetkv.ops.reference.encode import encode as encode_reference
 from vllm_budgetkv.ops.reference.index_pages import read_codes, read_digest, read_marks
-from vllm_budgetkv.ops.reference.load import load as load_reference
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.reference.recall import recall as recall_reference
-from vllm_budgetkv.ops.reference.store import store as store_reference
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from vllm_budgetkv.ops import BatchRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUM_TOKENS = (700, 333)
@@ -55,84 +51,9 @@ def known_keys(made: Remembered, slot: int, head: int) -> torch.Tensor:
 
 
 def averaged(made: Remembered, keys: torch.Tensor) -> torch.Tensor:
-    """float64 [e, D]: means of the keys [n, D] of each entry, in the cache's dtype."""
-    groups = keys.float().split(made.entry_tokens)
-    return torch.stack([group.mean(0) for group in groups]).to(keys.dtype).double()
-
-
-# --- store --------------------------------------------------------------------------------------
-
-
-def stored(
-    op: Callable[..., None], made: Remembered, rows: BatchRows, *new: torch.Tensor
-) -> torch.Tensor:
-    tokens = torch.full_like(made.tier.tokens, torch.nan)
-    op(*new, rows, TierLayer(tokens, made.tier.blocks))
-    return tokens
-
-
-@pytest.mark.parametrize("op", [store_reference, store], ids=["reference", "op"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_store_writes_each_token_to_its_place(op: Callable[..., None], dtype: torch.dtype) -> None:
-    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype))
-    counts, firsts = (1, 70, 0), (332, 0, 9)
-    rows = batch_rows([1, 0, 1], counts)._replace(first_position=torch.tensor(firsts).int())
-    key, value = (strided_randn((sum(counts), 2, 40), dtype, seed=s) for s in (1, 2))
-    tokens = stored(op, made, rows, key, value)
-    seen = torch.zeros(tokens.shape[:5:2][:1] + tokens.shape[3:4], dtype=torch.bool)
-    token = 0
-    for slot, count, first in zip([1, 0, 1], counts, firsts, strict=True):
-        for position in range(first, first + count):
-            block, offset = int(made.tier.blocks[slot, position // 16]), position % 16
-            assert torch.equal(tokens[block, :, 0, offset], key[token])
-            assert torch.equal(tokens[block, :, 1, offset], value[token])
-            seen[block, offset] = True
-            token += 1
-    # and nothing else
-    assert tokens.isnan().all(-1).all(1).all(1)[~seen].all()
-
-
-@pytest.mark.parametrize("op", [store_reference, store], ids=["reference", "op"])
-def test_store_leaves_out_what_has_no_block(op: Callable[..., None]) -> None:
-    """Output stands behind the blocks of a prompt, and other requests have none."""
-    made = make_remembered(NUM_TOKENS, LAYOUT)
-    made.tier.blocks[1] = -1
-    rows = batch_rows([0, 1], [100, 40])._replace(first_position=torch.tensor([690, 0]).int())
-    key, value = (strided_randn((140, 2, 32), torch.float32, seed=s) for s in (1, 2))
-    tokens = stored(op, made, rows, key, value)
-    # 700 tokens end inside a block of 16, which has room for 704
-    assert int((~tokens.isnan()).any(-1)[:, 0, 0].sum()) == 704 - 690
-
-
-# --- load ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("op", [load_reference, load], ids=["reference", "op"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_load_reads_what_was_stored(op: Callable[..., None], dtype: torch.dtype) -> None:
-    made = make_remembered(NUM_TOKENS, PageLayout(16, 40, dtype))
-    counts, firsts = (1, 70, 0), (332, 0, 9)
-    rows = batch_rows([1, 0, 1], counts)._replace(first_position=torch.tensor(firsts).int())
-    key, value = (strided_randn((sum(counts), 2, 40), dtype, seed=s) for s in (1, 2))
-    tier = TierLayer(stored(store_reference, made, rows, key, value), made.tier.blocks)
-    before = tier.tokens.clone()
-    found = [torch.full_like(new, torch.nan) for new in (key, value)]
-    op(*found, rows, tier)
-    assert torch.equal(found[0], key) and torch.equal(found[1], value)
-    assert torch.equal(tier.tokens.nan_to_num(), before.nan_to_num())
-
-
-@pytest.mark.parametrize("op", [load_reference, load], ids=["reference", "op"])
-def test_load_leaves_what_has_no_block(op: Callable[..., None]) -> None:
-    made = make_remembered(NUM_TOKENS, LAYOUT)
-    made.tier.blocks[1] = -1
-    rows = batch_rows([0, 1], [100, 40])._replace(first_position=torch.tensor([690, 0]).int())
-    key, value = (torch.full((140, 2, 32), torch.nan) for _ in range(2))
-    made.tier.tokens.nan_to_num_()
-    op(key, value, rows, made.tier)
-    for found in (key, value):
-        read = ~found.isnan().flatten(1).any(1)
-        assert read.nonzero().flatten().tolist() == [*range(704 - 690)]
+    """float64 [e, D]: means of the keys [n, D] of each entry, in the digests' dtype."""
+    groups, dtype = keys.float().split(made.entry_tokens), made.cache.pool.layout.dtype
+    return torch.stack([group.mean(0) for group in groups]).to(dtype).double()
 
 
 # --- encode -------------------------------------------------------------------------------------
@@ -145,7 +66,10 @@ def test_a_code_is_the_nearest_level(
     op: Callable[..., None], head_size: int, entry_tokens: int, dtype: torch.dtype
 ) -> None:
     """Of the channels that move logits most; the others are at their mean."""
-    layout = PageLayout(16, head_size, dtype)
+    check_codes(op, PageLayout(16, head_size, dtype), entry_tokens)
+
+
+def check_codes(op: Callable[..., None], layout: PageLayout, entry_tokens: int) -> None:
     made = make_remembered((2500, 333), layout, entry_tokens=entry_tokens)
     energy = energy_of(made)
     for slot, count in enumerate(made.num_tokens):
@@ -207,6 +131,26 @@ def test_a_channel_without_deviation_is_its_mean(op: Callable[..., None]) -> Non
     assert channels.tolist() == list(range(num_channels))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(instruction_set: str, dtype: torch.dtype) -> None:
+    """Codes are of keys as they are stored; digests have the type that the model computes in."""
+    check_quantised(dtype)
+    assert instruction_set
+
+
+def check_quantised(dtype: torch.dtype, num_tokens: Sequence[int] = NUM_TOKENS) -> None:
+    layout = PageLayout(16, 40, dtype, is_quantised=True)
+    for encode_with, mark_with, recall_with in (
+        (encode_reference, mark_reference, recall_reference),
+        (encode, mark, recall),
+    ):
+        for entry_tokens in (1, 4):
+            check_codes(encode_with, layout, entry_tokens)
+            check_marks(mark_with, layout, entry_tokens)
+            made = make_remembered(num_tokens, layout, num_heads=3, entry_tokens=entry_tokens)
+            check_steps(recall_with, made, [1, 0], group=2)
+
+
 def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
     """Digests to the rounding of their type; codes differ where a key is between two levels."""
     for head_size, entry_tokens in ((40, 1), (64, 4)):
@@ -230,7 +174,10 @@ def test_kernels_encode_as_the_reference(instruction_set: str) -> None:
 def test_marks_are_the_positions_behind_the_recall_pages(
     op: Callable[..., None], dtype: torch.dtype, entry_tokens: int
 ) -> None:
-    layout = PageLayout(16, 40, dtype)
+    check_marks(op, PageLayout(16, 40, dtype), entry_tokens)
+
+
+def check_marks(op: Callable[..., None], layout: PageLayout, entry_tokens: int) -> None:
     made = make_remembered((2500, 333), layout, num_heads=3, entry_tokens=entry_tokens)
     pool = made.cache.pool
     # decode appended a token that no index knows
@@ -268,8 +215,8 @@ def recalled(made: Remembered, slot: int, head: int) -> list[int]:
     for place, position in enumerate(positions):
         page, offset = pages[place // page_tokens], place % page_tokens
         key, value = made.token(slot, head, position)
-        assert torch.equal(pool.keys[page, offset], key)
-        assert torch.equal(pool.values[page, offset], value)
+        assert is_same(pool.keys[page, offset], key)
+        assert is_same(pool.values[page, offset], value)
     return positions
 
 

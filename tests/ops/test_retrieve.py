@@ -116,6 +116,13 @@ def test_head_sizes(instruction_set: str, head_size: int, dtype: torch.dtype) ->
     check_retrieve(PageLayout(16, head_size, dtype), group=2, numbers=(0.4, 1, 2))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(instruction_set: str, dtype: torch.dtype) -> None:
+    """Digests have another type than keys, so pages lie apart by other numbers of elements."""
+    for head_size in (32, 72):
+        check_retrieve(PageLayout(16, head_size, dtype, is_quantised=True), 2, (0.4, 1, 2))
+
+
 @pytest.mark.parametrize("group", [1, 3, 7])
 @pytest.mark.parametrize("page_tokens", [8, 16, 256])
 def test_groups_and_pages(instruction_set: str, page_tokens: int, group: int) -> None:

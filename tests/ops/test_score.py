@@ -9,6 +9,7 @@ import torch
 
 from tests.ops.factories import (
     SOFTMAXES,
+    UNIT,
     Cache,
     assert_within_budget,
     make_cache,
@@ -49,7 +50,7 @@ def naive_score(
         count = len(keys)
         pages = cache.table[0, head, : -(-count // cache.pool.layout.page_tokens)].long()
         positions[head, :count] = cache.pool.positions[pages].flatten()[:count]
-        norms[head, :count] = values.double().square().sum(1).sqrt()
+        norms[head, :count] = values.double().norm(dim=1) * softmax.value_unit
         rest = positions[head, :count] >= num_sinks
         for query_head in range(head * group, (head + 1) * group):
             shares, rows = [], []
@@ -95,7 +96,8 @@ def check_score(
     """Reference against the naive formula, the op against both; returns the op's result."""
     cache = make_cache([lens], layout)
     probe = strided_randn((num_rows, len(lens) * group, layout.head_size), layout.dtype, seed=1)
-    softmax = softmax_of(kind, layout.head_size, probe.shape[1])
+    unit = UNIT if layout.is_quantised else 1.0
+    softmax = softmax_of(kind, layout.head_size, probe.shape[1], unit)
     numbers = (softmax, top_k, num_sinks, takes_largest, max(lens) + 7)
     actual = score(probe, cache.heads_of(0), *numbers)
     reference = score_reference(probe, cache.heads_of(0), *numbers)
@@ -141,6 +143,13 @@ def test_head_sizes(
     instruction_set: str, takes_largest: bool, head_size: int, dtype: torch.dtype
 ) -> None:
     check_score((131, 0, 17), PageLayout(16, head_size, dtype), takes_largest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(instruction_set: str, takes_largest: bool, dtype: torch.dtype) -> None:
+    for head_size, kind in ((32, "plain"), (72, "cap-and-sinks"), (256, "plain")):
+        layout = PageLayout(16, head_size, dtype, is_quantised=True)
+        check_score((131, 0, 17), layout, takes_largest, num_rows=3, kind=kind)
 
 
 @pytest.mark.parametrize("kind", SOFTMAXES)

@@ -25,7 +25,17 @@ OPS = pytest.mark.parametrize("op", [stage_reference, stage], ids=["reference", 
 def test_pages_become_what_blocks_keep(
     op: Callable[..., None], head_size: int, dtype: torch.dtype, first_block: int, width: int
 ) -> None:
-    made = make_remembered([300, 40], PageLayout(16, head_size, dtype), num_heads=3)
+    check_stage(op, PageLayout(16, head_size, dtype), first_block, width)
+
+
+@OPS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantised_pages(op: Callable[..., None], dtype: torch.dtype) -> None:
+    check_stage(op, PageLayout(16, 72, dtype, is_quantised=True), 1, 3)
+
+
+def check_stage(op: Callable[..., None], layout: PageLayout, first_block: int, width: int) -> None:
+    made = make_remembered([300, 40], layout, num_heads=3)
     pool = made.cache.pool
     pages = torch.randperm(len(pool.raw))[: 3 * width].int().view(3, width)
     raw = pool.raw.clone()
@@ -40,7 +50,7 @@ def test_pages_become_what_blocks_keep(
     others = torch.ones(len(raw), dtype=torch.bool)
     others[pages.flatten().long()] = False
     assert torch.equal(pool.raw[others], raw[others])
-    behind = 2 * 16 * head_size * dtype.itemsize
+    behind = layout.digest_offset_bytes
     assert torch.equal(pool.raw[:, behind:], raw[:, behind:])
 
 

@@ -35,14 +35,28 @@ CASES = [
     (100, torch.bfloat16, 128, 4),
     (100, torch.bfloat16, 256, 8),
 ]
+# of quantised pages, whose type GPUs before 89 do not have
+QUANTISED_CASES = [
+    (90, torch.bfloat16, 128, 7),
+    (90, torch.float16, 80, 16),
+    (90, torch.float32, 64, 1),
+    (100, torch.bfloat16, 256, 8),
+]
 
 
 def launch_append(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.append import append
 
     cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout)
-    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
+    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.kv_dtype)
     append(key, key, cache.heads, cache.stack, batch_rows([0, 1], [20, 30], [True, False]))
+
+
+def launch_quantise(layout: PageLayout, group: int) -> None:
+    from vllm_budgetkv.ops.triton.quantise import quantise
+
+    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
+    quantise(key, key, 0.7, 0.3)
 
 
 def launch_reserve(layout: PageLayout, group: int) -> None:
@@ -142,7 +156,7 @@ def launch_store(layout: PageLayout, group: int) -> None:
     from vllm_budgetkv.ops.triton.store import store
 
     made = make_remembered([70, 40], layout, num_heads=NUM_HEADS)
-    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.dtype)
+    key = torch.zeros(50, NUM_HEADS, layout.head_size, dtype=layout.kv_dtype)
     for move in (store, load):
         move(key, key, batch_rows([0, 1], [20, 30]), made.tier)
 
@@ -223,14 +237,36 @@ def test_compiles(
     group: int,
     launcher: Callable[[PageLayout, int], None],
 ) -> None:
+    check_compiles(launcher, PageLayout(32, head_size, dtype), capability, group)
+
+
+@pytest.mark.parametrize(
+    "launcher", [*LAUNCHERS, launch_quantise], ids=lambda launcher: launcher.__name__
+)
+@pytest.mark.parametrize(("capability", "dtype", "head_size", "group"), QUANTISED_CASES)
+def test_quantised_pages(
+    capability: int,
+    dtype: torch.dtype,
+    head_size: int,
+    group: int,
+    launcher: Callable[[PageLayout, int], None],
+) -> None:
+    layout = PageLayout(32, head_size, dtype, is_quantised=True)
+    check_compiles(launcher, layout, capability, group)
+
+
+def check_compiles(
+    launcher: Callable[[PageLayout, int], None], layout: PageLayout, capability: int, group: int
+) -> None:
+    """Every launch for GPUs of this capability, without more memory or registers than there are."""
     with ahead_of_time.record() as launches:
-        launcher(PageLayout(32, head_size, dtype), group)
-    assert len(launches) == LAUNCHERS[launcher]
+        launcher(layout, group)
+    assert len(launches) == LAUNCHERS.get(launcher, 1)
     for launch in launches:
         name = launch.kernel.__name__
         usage = ahead_of_time.compile_for(launch, capability)
         assert usage.shared_bytes <= SHARED_BYTES[capability], (name, usage)
-        assert usage.stack_bytes <= ALLOWED_SPILL_BYTES[dtype], (name, usage)
+        assert usage.stack_bytes <= ALLOWED_SPILL_BYTES[layout.dtype], (name, usage)
 
 
 def test_a_kernel_that_does_not_compile_is_found() -> None:

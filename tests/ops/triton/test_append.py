@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.factories import make_cache
-from tests.ops.test_append import LENS, assert_equal, give_pages, run
+from tests.ops.test_append import LENS, assert_equal, check_append, give_pages, run
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.append import append
 from vllm_budgetkv.ops.reference.append import append as append_reference
@@ -27,6 +27,12 @@ def test_equals_reference(chunk: int, page_tokens: int, dtype: torch.dtype) -> N
         assert_equal(cache, expected)
         rows = ([1], [3], [True])
     assert (counters(3, torch.device("cpu")) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    for head_size, chunk in ((40, 33), (72, 1)):
+        check_append(PageLayout(8, head_size, dtype, is_quantised=True), chunk)
 
 
 def test_more_rows_than_one_search_step() -> None:

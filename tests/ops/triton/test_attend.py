@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.ops.factories import SOFTMAXES, batch_rows, make_cache, strided_randn
-from tests.ops.test_attend import DTYPES, check_kernel
+from tests.ops.test_attend import DTYPES, check_kernel, check_quantised
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.triton import attend_decode
@@ -38,6 +38,12 @@ def test_mixed_batch(tokens: list[int]) -> None:
     lens = [[2050, 3], [40, 1100], [90, 64], [512, 513], [0, 0]]
     cache = make_cache(lens, PageLayout(32, 64, torch.bfloat16))
     check_kernel(cache, group=4, slots=[3, 2, 0, 4, 1], tokens=tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_size", [32, 72, 256])
+def test_quantised_pages(head_size: int, dtype: torch.dtype) -> None:
+    check_quantised(PageLayout(16, head_size, dtype, is_quantised=True))
 
 
 def test_long_runs() -> None:

@@ -20,6 +20,15 @@ def test_runs(first_token: int, dtype: torch.dtype) -> None:
     check_kernel(cache, 4, [1, 2, 0], [66, 1, 5], first_token)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    for head_size in (32, 72):
+        layout = PageLayout(16, head_size, dtype, is_quantised=True)
+        cache = make_cache([[70, 133], [19, 0], [48, 5]], layout)
+        check_kernel(cache, 4, [1, 2, 0], [66, 1, 5], 60)
+        naive.check_stage(stage, layout, 1, 3)
+
+
 @pytest.mark.parametrize(("group", "head_size"), [(1, 80), (3, 32), (7, 128), (16, 256)])
 def test_shapes(group: int, head_size: int) -> None:
     cache = make_cache([[70, 33]], PageLayout(8, head_size, torch.bfloat16))

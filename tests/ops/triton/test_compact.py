@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.ops import test_compact as naive
 from tests.ops.factories import Cache, make_cache
 from tests.ops.test_compact import (
     DTYPES,
@@ -44,6 +45,11 @@ def test_head_sizes(head_size: int) -> None:
     for dtype in DTYPES[:2]:
         cache = make_shared_cache((70, 33), PageLayout(8, head_size, dtype))
         check_compact(cache, random_keep((70, 33), 0.7), poison=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    naive.test_quantised_pages(dtype)
 
 
 @pytest.mark.parametrize("page_tokens", [8, 32, 256])

@@ -17,6 +17,12 @@ def test_head_sizes(head_size: int, dtype: torch.dtype) -> None:
     check_digest((67, 0, 17), PageLayout(16, head_size, dtype))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    for head_size in (32, 72):
+        check_digest((67, 0, 17), PageLayout(16, head_size, dtype, is_quantised=True))
+
+
 @pytest.mark.parametrize("page_tokens", [8, 64, 256])
 def test_ragged_heads(page_tokens: int) -> None:
     check_digest((0, 1, 15, 16, 17, 300), PageLayout(page_tokens, 32, torch.float32))

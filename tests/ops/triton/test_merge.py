@@ -20,6 +20,13 @@ def test_head_sizes(head_size: int, dtype: torch.dtype, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MERGE_MODES)
+@pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype, mode: str) -> None:
+    case = naive.make_case((0, 1, 17, 70), PageLayout(16, 72, dtype, is_quantised=True), 0.4)
+    assert naive.check_merge(*case, mode, 0.7) > 10
+
+
+@pytest.mark.parametrize("mode", MERGE_MODES)
 @pytest.mark.parametrize(("share", "page_tokens"), [(0.05, 8), (0.6, 256)])
 def test_shares_and_page_sizes(share: float, page_tokens: int, mode: str) -> None:
     """Several blocks of dropped tokens, of kept ones, and of sources of one pivot."""

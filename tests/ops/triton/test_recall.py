@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from tests.ops import test_recall as naive
-from tests.ops.factories import batch_rows, strided_randn
 from tests.ops.recall_factory import make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
-from vllm_budgetkv.ops import encode, load, mark, recall, store
+from vllm_budgetkv.ops import encode, mark, recall
 from vllm_budgetkv.ops.reference.mark import mark as mark_reference
 from vllm_budgetkv.ops.triton import recall as launcher
 from vllm_budgetkv.ops.triton.arrival import counters
@@ -17,30 +16,8 @@ from vllm_budgetkv.ops.triton.mark import RUN_PAGES
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-def test_store(dtype: torch.dtype) -> None:
-    naive.test_store_writes_each_token_to_its_place(store, dtype)
-
-
-def test_store_leaves_out_what_has_no_place() -> None:
-    """Nor does it write for a slot or to a block that is out of range."""
-    naive.test_store_leaves_out_what_has_no_block(store)
-    made = make_remembered([40], naive.LAYOUT)
-    made.tier.blocks[0, 1] = made.tier.tokens.shape[0]
-    rows = batch_rows([-1, 1, 0], [3, 3, 3])._replace(
-        first_position=torch.tensor([0, 0, 15], dtype=torch.int32)
-    )
-    new = strided_randn((9, 2, 32), torch.float32, seed=1)
-    tokens = naive.stored(store, made, rows, new, new)
-    assert int((~tokens.isnan()).any(-1)[:, 0, 0].sum()) == 1
-
-
-@pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
-def test_load(dtype: torch.dtype) -> None:
-    naive.test_load_reads_what_was_stored(load, dtype)
-
-
-def test_load_leaves_what_has_no_place() -> None:
-    naive.test_load_leaves_what_has_no_block(load)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    naive.check_quantised(dtype, (300, 133))
 
 
 @pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)

@@ -29,6 +29,13 @@ def test_head_sizes(head_size: int, dtype: torch.dtype) -> None:
     naive.check_retrieve(PageLayout(16, head_size, dtype), group=2, numbers=(0.4, 1, 2))
 
 
+@pytest.mark.parametrize("dtype", naive.DTYPES, ids=str)
+def test_quantised_pages(dtype: torch.dtype) -> None:
+    """Digests have another type than keys, so pages lie apart by other numbers of elements."""
+    for head_size in (32, 72):
+        naive.check_retrieve(PageLayout(16, head_size, dtype, is_quantised=True), 2, (0.4, 1, 2))
+
+
 @pytest.mark.parametrize(("page_tokens", "group"), [(8, 1), (8, 7), (64, 3)])
 def test_groups_and_pages(page_tokens: int, group: int) -> None:
     layout = PageLayout(page_tokens, 32, torch.float32)

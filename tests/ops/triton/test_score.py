@@ -19,6 +19,13 @@ def test_head_sizes(takes_largest: bool, head_size: int, dtype: torch.dtype) -> 
     check_score((131, 0, 17), PageLayout(16, head_size, dtype), takes_largest, num_rows=3)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_pages(takes_largest: bool, dtype: torch.dtype) -> None:
+    for head_size, kind in ((32, "plain"), (72, "cap-and-sinks"), (256, "plain")):
+        layout = PageLayout(16, head_size, dtype, is_quantised=True)
+        check_score((131, 0, 17), layout, takes_largest, num_rows=3, kind=kind)
+
+
 @pytest.mark.parametrize("kind", SOFTMAXES)
 def test_softmax(takes_largest: bool, kind: str) -> None:
     """Of one run of keys, and of several."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Pages(NamedTuple):
     """The fields of the head-pages; inside a page they are dense.
 
-    `stride` leads from page to page in keys, values and digests, `word_stride` in positions.
+    `stride` leads from page to page in keys and values, whose elements may be narrower than those
+    of digests, `digest_stride` in these, `word_stride` in positions.
     The names are singular because Triton's own tuples have an attribute `values`.
     """
 
@@ -24,12 +25,13 @@ class Pages(NamedTuple):
     digest: Any
     position: Any
     stride: Any
+    digest_stride: Any
     word_stride: Any
 
     @classmethod
     def of(cls, pool: PagePool) -> Pages:
         fields = (pool.keys, pool.values, pool.digests, pool.positions)
-        return cls(*fields, pool.keys.stride(0), pool.positions.stride(0))
+        return cls(*fields, *(field.stride(0) for field in fields if field is not pool.values))
 
 
 class Tables(NamedTuple):
@@ -49,7 +51,7 @@ class Tables(NamedTuple):
 
 
 class Weighing(NamedTuple):
-    """A `Softmax` whose scale and cap are in units of log 2; `sinks` are as they were.
+    """A `Softmax` whose scale and cap are in units of log 2; the others are as they were.
 
     Without sinks it points anywhere, and no kernel looks.
     """
@@ -57,13 +59,14 @@ class Weighing(NamedTuple):
     scale: Any
     cap: Any
     sinks: Any
+    value_unit: Any
 
     @classmethod
     def of(cls, softmax: Softmax, anywhere: torch.Tensor) -> Weighing:
         unit = math.log(2)
         sinks = anywhere if softmax.sinks is None else softmax.sinks
         require_dense(sinks=sinks)
-        return cls(softmax.scale / unit, softmax.soft_cap / unit, sinks)
+        return cls(softmax.scale / unit, softmax.soft_cap / unit, sinks, softmax.value_unit)
 
 
 class Stacks(NamedTuple):

@@ -122,7 +122,7 @@ def decode_kernel(
             stop_key = tl.minimum(visible, (run + 1) * RUN_TOKENS)
             # fmt: off
             sums, peak, total = attend_keys(
-                empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), seen, run * RUN_TOKENS,
+                empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries, seen, run * RUN_TOKENS,
                 stop_key, pages, entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS,
                 DOT, True, CAPPED,
             )
@@ -131,7 +131,7 @@ def decode_kernel(
                 is_head = member < GROUP
                 total = with_sinks(total, peak, weighing, query_head, is_head, HAS_SINKS)
                 vectors = token * out.stride + query_head[:, None] * out.head_stride
-                answer = mean(sums, total).to(out.data.dtype.element_ty)
+                answer = (mean(sums, total) * weighing.value_unit).to(out.data.dtype.element_ty)
                 tl.store(out.data + vectors + channel[None, :], answer, mask=mask)
             else:
                 entry = token if EVERY_ROW else row.to(tl.int64)
@@ -179,8 +179,9 @@ def join_runs(
         sums += tl.sum(weights[:, None] * tl.load(runs.sums + at, mask=mask, other=0.0), 0)
     if HAS_SINKS:
         total = with_sink(total, peak, tl.load(weighing.sinks + query_head))
-    answer = (sums / tl.where(total == 0.0, 1.0, total)).to(out.data.dtype.element_ty)
+    answer = sums / tl.where(total == 0.0, 1.0, total) * weighing.value_unit
     vector = out.data + token.to(tl.int64) * out.stride + query_head * out.head_stride
+    answer = answer.to(out.data.dtype.element_ty)
     tl.store(vector + channel, answer, mask=channel < HEAD_SIZE)
 
 

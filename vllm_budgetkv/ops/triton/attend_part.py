@@ -112,11 +112,11 @@ def part_kernel(
     entries = tables.table + slot * tables.slot_stride + head * tables.head_stride
     # fmt: off
     state = attend_keys(
-        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), visible, 0, all_see, pages,
+        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries, visible, 0, all_see, pages,
         entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, False,
     )
     sums, peak, total = attend_keys(
-        state, queries.to(DOT), visible, all_see, last, pages, entries, weighing, PAGE_TOKENS,
+        state, queries, visible, all_see, last, pages, entries, weighing, PAGE_TOKENS,
         HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, False,
     )
     # fmt: on

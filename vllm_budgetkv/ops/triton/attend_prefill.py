@@ -104,15 +104,15 @@ def prefill_kernel(
     entries = tables.table + slot * tables.slot_stride + head * tables.head_stride
     # fmt: off
     state = attend_keys(
-        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries.to(DOT), visible, 0, all_see, pages,
+        empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries, visible, 0, all_see, pages,
         entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, CAPPED,
     )
     sums, peak, total = attend_keys(
-        state, queries.to(DOT), visible, all_see, num_keys - num_tokens + last, pages, entries,
+        state, queries, visible, all_see, num_keys - num_tokens + last, pages, entries,
         weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, CAPPED,
     )
     # fmt: on
     total = with_sinks(total, peak, weighing, query_head, is_query, HAS_SINKS)
     vectors = row_token * out.stride + query_head * out.head_stride
-    answer = mean(sums, total).to(out.data.dtype.element_ty)
+    answer = (mean(sums, total) * weighing.value_unit).to(out.data.dtype.element_ty)
     tl.store(out.data + vectors[:, None] + channel[None, :], answer, mask=mask)

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_budgetkv.arithmetic.layout import QUANTISED_DTYPE
 from vllm_budgetkv.ops.triton.arguments import require_dense
 from vllm_budgetkv.ops.triton.heads import Heads
 
@@ -27,10 +28,12 @@ BLOCK_POISON_WORDS = 1024
 NUM_WARPS = 8
 
 HUGE_POSITION: tl.constexpr = tl.constexpr(2**31 - 1)
+# two of a float of 16 bits, four of one of 8
 _NAN_WORDS = {
     torch.float32: 0x7FC00000,
     torch.bfloat16: 0x7FC07FC0,
     torch.float16: 0x7E007E00,
+    QUANTISED_DTYPE: 0x7F7F7F7F,
 }
 
 
@@ -50,7 +53,7 @@ class Words(NamedTuple):
         return cls(
             pool.raw.view(torch.int32),
             layout.page_bytes // WORD_BYTES,
-            layout.head_size * layout.dtype.itemsize // WORD_BYTES,
+            layout.head_size * layout.kv_dtype.itemsize // WORD_BYTES,
             layout.value_offset_bytes // WORD_BYTES,
             layout.digest_offset_bytes // WORD_BYTES,
             layout.position_offset_bytes // WORD_BYTES,
@@ -107,7 +110,7 @@ def compact(keep: torch.Tensor, heads: PagedHeads, stack: FreeStack, poison: boo
         *stack,
         num_heads,
         PAGE_TOKENS=layout.page_tokens,
-        NAN_WORD=_NAN_WORDS[layout.dtype],
+        NAN_WORDS=(_NAN_WORDS[layout.kv_dtype], _NAN_WORDS[layout.dtype]),
         POISON=poison,
         BLOCK_HEADS=triton.next_power_of_2(num_heads),
         BLOCK_PAGES=BLOCK_PAGES,
@@ -198,7 +201,7 @@ def free_kernel(
     num_free: tl.tensor,
     num_heads: tl.tensor,
     PAGE_TOKENS: tl.constexpr,
-    NAN_WORD: tl.constexpr,
+    NAN_WORDS: tl.constexpr,
     POISON: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_PAGES: tl.constexpr,
@@ -218,9 +221,9 @@ def free_kernel(
     if POISON:
         if kept % PAGE_TOKENS != 0:
             last = tl.load(table + first_page - 1)
-            _poison(words, last, kept % PAGE_TOKENS, PAGE_TOKENS, NAN_WORD, BLOCK_WORDS)
+            _poison(words, last, kept % PAGE_TOKENS, PAGE_TOKENS, NAN_WORDS, BLOCK_WORDS)
         for entry in range(first_page, first_page + num_freed):
-            _poison(words, tl.load(table + entry), 0, PAGE_TOKENS, NAN_WORD, BLOCK_WORDS)
+            _poison(words, tl.load(table + entry), 0, PAGE_TOKENS, NAN_WORDS, BLOCK_WORDS)
     for first in range(0, num_freed, BLOCK_PAGES):
         index = first + tl.arange(0, BLOCK_PAGES)
         is_freed = index < num_freed
@@ -240,7 +243,7 @@ def _poison(
     page: tl.tensor,
     first_slot: tl.tensor,
     PAGE_TOKENS: tl.constexpr,
-    NAN_WORD: tl.constexpr,
+    NAN_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ) -> None:
     """Fill the slots of a page from `first_slot`; from slot 0 its digest too."""
@@ -250,6 +253,8 @@ def _poison(
         slot = tl.where(word < words.value, word, word - words.value) // words.token_words
         slot = tl.where(word < words.digest, slot, 0)
         slot = tl.where(word < words.position, slot, word - words.position)
-        content = tl.where(word < words.position, NAN_WORD, HUGE_POSITION)
+        # keys and values may be of another type than the digest
+        content = tl.where(word < words.digest, NAN_WORDS[0], NAN_WORDS[1])
+        content = tl.where(word < words.position, content, HUGE_POSITION)
         is_free = (slot >= first_slot) & (word < words.position + PAGE_TOKENS)
         tl.store(start + word, content, mask=is_free)

@@ -65,7 +65,7 @@ def digest_kernel(
         deviation += tl.sum(tl.where(valid, tl.abs(tile - centre[None, :]), 0.0), 0)
     radius = deviation / num_tokens
 
-    box, mask = pages.digest + page * pages.stride + channel, channel < HEAD_SIZE
+    box, mask = pages.digest + page * pages.digest_stride + channel, channel < HEAD_SIZE
     tl.store(box, centre.to(pages.digest.dtype.element_ty), mask=mask)
     tl.store(box + HEAD_SIZE, radius.to(pages.digest.dtype.element_ty), mask=mask)
 

@@ -89,7 +89,12 @@ def encode_kernel(
     if (count <= 0) | (is_page == 0):
         return
     entries = (slot, head, first, count, entry_tokens)
-    mean, variance = _measure(tier, entries, TIER_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_ENTRIES)
+    TYPE: tl.constexpr = index.digest.dtype.element_ty
+    # fmt: off
+    mean, variance = _measure(
+        tier, entries, TIER_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_ENTRIES, TYPE
+    )
+    # fmt: on
     channel = tl.arange(0, BLOCK_SIZE)
     is_channel = channel < HEAD_SIZE
     weight = tl.load(energy + head * energy_stride + channel, mask=is_channel, other=0.0) * variance
@@ -100,7 +105,8 @@ def encode_kernel(
     codes = index.words + page * index.word_stride
     # fmt: off
     _write_codes(
-        tier, digest, codes, entries, TIER_TOKENS, HEAD_SIZE, NUM_WORDS, BLOCK_WORDS, BLOCK_ENTRIES
+        tier, digest, codes, entries, TIER_TOKENS, HEAD_SIZE, NUM_WORDS, BLOCK_WORDS, BLOCK_ENTRIES,
+        TYPE,
     )
     # fmt: on
 
@@ -113,10 +119,12 @@ def _average_keys(
     channel: tl.tensor,
     is_channel: tl.tensor,
     TIER_TOKENS: tl.constexpr,
+    TYPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """float32 [entries, channels] of the mean of each entry's keys, and which entries have keys.
 
-    `entries` are slot and head, the first token of a page, its tokens, and those of an entry.
+    Means are rounded to TYPE, that of digests. `entries` are slot and head, the first token of a
+    page, its tokens, and those of an entry.
     """
     slot, head, first, count, entry_tokens = entries
     total = tl.zeros([entry.shape[0], channel.shape[0]], tl.float32)
@@ -130,7 +138,7 @@ def _average_keys(
         num_keys += held.to(tl.float32)
     divisor = tl.broadcast_to(tl.maximum(num_keys, 1.0)[:, None], total.shape)
     mean = tl.div_rn(total, divisor)
-    return mean.to(tier.data.dtype.element_ty).to(tl.float32), num_keys > 0.0
+    return mean.to(TYPE).to(tl.float32), num_keys > 0.0
 
 
 @triton.jit
@@ -141,6 +149,7 @@ def _measure(
     HEAD_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
+    TYPE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Mean and variance of each channel over the entries of a page.
 
@@ -154,7 +163,11 @@ def _measure(
     squares = tl.zeros([BLOCK_SIZE], tl.float32)
     for begin in range(0, tl.cdiv(entries[3], entries[4]), BLOCK_ENTRIES):
         entry = begin + tl.arange(0, BLOCK_ENTRIES)
-        keys, has_keys = _average_keys(tier, entries, entry, channel, is_channel, TIER_TOKENS)
+        # fmt: off
+        keys, has_keys = _average_keys(
+            tier, entries, entry, channel, is_channel, TIER_TOKENS, TYPE
+        )
+        # fmt: on
         new = tl.sum(has_keys.to(tl.float32))
         total = tl.maximum(so_far + new, 1.0)
         block_mean = tl.sum(keys, 0) / tl.maximum(new, 1.0)
@@ -206,8 +219,9 @@ def _write_codes(
     NUM_WORDS: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
+    TYPE: tl.constexpr,
 ) -> None:
-    """The codes are of what the digest says: numbers of the cache's type."""
+    """The codes are of what the digest says: numbers of the digests' type."""
     NUM_CODED: tl.constexpr = NUM_WORDS * CODES_PER_WORD
     BLOCK_CODED: tl.constexpr = BLOCK_WORDS * CODES_PER_WORD
     number, word = tl.arange(0, BLOCK_CODED), tl.arange(0, BLOCK_WORDS)
@@ -217,7 +231,7 @@ def _write_codes(
     step = tl.maximum(step, SMALLEST_STEP)[None, :]
     for begin in range(0, tl.cdiv(entries[3], entries[4]), BLOCK_ENTRIES):
         entry = begin + tl.arange(0, BLOCK_ENTRIES)
-        keys, has_keys = _average_keys(tier, entries, entry, channel, is_coded, TIER_TOKENS)
+        keys, has_keys = _average_keys(tier, entries, entry, channel, is_coded, TIER_TOKENS, TYPE)
         level = tl.floor(tl.div_rn(keys - mean, tl.broadcast_to(step, keys.shape)) + 8.0)
         code = tl.minimum(tl.maximum(level, 0.0), 1.0 * MAX_CODE).to(tl.int32)
         code = (

@@ -14,6 +14,7 @@ import triton.language as tl
 from vllm_budgetkv.ops.triton.arguments import Pages
 from vllm_budgetkv.ops.triton.heads import Heads
 from vllm_budgetkv.ops.triton.pivots import Pivots, Split, find_pivots
+from vllm_budgetkv.ops.triton.precision import round_to
 
 if TYPE_CHECKING:
     from vllm_budgetkv.ops.views import PagedHeads
@@ -143,10 +144,10 @@ def mix_kernel(
     # a narrow row is read by several threads, of which one writes it
     tl.debug_barrier()
     mixed = (own_weight * own_value + value_sums) / total
-    tl.store(pages.value + own, mixed.to(pages.value.dtype.element_ty), mask=is_channel)
+    tl.store(pages.value + own, round_to(mixed, pages.value.dtype.element_ty), mask=is_channel)
     if MODE != "value":
         mixed = (own_weight * own_key + key_sums) / total
-        tl.store(pages.key + own, mixed.to(pages.key.dtype.element_ty), mask=is_channel)
+        tl.store(pages.key + own, round_to(mixed, pages.key.dtype.element_ty), mask=is_channel)
 
 
 @triton.jit

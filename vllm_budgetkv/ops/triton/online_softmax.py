@@ -30,11 +30,12 @@ def attend_keys(
 ) -> tl.tuple:
     """Add the keys from `first_key` to `stop_key` to the state (sums, peak, total) of a tile.
 
-    `queries` is [M, D] and query m sees the first `visible[m]` keys; without MASKED all see all,
-    and the run is whole blocks. `entries` points at the head's page table.
+    `queries` is [M, D], of the type that weights are rounded to. Query m sees the first
+    `visible[m]` keys; without MASKED all see all, and the run is whole blocks. `entries` points at
+    the head's page table.
     """
     sums, peak, total = state
-    channel = tl.arange(0, BLOCK_SIZE)
+    channel, asked = tl.arange(0, BLOCK_SIZE), queries.to(DOT)
     for block in range(first_key, stop_key, BLOCK_KEYS):
         index = block + tl.arange(0, BLOCK_KEYS)
         held = index < stop_key
@@ -57,7 +58,7 @@ def attend_keys(
             keys = tl.load(pages.key + where)
             values = tl.load(pages.value + where)
 
-        products = tl.dot(queries, tl.trans(keys.to(DOT)), input_precision="ieee")
+        products = tl.dot(asked, tl.trans(keys.to(DOT)), input_precision="ieee")
         scores = bent(products * weighing.scale, weighing.cap, CAPPED)
         if MASKED:
             scores = tl.where(index[None, :] < visible[:, None], scores, float("-inf"))
@@ -67,7 +68,8 @@ def attend_keys(
         weights = tl.exp2(scores - base[:, None])
         shrink = tl.exp2(peak - base)
         total = total * shrink + tl.sum(weights, 1)
-        weights = weights.to(values.dtype).to(DOT)
+        # not to the type of the values, which may have 8 bits
+        weights = weights.to(queries.dtype).to(DOT)
         sums = tl.dot(weights, values.to(DOT), sums * shrink[:, None], input_precision="ieee")
         peak = new_peak
     return sums, peak, total

@@ -93,7 +93,7 @@ def box_kernel(
     page = tl.load(entries, mask=entry < num_pages, other=0).to(tl.int64)
     channel = tl.arange(0, BLOCK_SIZE)
     mask = (entry < num_pages)[:, None] & (channel < HEAD_SIZE)[None, :]
-    digest = pages.digest + page[:, None] * pages.stride + channel[None, :]
+    digest = pages.digest + page[:, None] * pages.digest_stride + channel[None, :]
     centre = tl.load(digest, mask=mask, other=0.0).to(tl.float32)
     radius = tl.load(digest + HEAD_SIZE, mask=mask, other=0.0).to(tl.float32)
     best = tl.full([BLOCK_PAGES], float("-inf"), tl.float32)

@@ -204,7 +204,11 @@ def logits_kernel(
         if tile == 0:
             values = tl.load(pages.value + where, mask=is_held, other=0.0).to(tl.float32)
             column = head.to(tl.int64) * max_tokens + index
-            tl.store(norms + column, tl.sqrt_rn(tl.sum(values * values, 1)), mask=index < stop)
+            tl.store(
+                norms + column,
+                tl.sqrt_rn(tl.sum(values * values, 1)) * weighing.value_unit,
+                mask=index < stop,
+            )
             word = page * pages.word_stride + index % PAGE_TOKENS
             position = tl.load(pages.position + word, mask=held, other=-1)
             tl.store(positions + column, position, mask=index < stop)
