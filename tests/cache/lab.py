@@ -16,6 +16,7 @@ from vllm_budgetkv.arithmetic.terms import Terms
 from vllm_budgetkv.cache.build import Model, build_cache
 from vllm_budgetkv.cache.probe.bank import Rotary
 from vllm_budgetkv.cache.rules import Arrival, Offer, Rules
+from vllm_budgetkv.ops.reference.quantise import quantise
 from vllm_budgetkv.policy import PolicyOptions, make_policy
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Lab:
     rope_base = 100.0
     reads_all_pages = False
     """Whether rows that retrieve read every page, so that their output must be dense attention."""
+    units: tuple[float, float] | None = None
+    """What a stored key and a stored value of 1 stand for, where they are quantised."""
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Lab:
         if policy == "sparsemm":
             scores_file = str(head_scores_file(self.layers, heads))
             self.options = replace(self.options, head_scores_file=scores_file)
-        layout = PageLayout(quota.page_tokens, head_size, torch.float32)
+        layout = self.layout_of(quota.page_tokens, head_size)
         # pages that no head has lie between blocks, as where state of other layers is larger
         unused_pages = 3 if quota.block_pages > 1 else 0
         self.blocks = BlockLayout(self.layers, heads, quota.block_pages, unused_pages)
@@ -82,6 +85,10 @@ class Lab:
         self.shadow: dict[tuple[str, int], torch.Tensor] = {}
         self.gone: set[str] = set()
 
+    @classmethod
+    def layout_of(cls, page_tokens: int, head_size: int) -> PageLayout:
+        return PageLayout(page_tokens, head_size, torch.float32, cls.units is not None)
+
     def make_cache(self, policy: str, num_slots: int) -> BudgetCache:
         """The cache that a worker would build."""
         model = Model(
@@ -91,6 +98,7 @@ class Lab:
             scales=dict.fromkeys(range(self.layers), self.head_size**-0.5),
             rotaries=self.rotaries(),
             num_query_heads=self.heads * self.group,
+            units={} if self.units is None else dict.fromkeys(range(self.layers), self.units),
         )
         rules = Rules(
             offers=self.offers(policy),
@@ -264,8 +272,8 @@ class Lab:
             parts = [self.project(c, layer, c.computed_tokens, work[c]) for c in rows]
             query, key, value = (torch.cat(part) for part in zip(*parts, strict=True))
             for client, (_, keys, values) in zip(rows, parts, strict=True):
-                self._remember(client, layer, keys, values)
-            expected = self._expected(rows, starts, layer, query, key, value)
+                self._remember(client, layer, *self.kept(keys, values))
+            expected = self._expected(rows, starts, layer, query, *self.kept(key, value))
             out = torch.full_like(query, torch.nan)
             self.run_layer(step, layer, query, key, value, out)
             assert not out.isnan().any()
@@ -295,6 +303,18 @@ class Lab:
 
     def randn(self, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, self.head_size, generator=self.generator)
+
+    def kept(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is left of keys and values, [n, H, D], once they are stored."""
+        return self.read(*(quantise(key, value, *self.units) if self.units else (key, value)))
+
+    def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What stored keys and values stand for."""
+        return (
+            (key.float() * self.units[0], value.float() * self.units[1])
+            if self.units
+            else (key, value)
+        )
 
     def _remember(self, client: Client, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         name = (client.request_id, layer)
@@ -358,6 +378,7 @@ class Lab:
             ]
             keys = self.pool.keys[pages.long()].flatten(0, 1)[:count]
             values = self.pool.values[pages.long()].flatten(0, 1)[:count]
+            keys, values = self.read(keys, values)
             shadow = self.shadow[client.request_id, layer][positions, :, head]
             assert torch.equal(keys, shadow[:, 0])
             assert torch.equal(values, shadow[:, 1])

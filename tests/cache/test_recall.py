@@ -14,7 +14,6 @@ from tests.cache.client import Client
 from tests.cache.lab import Lab
 from tests.cache.test_scenarios import assert_empty, play
 from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
-from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import PolicyOptions
@@ -135,7 +134,7 @@ class RecallLab(Lab):
         for layer in range(self.layers):
             made = self.tokens_of(client, layer)[: found.num_tokens]
             kept = made[:, self.group * self.heads :].unflatten(1, (2, self.heads))
-            self.shadow[client.request_id, layer] = kept
+            self.shadow[client.request_id, layer] = torch.stack(self.kept(*kept.unbind(1)), dim=1)
         return place
 
     def step(self, work: dict[Client, int], **gone: Any) -> Step | None:
@@ -213,7 +212,7 @@ def make_lab(seed: int, kind: type[AnyLab] = RecallLab) -> AnyLab:
         "recall": Recall(
             num_heads=chance.randint(1, num_layers * heads),
             all_heads=num_layers * heads,
-            page_words=PageLayout(page_tokens, 32, torch.float32).page_words,
+            page_words=kind.layout_of(page_tokens, 32).page_words,
             code_words=1,
             slots_share=chance.choice([0.2, 0.5, 1.0]),
             max_index_share=chance.choice([0.3, 0.9]),

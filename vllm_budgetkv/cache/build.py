@@ -110,6 +110,7 @@ def build_cache(
         options=rules.options,
         probes=probes,
         scales=softmaxes,
+        units=model.units,
         notes_mass=rules.summarizes,
         poison=rules.check_ledger,
     )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cache.requests import RequestState
     from vllm_budgetkv.cache.tables import HeadTables
 
+# parts of a token
+KEYS, VALUES = 0, 1
 # of `Retention`, by what a row of them is
 TOKEN_FIELDS, HEAD_FIELDS = ("scores", "tiers"), ("budgets", "is_static")
 
@@ -37,6 +39,8 @@ class Compressor:
         options: knobs of the policy.
         probes: ask for the policies.
         scales: of each layer's logits, or how else they become weights.
+        units: what a stored key and a stored value of 1 stand for, by the index of the layer; empty
+            where they are stored as they are computed.
         notes_mass: whether requests note how much of the probe's attention is retained.
         poison: fill freed pages with NaN.
     """
@@ -45,6 +49,7 @@ class Compressor:
     options: PolicyOptions
     probes: Probes
     scales: Mapping[int, float | ops.Softmax]
+    units: Mapping[int, tuple[float, float]]
     notes_mass: bool
     poison: bool
 
@@ -233,17 +238,32 @@ class Compressor:
         else:
             found = {"positions": gather(pool.positions, heads, longest_tokens, -1)}
         if policy.needs_value_norms and probe is None:
-            values = gather(pool.values, heads, longest_tokens, 0)
+            values = self._computed(VALUES, heads, layer, longest_tokens)
             norms = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
             found["value_norms"] = norms
         if policy.needs_keys:
-            found["keys"] = gather(pool.keys, heads, longest_tokens, 0)
+            found["keys"] = self._computed(KEYS, heads, layer, longest_tokens)
         if policy.needs_values:
-            found["values"] = gather(pool.values, heads, longest_tokens, 0)
+            found["values"] = self._computed(VALUES, heads, layer, longest_tokens)
         # a policy that reads scores does without before the first probe
         if policy.needs_contrast and (probe is not None or not policy.needs_scores):
             found["contrast"] = ops.contrast(heads, longest_tokens)
         return found
+
+    def _computed(
+        self, part: int, heads: ops.PagedHeads, layer: int, longest_tokens: int
+    ) -> torch.Tensor:
+        """[H, n, D]: KEYS or VALUES that heads hold, as the model computed them, but for rounding.
+
+        Zeros stand beyond the held tokens.
+        """
+        pool = heads.pool
+        fields = (pool.keys, pool.values)[part]
+        if layer not in self.units:
+            return gather(fields, heads, longest_tokens, 0)
+        # torch masks no 8-bit floats
+        stored = gather(fields.view(torch.uint8), heads, longest_tokens, 0).view(fields.dtype)
+        return stored.to(pool.layout.dtype) * self.units[layer][part]
 
     def _score(
         self,

@@ -55,9 +55,9 @@ class Observation:
             out; query heads of one KV head are neighbours. None together with `mass`.
         value_norms: float32 [H, n], L2 norm of each value, 0 beyond `lens`, or None if the policy
             needs neither scores nor the norms.
-        keys: [H, n, D] of the cache's dtype, rotated as they are stored, 0 beyond `lens`; None
+        keys: computed dtype [H, n, D], rotated as they are stored, 0 beyond `lens`; None
             unless the policy needs keys.
-        values: [H, n, D] of the cache's dtype, 0 beyond `lens`; None unless the policy needs them.
+        values: computed dtype [H, n, D], 0 beyond `lens`; None unless the policy needs them.
         contrast: float32 [H, n], 1 - cos of each key with the mean of the head's normalised keys, 0
             beyond `lens`; None unless the policy needs it.
         frame_ids: int32 [H, n], number of the token's frame in the prompt; -1 for text and beyond
