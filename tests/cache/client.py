@@ -56,6 +56,19 @@ class Client:
     was_admitted: bool = False
     terms: Terms | None = None
 
+    def as_new(self, terms: Terms) -> SimpleNamespace:
+        """The client as the scheduler tells the worker of it at first."""
+        return SimpleNamespace(
+            req_id=self.request_id,
+            prompt_len=self.prompt_tokens,
+            prefill_token_ids=None,
+            prompt_token_ids=list(range(self.prompt_tokens)),
+            mm_features=self.features,
+            block_ids=(list(self.blocks),),
+            num_computed_tokens=self.computed_tokens,
+            terms=terms,
+        )
+
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.output_tokens

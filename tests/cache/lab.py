@@ -238,18 +238,7 @@ class Lab:
         assert len(client.blocks) <= self.quota_of(client).blocks
         if fresh and not client.was_admitted:
             client.was_admitted = True
-            scheduled.scheduled_new_reqs.append(
-                SimpleNamespace(
-                    req_id=client.request_id,
-                    prompt_len=client.prompt_tokens,
-                    prefill_token_ids=None,
-                    prompt_token_ids=list(range(client.prompt_tokens)),
-                    mm_features=client.features,
-                    block_ids=(list(client.blocks),),
-                    num_computed_tokens=client.computed_tokens,
-                    terms=self.terms_of(client),
-                )
-            )
+            scheduled.scheduled_new_reqs.append(client.as_new(self.terms_of(client)))
         else:
             cached = scheduled.scheduled_cached_reqs
             cached.req_ids.append(client.request_id)
@@ -310,11 +299,9 @@ class Lab:
 
     def read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What stored keys and values stand for."""
-        return (
-            (key.float() * self.units[0], value.float() * self.units[1])
-            if self.units
-            else (key, value)
-        )
+        pairs = zip((key, value), self.units or (1.0, 1.0), strict=True)
+        key, value = (tokens.float() * unit for tokens, unit in pairs)
+        return key, value
 
     def _remember(self, client: Client, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         name = (client.request_id, layer)

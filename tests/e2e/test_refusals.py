@@ -12,7 +12,7 @@ vllm_budgetkv.register()
 
 from vllm.engine.arg_utils import EngineArgs  # noqa: E402  (after the plugin, as vLLM itself does)
 
-from vllm_budgetkv.start import refusals  # noqa: E402
+from vllm_budgetkv.start import refusals, stored  # noqa: E402
 from vllm_budgetkv.start.config import BudgetConfig  # noqa: E402
 
 if TYPE_CHECKING:
@@ -47,7 +47,14 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
 @pytest.mark.parametrize(
     ("engine", "message"),
     [
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not supported: use auto"),
+        (
+            {"kv_cache_dtype": "fp8_e5m2"},
+            r"fp8_e5m2 is not supported: use fp8 or auto \(here float",
+        ),
+        (
+            {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
+            "stored alike: remove --kv-cache-dtype-skip-layers 0",
+        ),
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
@@ -69,7 +76,7 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
         # vLLM 0.33 refuses it first
         (
             {"kv_cache_dtype": "bfloat16"},
-            r"use auto \(here float32\)|incompatible with dtype",
+            r"use fp8 or auto \(here float32\)|incompatible with dtype",
         ),
         ({"runner": "pooling"}, "keeps no growing cache: use --runner generate"),
         ({"num_gpu_blocks_override": 64}, "the pool has 64, of which vLLM reserves 1"),
@@ -122,23 +129,25 @@ LLM_COMPRESSOR |= {"config_groups": {}, "format": "dense", "ignore": []}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
 
 
+@pytest.mark.parametrize("quantization", [LLM_COMPRESSOR, MODELOPT], ids=["compressor", "modelopt"])
+def test_a_checkpoint_says_how_it_is_stored(text_model: Path, quantization: dict[str, Any]) -> None:
+    """`auto` follows the checkpoint; that of llm-compressor vLLM itself reads with a layer only."""
+    overrides = {"hf_overrides": {"quantization_config": quantization}, "dtype": "bfloat16"}
+    assert stored.is_quantised(create(text_model, **overrides))
+    assert not stored.is_quantised(create(text_model, **overrides, kv_cache_dtype="bfloat16"))
+    with pytest.raises(ValueError, match="fp8_e5m2 is not supported: use auto, as the checkpoint"):
+        create(text_model, **overrides, kv_cache_dtype="fp8_e5m2")
+
+
 @pytest.mark.parametrize(
-    ("quantization", "dtype", "advice"),
-    [
-        (LLM_COMPRESSOR, "bfloat16", "asks for fp8, so use bfloat16$"),
-        (LLM_COMPRESSOR, "float32", "asks for fp8, so use bfloat16 and --dtype bfloat16$"),
-        (MODELOPT, "bfloat16", "asks for fp8_e4m3, so use bfloat16$"),
-    ],
-    ids=["compressor", "compressor-float32", "modelopt"],
+    ("dtype", "advice"),
+    [("bfloat16", "bfloat16$"), ("float32", "bfloat16 and --dtype bfloat16$")],
 )
-def test_a_checkpoint_with_a_quantised_cache(
-    text_model: Path, quantization: dict[str, Any], dtype: str, advice: str
-) -> None:
-    """`auto` follows the checkpoint, so it was no advice; of llm-compressor it told layers only."""
-    overrides = {"hf_overrides": {"quantization_config": quantization}}
-    with pytest.raises(ValueError, match=advice):
-        create(text_model, **overrides, dtype=dtype)
-    create(text_model, **overrides, dtype="bfloat16", kv_cache_dtype="bfloat16")
+def test_a_scale_for_every_head(text_model: Path, dtype: str, advice: str) -> None:
+    scheme = {"kv_cache_scheme": SCHEME | {"strategy": "attn_head"}}
+    overrides = {"hf_overrides": {"quantization_config": LLM_COMPRESSOR | scheme}, "dtype": dtype}
+    with pytest.raises(ValueError, match=f"by attn_head, but .* use --kv-cache-dtype {advice}"):
+        create(text_model, **overrides)
 
 
 @pytest.mark.parametrize(

@@ -220,7 +220,7 @@ def test_a_window_that_no_layer_has_is_served(folder: Path, text_model: Path) ->
 
 def test_an_option_is_named_beside_a_window_that_can_go(folder: Path, text_model: Path) -> None:
     write(folder, text_model, "MistralForCausalLM", "mistral", sliding_window=128)
-    assert "--kv-cache-dtype fp8" in refusal(folder, kv_cache_dtype="fp8")
+    assert "--kv-cache-dtype fp8_e5m2" in refusal(folder, kv_cache_dtype="fp8_e5m2")
 
 
 def test_classes_that_are_always_refused_exist() -> None:

@@ -22,7 +22,7 @@ def engine(workers: int = 1) -> Any:
         dtype=torch.bfloat16,
     )
     parallel = SimpleNamespace(world_size=workers, data_parallel_size_local=1)
-    cache = SimpleNamespace(block_size=16)
+    cache = SimpleNamespace(block_size=16, cache_dtype="auto")
     return SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=cache)
 
 

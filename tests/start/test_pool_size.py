@@ -41,7 +41,9 @@ def engine(override: int | None = None, recurrent_layers: int = 0) -> Any:
     return SimpleNamespace(
         model_config=model,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        cache_config=SimpleNamespace(num_gpu_blocks_override=override, mamba_cache_mode="align"),
+        cache_config=SimpleNamespace(
+            num_gpu_blocks_override=override, mamba_cache_mode="align", cache_dtype="auto"
+        ),
     )
 
 

@@ -105,19 +105,7 @@ def build_cache(
     """
     tables, probes = _tables_of(model, rules), _probes_of(model, rules)
     softmaxes = _softmaxes(model)
-    compressor = Compressor(
-        tables=tables,
-        options=rules.options,
-        probes=probes,
-        scales=softmaxes,
-        units=model.units,
-        notes_mass=rules.summarizes,
-        poison=rules.check_ledger,
-    )
-    for offer in rules.offers:
-        if offer.policy.compresses:
-            # refuses a model that does not fit before any request
-            compressor.new_layer_budgets(offer.policy, offer.terms.quota)
+    compressor = _compressor_of(model, rules, tables, probes, softmaxes)
     recaller = _recaller_of(model, rules, tables)
     reports = Reports(
         block_bytes=model.blocks.stride_pages * model.pool.layout.page_bytes,
@@ -147,6 +135,29 @@ def build_cache(
         reports=reports,
         check_ledger=rules.check_ledger,
     )
+
+
+def _compressor_of(
+    model: Model,
+    rules: Rules,
+    tables: HeadTables,
+    probes: Probes,
+    softmaxes: Mapping[int, float | ops.Softmax],
+) -> Compressor:
+    compressor = Compressor(
+        tables=tables,
+        options=rules.options,
+        probes=probes,
+        scales=softmaxes,
+        units=model.units,
+        notes_mass=rules.summarizes,
+        poison=rules.check_ledger,
+    )
+    for offer in rules.offers:
+        if offer.policy.compresses:
+            # refuses a model that does not fit before any request
+            compressor.new_layer_budgets(offer.policy, offer.terms.quota)
+    return compressor
 
 
 def _softmaxes(model: Model) -> dict[int, float | ops.Softmax]:

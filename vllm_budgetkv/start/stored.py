@@ -21,8 +21,8 @@ LEAST_CAPABILITY = 89
 
 
 def is_quantised(engine: EngineConfig) -> bool:
-    """Whether keys and values are stored in 8 bits."""
-    return _resolved(engine.cache_config.cache_dtype, engine.model_config) in QUANTISED
+    """Whether keys and values are stored in 8 bits, of an engine that `settle` has seen."""
+    return engine.cache_config.cache_dtype in QUANTISED
 
 
 def layout_of(engine: EngineConfig, page_tokens: int) -> PageLayout:
@@ -66,7 +66,7 @@ def of_device(engine: EngineConfig) -> Iterator[str]:
     """Why this machine stores no 8-bit floats; nothing if it does or need not."""
     from vllm.platforms import current_platform
 
-    if not is_quantised(engine):
+    if _resolved(engine.cache_config.cache_dtype, engine.model_config) not in QUANTISED:
         return
     if current_platform.is_cuda() and not current_platform.has_device_capability(LEAST_CAPABILITY):
         yield (

@@ -21,6 +21,7 @@ from vllm_budgetkv.start.upstream_frames import FRAME_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
 from vllm_budgetkv.start.upstream_requests import REQUEST_TOUCHPOINTS
+from vllm_budgetkv.start.upstream_stored import STORED_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_windows import WINDOW_TOUCHPOINTS
 
 if TYPE_CHECKING:
@@ -66,9 +67,6 @@ TOUCHPOINTS = (
                "layers whose heads differ are refused at start"),
     Touchpoint("vllm.config.parallel", "ParallelConfig.use_ubatching", "read",
                "a batch that runs as two is refused at start"),
-    Touchpoint("vllm.utils.torch_utils", "resolve_kv_cache_dtype_string", "read",
-               "whether the checkpoint asks for a quantised cache",
-               ("kv_cache_dtype", "model_config")),
     Touchpoint("vllm.v1.attention.backend", "CommonAttentionMetadata", "read",
                "a batch whose fields ask for other mathematics is refused"),
 
@@ -117,6 +115,7 @@ TOUCHPOINTS = (
     *FRAME_TOUCHPOINTS,
     *HOST_TOUCHPOINTS,
     *REQUEST_TOUCHPOINTS,
+    *STORED_TOUCHPOINTS,
     *WINDOW_TOUCHPOINTS,
 
     Touchpoint(_ASYNC, "AsyncScheduler.__init__", "override", "the quota, the notes, the banner",

@@ -128,11 +128,10 @@ READS = (
     Reads("vllm.config", "VllmConfig", "what the engine is; where ours is named", (
         "additional_config", "attention_config", "cache_config", "compilation_config",
         "ec_transfer_config", "is_mm_encoder_only", "kv_transfer_config", "lora_config",
-        "model_config", "parallel_config", "quant_config", "scheduler_config",
-        "speculative_config")),
+        "model_config", "parallel_config", "scheduler_config", "speculative_config")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
         "architecture", "architectures", "attention_chunk_size", "disable_sliding_window", "dtype",
-        "enable_prompt_embeds", "hf_text_config", "is_attention_free",
+        "enable_prompt_embeds", "hf_config", "hf_text_config", "is_attention_free",
         "is_encoder_decoder", "is_hybrid", "is_mm_prefix_lm", "max_model_len",
         "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
         "use_mla",
@@ -140,7 +139,7 @@ READS = (
         "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page and of a block; what is not served", (
         "block_size", "cache_dtype", "enable_mamba_shared_prefix_checkpoint",
-        "enable_prefix_caching",
+        "enable_prefix_caching", "kv_cache_dtype_skip_layers",
         "kv_cache_memory_bytes", "kv_offloading_size",
         "kv_sharing_fast_prefill", "mamba_block_size", "mamba_cache_mode", "num_gpu_blocks",
         "num_gpu_blocks_override", "prefix_caching_hash_algo",
@@ -175,7 +174,7 @@ READS = (
     Reads("vllm.config", "CompilationConfig", "the attention layers by name", (
         "static_forward_context",)),
     Reads("vllm.platforms.interface", "Platform", "which worker and kernels", (
-        "device_type", "is_cpu()", "is_cuda()")),
+        "device_type", "has_device_capability(capability)", "is_cpu()", "is_cuda()")),
 
     Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
         "data", "identifier", "mm_hash", "mm_position", "modality")),
@@ -222,7 +221,9 @@ READS = (
 
     Reads("vllm.v1.kv_cache_interface", "FullAttentionSpec", "our spec of a layer", (
         "attention_chunk_size", "block_size", "dtype", "head_size", "head_size_v",
-        "page_size_bytes", "sliding_window", "state_content_bytes")),
+        "kv_quant_mode", "page_size_bytes", "sliding_window", "state_content_bytes")),
+    Reads("vllm.v1.kv_cache_interface", "KVQuantMode", "how keys and values are stored", (
+        "FP8_PER_TENSOR", "NONE")),
     Reads("vllm.v1.kv_cache_interface", "KVCacheConfig", "blocks of the pool, groups of layers", (
         "kv_cache_groups", "num_blocks")),
     Reads("vllm.v1.kv_cache_interface", "KVCacheGroupSpec", "our layers, what others take", (
@@ -290,8 +291,8 @@ READS = (
 PLAN_READS = (
     Reads("vllm.engine.arg_utils", "EngineArgs", "the engine of a `vllm serve` line", (
         "decode_context_parallel_size", "enforce_eager", "gpu_memory_utilization",
-        "kv_cache_memory_bytes", "max_model_len", "max_num_scheduled_tokens",
-        "num_gpu_blocks_override", "pipeline_parallel_size",
+        "kv_cache_dtype", "kv_cache_dtype_skip_layers", "kv_cache_memory_bytes",
+        "max_model_len", "max_num_scheduled_tokens", "num_gpu_blocks_override", "pipeline_parallel_size",
         "prefill_context_parallel_size", "skip_mm_profiling", "tensor_parallel_size",
         "create_model_config()")),
     Reads("vllm.entrypoints.llm", "LLM", "ask an engine of its own", (
@@ -299,7 +300,7 @@ PLAN_READS = (
     Reads("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read such a line", (
         "parse_args(args)",)),
     Reads("vllm.config", "ModelConfig", "sizes of weights and activations", (
-        "hf_config", "model", "quantization", "revision", "supports_multimodal_inputs",
+        "model", "quantization", "revision", "supports_multimodal_inputs",
         "get_hidden_size()", "get_inputs_embeds_size()",
         "get_num_attention_heads(parallel_config)")),
     Reads("vllm.config", "CacheConfig", "what vLLM takes of a GPU", ("gpu_memory_utilization",)),

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops.views import Softmax
-
 if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.layout import PagePool
-    from vllm_budgetkv.ops.views import BatchRows, PagedHeads
+    from vllm_budgetkv.ops.views import BatchRows, PagedHeads, Softmax
 
 
 def attend(
@@ -23,7 +21,7 @@ def attend(
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
-    scale, cap, sinks, value_unit = Softmax.of(scale)
+    scale, cap, sinks, value_unit = softmax_fields(scale)
     group = query.shape[1] // heads.num_heads
     for row, slot in enumerate(rows.slots.tolist()):
         start, end = rows.query_start[row : row + 2].tolist()
@@ -43,6 +41,11 @@ def attend(
             weights = scores.softmax(dim=-1)[..., :num_keys].masked_fill(hidden, 0.0)
             mean = weights @ values * value_unit
             out[start:end, query_heads] = mean.transpose(0, 1).to(out.dtype)
+
+
+def softmax_fields(scale: float | Softmax) -> tuple[float, float, torch.Tensor | None, float]:
+    """Scale, soft cap, sinks and unit of values, also of a scale alone."""
+    return scale if isinstance(scale, tuple) else (scale, 0.0, None, 1.0)
 
 
 def soft_cap(logits: torch.Tensor, cap: float) -> torch.Tensor:

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_budgetkv.ops.reference.attend import soft_cap
+from vllm_budgetkv.ops.reference.attend import soft_cap, softmax_fields
 from vllm_budgetkv.ops.reference.tokens import locate_tokens
-from vllm_budgetkv.ops.views import Softmax
 
 if TYPE_CHECKING:
-    from vllm_budgetkv.ops.views import PagedHeads
+    from vllm_budgetkv.ops.views import PagedHeads, Softmax
 
 
 def score(
@@ -25,7 +24,7 @@ def score(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.score.score`; returns the fields of `Scores` in their order."""
     num_rows, num_query_heads, head_size = probe.shape
-    scale, cap, sinks, value_unit = Softmax.of(scale)
+    scale, cap, sinks, value_unit = softmax_fields(scale)
     pool, num_heads = heads.pool, heads.num_heads
     pages, offsets, held = locate_tokens(heads, max_tokens)
     # a slot behind the last token may hold NaN, which no weight of zero would silence
