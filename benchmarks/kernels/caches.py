@@ -9,6 +9,9 @@ import torch
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
 from vllm_budgetkv.ops import FreeStack, PagedHeads
 
+# NaN as one byte, which torch cannot fill with as a number
+QUANTISED_NAN = 0x7F
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -112,8 +115,11 @@ def build_cache(
 def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor, poison: bool) -> None:
     """Random keys and values, digests of no meaning, positions without gaps."""
     page_tokens, device = pool.layout.page_tokens, table.device
-    pool.keys.normal_()
-    pool.values.normal_()
+    for field in (pool.keys, pool.values):
+        if pool.layout.is_quantised:
+            field.copy_(torch.randn(field.shape, device=device))
+        else:
+            field.normal_()
     pool.digests.normal_().abs_()
     is_held = table >= 0
     slots = torch.arange(page_tokens, device=device)
@@ -126,7 +132,10 @@ def _fill(pool: PagePool, table: torch.Tensor, lens: torch.Tensor, poison: bool)
         empty = torch.ones(pool.num_pages, page_tokens, dtype=torch.bool, device=device)
         empty[held] = (token >= lens[..., None, None])[is_held]
         for field in (pool.keys, pool.values):
-            field.masked_fill_(empty[..., None], torch.nan)
+            if pool.layout.is_quantised:
+                field.view(torch.uint8).masked_fill_(empty[..., None], QUANTISED_NAN)
+            else:
+                field.masked_fill_(empty[..., None], torch.nan)
 
 
 def equal_lens(rows: int, heads: int, tokens: int) -> torch.Tensor:

@@ -23,6 +23,7 @@ from vllm_budgetkv.ops.reference.compact import compact as compact_reference
 from vllm_budgetkv.ops.reference.contrast import contrast as contrast_reference
 from vllm_budgetkv.ops.reference.digest import digest as digest_reference
 from vllm_budgetkv.ops.reference.merge import merge as merge_reference
+from vllm_budgetkv.ops.reference.quantise import quantise as quantise_reference
 from vllm_budgetkv.ops.reference.reserve import reserve as reserve_reference
 from vllm_budgetkv.ops.reference.retrieve import retrieve as retrieve_reference
 from vllm_budgetkv.ops.reference.score import score as score_reference
@@ -48,6 +49,17 @@ class Sizes:
     probe_rows: int
 
 
+# what a stored 1 of quantised pages stands for: no power of two
+UNIT = 0.7
+QUANTISED = ", quantised"
+# of GPUs that have numbers of the type of quantised pages
+FIRST_CAPABILITY = (8, 9)
+# of the small caches, as they are and quantised
+SMALL_DTYPES = (
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float16, torch.float32),
+)
+
 SMALL = Sizes("small", 3, 2, 32, 8, 21, 5, 3)
 
 
@@ -57,10 +69,12 @@ def representative(model: ModelShape, page_tokens: int) -> Sizes:
     return Sizes(model.name, *sizes, mean_tokens=3000, chunk_tokens=256, probe_rows=32)
 
 
-def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+def check(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, *, is_quantised: bool = False
+) -> Iterator[Verdict]:
     """Compare every op with its reference on random caches."""
     torch.manual_seed(0)
-    layout = PageLayout(sizes.page_tokens, sizes.head_size, dtype)
+    layout = PageLayout(sizes.page_tokens, sizes.head_size, dtype, is_quantised)
     lens = ragged_lens(2, sizes.heads, sizes.mean_tokens)
 
     def fresh() -> Cache:
@@ -78,7 +92,9 @@ def check(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Ve
     yield from _check_digest(fresh())
     yield from _check_retrieve(fresh(), sizes)
     yield from _check_merge(fresh())
-    yield from check_recall(sizes, dtype, device)
+    yield from check_recall(sizes, dtype, device, is_quantised=is_quantised)
+    if is_quantised:
+        yield from _check_quantise(sizes, dtype, device)
 
 
 def _same_caches(op: str, actual: Cache, expected: Cache) -> Iterator[Verdict]:
@@ -109,11 +125,12 @@ def _check_append(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     """A chunk and a decode token, both from the free stack."""
     device, layout = cache.table.device, cache.pool.layout
     tokens = sizes.chunk_tokens + 1
-    key = torch.randn(tokens, sizes.heads, sizes.head_size, device=device).to(layout.dtype)
+    numbers = torch.randn(tokens, sizes.heads, sizes.head_size, device=device)
+    key, value = numbers.to(layout.kv_dtype), (-numbers).to(layout.kv_dtype)
     rows = two_rows(sizes.chunk_tokens, device)
     expected = cache.clone()
     for op, target in ((ops.append, cache), (append_reference, expected)):
-        op(key, -key, target.heads, target.stack, rows)
+        op(key, value, target.heads, target.stack, rows)
     yield from _same_caches("append", cache, expected)
 
 
@@ -130,10 +147,16 @@ def _check_reserve(cache: Cache) -> Iterator[Verdict]:
     yield from _same_caches("reserve", cache, expected)
 
 
+def _softmax(layout: PageLayout) -> ops.Softmax:
+    """Of keys and values in units, if they are quantised."""
+    unit = UNIT if layout.is_quantised else 1.0
+    return ops.Softmax(unit * layout.head_size**-0.5, value_unit=unit)
+
+
 def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     """Decode; and a chunk, held already, with a decode row behind it."""
     device, layout = cache.table.device, cache.pool.layout
-    scale = sizes.head_size**-0.5
+    scale = _softmax(layout)
     shortest = int(cache.lens.min())
     for what, tokens in (("decode", 1), ("chunk", max(2, min(sizes.chunk_tokens, shortest)))):
         shape = (tokens + 1, sizes.heads * sizes.group, sizes.head_size)
@@ -175,7 +198,7 @@ def _check_score(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
     device, layout = cache.table.device, cache.pool.layout
     shape = (sizes.probe_rows, sizes.heads * sizes.group, sizes.head_size)
     probe = torch.randn(shape, device=device).to(layout.dtype)
-    numbers = (sizes.head_size**-0.5, max(4, sizes.mean_tokens // 10), 4)
+    numbers = (_softmax(layout), max(4, sizes.mean_tokens // 10), 4)
     for takes_largest, suffix in ((False, ""), (True, ", largest")):
         arguments = (*numbers, takes_largest, int(cache.lens[0].max()))
         actual = ops.score(probe, cache.heads_of(0), *arguments)
@@ -206,12 +229,13 @@ def _check_select(cache: Cache) -> Iterator[Verdict]:
 
 
 def _check_compact(cache: Cache) -> Iterator[Verdict]:
-    """Byte for byte."""
+    """Byte for byte; what is quantised is poisoned too, with the NaN of two types."""
     lens, device = cache.lens[0], cache.table.device
+    poison = cache.pool.layout.is_quantised
     scores = torch.rand(len(lens), int(lens.max()), device=device)
     expected = cache.clone()
     for op, target in ((ops.compact, cache), (compact_reference, expected)):
-        op(scores > 0.5, target.heads_of(0), target.stack_of(0), False)
+        op(scores > 0.5, target.heads_of(0), target.stack_of(0), poison)
     yield from _same_caches("compact", cache, expected)
 
 
@@ -256,27 +280,65 @@ def _check_merge(cache: Cache) -> Iterator[Verdict]:
     for op, target in ((ops.merge, cache), (merge_reference, expected)):
         op(keep, target.heads_of(0), is_vision, "value", shape[1], -1.0)
     yield same_bits("merge", "keys", cache.pool.keys, before.pool.keys)
-    held = ~expected.pool.values.isnan()
+    held = ~expected.pool.values.float().isnan()
     wanted = expected.pool.values[held].double()
     error = (cache.pool.values[held].double() - wanted).abs()
-    step = 2 * torch.finfo(cache.pool.layout.dtype).eps * wanted.abs().max().item()
+    layout = cache.pool.layout
+    # the steps of 8 bits are so long that what is rounded wrongly would be within them
+    steps = 0 if layout.is_quantised else 2
+    step = steps * torch.finfo(layout.dtype).eps * wanted.abs().max().item()
     # two kept keys that are equally like a dropped one may take it in differently
     yield Verdict("merge", "values", float((~(error <= step)).sum()), 0.001 * len(error))
+
+
+def _check_quantise(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
+    """Every code, from below the smallest to beyond the largest.
+
+    Against the reference on a CPU: on a GPU torch divides by a number by way of its inverse.
+    """
+    shape = (sizes.chunk_tokens, sizes.heads, sizes.head_size)
+    spread = torch.logspace(-4, 3, sizes.head_size, device=device)
+    key, value = ((torch.randn(shape, device=device) * spread).to(dtype) for _ in range(2))
+    found = ops.quantise(key, value, UNIT, UNIT / 10)
+    expected = quantise_reference(key.cpu(), value.cpu(), UNIT, UNIT / 10)
+    for name, actual, wanted in zip(("keys", "values"), found, expected, strict=True):
+        yield same_bits("quantise", name, actual.cpu(), wanted)
+
+
+def has_quantised_type(device: torch.device) -> bool:
+    """Whether kernels can be compiled for quantised pages."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FIRST_CAPABILITY
 
 
 def run_checks(
     all_sizes: list[Sizes], device: torch.device, say: Callable[[str], None]
 ) -> list[Verdict]:
-    """Check every size in bfloat16, and the small one in float32 too; says each failure."""
+    """Check every size in bfloat16, the small one in other types too, all of them quantised too.
+
+    Says each failure, and what this device cannot run.
+    """
     verdicts: list[Verdict] = []
-    for sizes in all_sizes:
-        dtypes = (torch.bfloat16, torch.float32) if sizes is SMALL else (torch.bfloat16,)
-        for dtype in dtypes:
-            for verdict in check(sizes, dtype, device):
-                verdicts.append(verdict)
-                if not verdict.holds:
-                    say(
-                        f"WRONG: {verdict.op}, {verdict.what}, {sizes.name}, {dtype}: "
-                        f"error {verdict.error:.3e}, allowed {verdict.allowed:.3e}"
-                    )
+    for is_quantised in (False, True):
+        if is_quantised and not has_quantised_type(device):
+            say("NOT CHECKED: quantised pages, of whose type this GPU has no numbers")
+            continue
+        for sizes in all_sizes:
+            dtypes = SMALL_DTYPES[is_quantised] if sizes is SMALL else (torch.bfloat16,)
+            for dtype in dtypes:
+                found = list(check(sizes, dtype, device, is_quantised=is_quantised))
+                verdicts += _named(found, is_quantised)
+                _say_wrong(found, f"{sizes.name}, {dtype}{QUANTISED * is_quantised}", say)
     return verdicts
+
+
+def _named(verdicts: list[Verdict], is_quantised: bool) -> list[Verdict]:
+    return [each._replace(what=f"{each.what}{QUANTISED * is_quantised}") for each in verdicts]
+
+
+def _say_wrong(verdicts: list[Verdict], where: str, say: Callable[[str], None]) -> None:
+    for verdict in verdicts:
+        if not verdict.holds:
+            say(
+                f"WRONG: {verdict.op}, {verdict.what}, {where}: "
+                f"error {verdict.error:.3e}, allowed {verdict.allowed:.3e}"
+            )

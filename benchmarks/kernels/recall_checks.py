@@ -47,9 +47,11 @@ LEVEL_ROUNDINGS, SMALL_MEAN, VARIANCE_ERROR = 8, 1e-5, 1e-4
 SMALLEST = 1e-12
 
 
-def check_recall(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Iterator[Verdict]:
-    """Compare the four ops with their references on prompts that host memory keeps."""
-    layout = PageLayout(sizes.page_tokens, sizes.head_size, dtype)
+def check_recall(
+    sizes: Sizes, dtype: torch.dtype, device: torch.device, *, is_quantised: bool = False
+) -> Iterator[Verdict]:
+    """Compare the ops with their references on prompts that host memory keeps."""
+    layout = PageLayout(sizes.page_tokens, sizes.head_size, dtype, is_quantised)
     longest = PROMPT_TIMES * sizes.mean_tokens
     num_tokens = (longest, int(SECOND_SHARE * longest))
     recalling = torch.ones(2, sizes.heads, dtype=torch.bool)
@@ -73,18 +75,18 @@ def _check_store(made: Remembered, sizes: Sizes, num_tokens: int) -> Iterator[Ve
     device, layout = made.device, made.cache.pool.layout
     count = sizes.chunk_tokens
     shape = (count + 1, sizes.heads, sizes.head_size)
-    key, value = (torch.randn(shape, device=device).to(layout.dtype) for _ in range(2))
+    key, value = (torch.randn(shape, device=device).to(layout.kv_dtype) for _ in range(2))
     numbers = ([1, 0], [0, count, count + 1], [num_tokens - count // 2, 1])
     slots, starts, first = (torch.tensor(each, device=device).int() for each in numbers)
     rows = ops.BatchRows(slots, starts, first, torch.zeros_like(slots, dtype=torch.bool))
     num_blocks, *block = made.tier.tokens.shape
-    blank = torch.full((num_blocks, NUM_LAYERS, *block), torch.nan, dtype=layout.dtype)
+    blank = torch.full((num_blocks, NUM_LAYERS, *block), torch.nan, dtype=layout.kv_dtype)
     expected, on_gpu = blank.to(device, copy=True), device.type == "cuda"
     tokens = blank.pin_memory() if on_gpu else blank
     ops.store(key, value, rows, made.tier._replace(tokens=tokens[:, -1]))
     store_reference(key, value, rows, made.tier._replace(tokens=expected[:, -1]))
     yield same_bits("store", "host blocks", tokens.to(device), expected)
-    found = torch.full((2, *shape), torch.nan, dtype=layout.dtype, device=device)
+    found = torch.full((2, *shape), torch.nan, dtype=layout.kv_dtype, device=device)
     read = found.clone()
     kept = expected.cpu().pin_memory() if on_gpu else expected
     ops.load(*found, rows, made.tier._replace(tokens=kept[:, -1]))

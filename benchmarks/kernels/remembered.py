@@ -109,12 +109,12 @@ def build_tier(
     counts = [ceil_div(count, layout.page_tokens) for count in num_tokens]
     num_blocks = sum(counts) + SPARE_BLOCKS
     shape = (num_blocks, num_layers, num_heads, 2, layout.page_tokens, layout.head_size)
-    tokens = torch.empty(shape, dtype=layout.dtype, pin_memory=device.type == "cuda")
+    tokens = torch.empty(shape, dtype=layout.kv_dtype, pin_memory=device.type == "cuda")
     mean = MEAN_SPREAD * torch.randn(layout.head_size, device=device)
     deviation = LEAST_DEVIATION + torch.rand(layout.head_size, device=device)
     for part in tokens.split(FILL_BLOCKS):
         made = torch.randn(part.shape, device=device) * deviation + mean
-        part.copy_(made.to(layout.dtype))
+        part.copy_(made.to(layout.kv_dtype))
     order = torch.randperm(num_blocks)
     blocks = torch.full((len(counts), max(counts) + 1), NO_PAGE, dtype=torch.int32)
     *held, spare = order.split([*counts, SPARE_BLOCKS])
