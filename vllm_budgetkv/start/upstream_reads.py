@@ -292,9 +292,9 @@ PLAN_READS = (
     Reads("vllm.engine.arg_utils", "EngineArgs", "the engine of a `vllm serve` line", (
         "decode_context_parallel_size", "enforce_eager", "gpu_memory_utilization",
         "kv_cache_dtype", "kv_cache_dtype_skip_layers", "kv_cache_memory_bytes",
-        "max_model_len", "max_num_scheduled_tokens", "num_gpu_blocks_override", "pipeline_parallel_size",
-        "prefill_context_parallel_size", "skip_mm_profiling", "tensor_parallel_size",
-        "create_model_config()")),
+        "max_model_len", "max_num_scheduled_tokens", "num_gpu_blocks_override",
+        "pipeline_parallel_size", "prefill_context_parallel_size", "skip_mm_profiling",
+        "tensor_parallel_size", "create_model_config()")),
     Reads("vllm.entrypoints.llm", "LLM", "ask an engine of its own", (
         "chat(messages, sampling_params, use_tqdm)",)),
     Reads("vllm.utils.argparse_utils", "FlexibleArgumentParser", "read such a line", (
