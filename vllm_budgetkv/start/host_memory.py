@@ -19,8 +19,7 @@ def token_bytes(engine: EngineConfig) -> int:
     """Bytes of host memory that keep a token on one worker: K and V of all layers and KV heads."""
     model, parallel = engine.model_config, engine.parallel_config
     num_heads = model.get_num_layers(parallel) * model.get_num_kv_heads(parallel)
-    layout = stored.layout_of(engine, engine.cache_config.block_size)
-    return 2 * num_heads * layout.head_size * layout.kv_dtype.itemsize
+    return 2 * num_heads * model.get_head_size() * stored.element_bytes(engine)
 
 
 def num_blocks(engine: EngineConfig, config: BudgetConfig) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm_budgetkv.arithmetic.layout import PageLayout
+from vllm_budgetkv.arithmetic.layout import QUANTISED_DTYPE, PageLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,6 +23,11 @@ LEAST_CAPABILITY = 89
 def is_quantised(engine: EngineConfig) -> bool:
     """Whether keys and values are stored in 8 bits, of an engine that `settle` has seen."""
     return engine.cache_config.cache_dtype in QUANTISED
+
+
+def element_bytes(engine: EngineConfig) -> int:
+    """Bytes of an element of a key or value as it is stored."""
+    return (QUANTISED_DTYPE if is_quantised(engine) else engine.model_config.dtype).itemsize
 
 
 def layout_of(engine: EngineConfig, page_tokens: int) -> PageLayout:
