@@ -48,7 +48,8 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
     ("engine", "message"),
     [
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 is not supported: use auto"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported"),
+        ("is not supported: set it",),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "remove --enforce-eager"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative decoding is not supported: remove --speculative-config",
