@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.engines import run, tokens_of
 from tests.e2e.test_bound import ENGINE, QUOTA_BLOCKS, budget, check_bound
 from tests.e2e.test_recall import records
 from tests.e2e.test_reuse import by_name
+from vllm_budgetkv.cache.trace import unpacked_bits
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,6 +48,18 @@ def logprobs_of(answer: dict[str, Any], name: str) -> list[dict[str, float]]:
     found = answer["answers"][name]["logprobs"]
     assert len(found) == 16
     return found
+
+
+def kept_by_layer(trace: Path) -> dict[str, np.ndarray]:
+    """By request, how many heads of each layer keep each token of the prompt, [L, P]."""
+    found = {}
+    for line in trace.read_text(encoding="utf-8").splitlines():
+        story = json.loads(line)
+        traced = story["trace"]
+        shape = (*traced["shape"], traced["prompt_tokens"])
+        kept = unpacked_bits(traced["kept"], shape).sum(axis=1)
+        found[story["record"]["request_id"]] = kept
+    return by_name(found)
 
 
 def test_the_tokens_of_stock_and_four_long_prompts_at_once(
@@ -98,17 +113,19 @@ def test_stages_choose_what_one_worker_chooses(
     """
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     options = budget("hybrid", chunk_tokens=16)
+    report, trace = tmp_path / "report.jsonl", tmp_path / "trace.jsonl"
     two = run(
         tmp_path,
         vision_model,
         VIDEOS,
-        budget={**options, "page_quota": QUOTA_BLOCKS + 1},
+        budget={**options, "page_quota": QUOTA_BLOCKS + 1, "report_file": str(report)},
         runner="v2",
         **STAGES,
         **ENGINE,
     )
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND")
-    one = run(tmp_path, vision_model, VIDEOS, budget=options, **ENGINE)
+    traced = {**options, "trace_file": str(trace)}
+    one = run(tmp_path, vision_model, VIDEOS, budget=traced, **ENGINE)
     check_bound(one)
     assert max(two["held"].values()) == QUOTA_BLOCKS + 1
     assert tokens_of(two) == tokens_of(one)
@@ -116,3 +133,8 @@ def test_stages_choose_what_one_worker_chooses(
     said = {name: found["said"] for name, found in two["answers"].items()}
     assert said["video"]["full_cache_blocks"] > said["text"]["full_cache_blocks"] > QUOTA_BLOCKS + 1
     assert said["video"]["output_compactions"]
+    of_stage, of_layers = by_name(records(report)), kept_by_layer(trace)
+    for name in ("video", "text"):
+        counts = np.sum([*of_stage[name]["kept_counts"].values()], axis=0)
+        first, second = of_layers[name]
+        assert np.array_equal(counts, second) and not np.array_equal(first, second)
