@@ -55,7 +55,7 @@ def test_without_a_policy_the_configuration_is_stock(text_model: Path) -> None:
             {"kv_cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]},
             "stored alike: remove --kv-cache-dtype-skip-layers 0",
         ),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size 2 is not supported"),
+        ({"pipeline_parallel_size": 2, "enforce_eager": True}, "remove --enforce-eager"),
         (
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
             "speculative decoding is not supported: remove --speculative-config",

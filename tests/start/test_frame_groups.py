@@ -29,11 +29,13 @@ def engine(**changes: Any) -> Any:
         "enable_prompt_embeds": False,
         "disable_chunked_mm_input": False,
         "max_num_batched_tokens": 512,
+        "pipeline_parallel_size": 1,
     }
     given = SimpleNamespace(**(usual | changes))
     given.is_multimodal_pruning_enabled = lambda: given.pruned
     given.lora_config = given.ec_transfer_config = None
     given.multimodal_config = given.model_config = given.scheduler_config = given
+    given.parallel_config = given
     return given
 
 
@@ -45,6 +47,7 @@ def engine(**changes: Any) -> Any:
         ({"enable_mm_embeds": True}, "--enable-mm-embeds"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds"),
         ({"disable_chunked_mm_input": True}, "--disable-chunked-mm-input"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
     ],
 )
 def test_options_that_keep_videos_whole(option: dict[str, Any], flag: str) -> None:

@@ -19,6 +19,7 @@ from vllm_budgetkv.scheduler.connector import HostConnector
 from vllm_budgetkv.scheduler.manager import QuotaManager
 from vllm_budgetkv.scheduler.scheduler import BudgetScheduler
 from vllm_budgetkv.scheduler.spec import QuotaSpec
+from vllm_budgetkv.scheduler.turns import TurnScheduler
 from vllm_budgetkv.start import upstream
 from vllm_budgetkv.start.touchpoint import Touchpoint
 from vllm_budgetkv.start.upstream import TOUCHPOINTS
@@ -38,6 +39,7 @@ SUBCLASSES = (
     QuotaManager,
     HostConnector,
     BudgetScheduler,
+    TurnScheduler,
     BudgetBackend,
     BudgetMetadataBuilder,
     BudgetAttention,

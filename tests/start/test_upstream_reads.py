@@ -46,6 +46,7 @@ BASES = {
     "BudgetWorker": "Worker",
     "QuotaManager": "FullAttentionManager",
     "QuotaSpec": "FullAttentionSpec",
+    "TurnScheduler": "AsyncScheduler",
 }
 ALIASES = {"VllmPlatform": "Platform", "AttentionSpec": "FullAttentionSpec"}
 

@@ -57,7 +57,7 @@ class Quota:
     Args:
         blocks: blocks that a request may hold at any instant (Q).
         page_tokens: tokens of a head-page (N).
-        num_layers: attention layers that share the pool (L).
+        num_layers: attention layers that share the pool of a worker (L): with stages, those of one.
         chunk_tokens: most prompt tokens of a request in one step (T).
         decode_interval_tokens: tokens that decode appends between two compactions (R).
         compresses: False when the policy keeps everything, so that `blocks` is never reached.

@@ -11,7 +11,11 @@ from vllm_budgetkv.cli.encoder import encoder_of
 from vllm_budgetkv.cli.engine import plan_engine
 from vllm_budgetkv.cli.memory import pool_of
 from vllm_budgetkv.cli.quota_choice import choose_quota
+<<<<<<< HEAD
 from vllm_budgetkv.start import host_memory, pool_size, refusals, stored
+=======
+from vllm_budgetkv.start import host_memory, pool_size, refusals, stages
+>>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
 from vllm_budgetkv.start.groups import groups_of
 from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, resolve_quota, resolve_quotas
@@ -26,6 +30,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.cli.quota_choice import Choice
     from vllm_budgetkv.cli.wishes import Wishes
     from vllm_budgetkv.start.config import BudgetConfig
+    from vllm_budgetkv.start.engine_config import EngineConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +97,16 @@ class Plan:
         return has_tower and is_computed and self.engine.skips_tower
 
 
+def _uncounted(engine: EngineConfig) -> str | None:
+    """What of an engine is served but in no plan; None if all is counted."""
+    groups = groups_of(engine)
+    if groups.num_recurrent:
+        return "recurrent state"
+    if groups.num_windowed:
+        return "windows"
+    return f"the stages of {stages.FLAG}" if stages.is_staged(engine) else None
+
+
 def make_plan(wishes: Wishes) -> Plan:
     """Read the model's configuration and count.
 
@@ -102,12 +117,16 @@ def make_plan(wishes: Wishes) -> Plan:
     engine = plan_engine(wishes)
     tokens = wishes.tokens or engine.model_config.max_model_len
     refusals.refuse(refusals.of_model(engine), engine.policy)
+<<<<<<< HEAD
     stored.settle(engine)
     groups = groups_of(engine)
     if groups.num_recurrent or groups.num_windowed:
         kept = "recurrent state" if groups.num_recurrent else "windows"
+=======
+    if uncounted := _uncounted(engine):
+>>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
         raise ValueError(
-            f"no plan counts {kept} yet: start the server, whose first lines say what fits"
+            f"no plan counts {uncounted} yet: start the server, whose first lines say what fits"
         )
     encoder = encoder_of(engine)
     pool = pool_of(engine, wishes, encoder)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import Request, RequestStatus
 
@@ -20,6 +19,7 @@ from vllm_budgetkv.scheduler.manager import Expectation, QuotaManager
 from vllm_budgetkv.scheduler.prompts import HostPrompts
 from vllm_budgetkv.scheduler.spec import blocks_beside, our_group
 from vllm_budgetkv.scheduler.stripped import StrippedItems
+from vllm_budgetkv.scheduler.turns import TurnScheduler
 from vllm_budgetkv.start import host_memory, upstream
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.plugins.budgetkv")
 
 
-class BudgetScheduler(AsyncScheduler):
-    """`AsyncScheduler` plus the notes and the look-aheads of requests that must compress."""
+class BudgetScheduler(TurnScheduler):
+    """vLLM's scheduler plus the notes and the look-aheads of requests that must compress."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

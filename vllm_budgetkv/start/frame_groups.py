@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm_budgetkv.start import stages
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -45,6 +47,8 @@ def reasons_against(engine: EngineConfig) -> list[str]:
 
 def _reasons(engine: EngineConfig, media: Any) -> Iterator[str]:
     model = engine.model_config
+    if stages.is_staged(engine):
+        yield f"{stages.FLAG} has stages without the tower, which prove nothing"
     if media.is_multimodal_pruning_enabled():
         yield "--video-pruning-rate compares the frames of a video"
     if media.mm_processor_cache_type == "shm":

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+<<<<<<< HEAD
 from vllm_budgetkv.start import platforms, refused_models, stored
+=======
+from vllm_budgetkv.start import platforms, refused_models, stages
+>>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
 from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
             *_connections(vllm_config),
             *_scheduler(vllm_config, config),
             *_beside(vllm_config, config),
+            *stages.reasons(vllm_config, config),
         ]
     refuse(reasons, config.policy)
 
@@ -102,7 +107,6 @@ def _media(vllm_config: VllmConfig) -> Iterator[str]:
 def _parallel(engine: EngineConfig) -> Iterator[str]:
     parallel = engine.parallel_config
     for name, flag in (
-        ("pipeline_parallel_size", "--pipeline-parallel-size"),
         ("decode_context_parallel_size", "--decode-context-parallel-size"),
         ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
     ):
@@ -182,11 +186,13 @@ def _beside(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         yield f"{kept} need blocks of their own: {_own_blocks(vllm_config)}"
-    if (size := vllm_config.parallel_config.tensor_parallel_size) > 1:
-        yield (
-            f"no model with {kept} was tried on several devices: set --tensor-parallel-size "
-            f"{size} to 1"
-        )
+    parallel = vllm_config.parallel_config
+    for size, flag in (
+        (parallel.tensor_parallel_size, "--tensor-parallel-size"),
+        (parallel.pipeline_parallel_size, stages.FLAG),
+    ):
+        if size > 1:
+            yield f"no model with {kept} was tried on several devices: set {flag} {size} to 1"
 
 
 def _own_blocks(vllm_config: VllmConfig) -> str:

@@ -21,6 +21,7 @@ from vllm_budgetkv.start.upstream_frames import FRAME_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_host import HOST_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_reads import PLAN_READS, READS, as_rows
 from vllm_budgetkv.start.upstream_requests import REQUEST_TOUCHPOINTS
+from vllm_budgetkv.start.upstream_stages import STAGE_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_stored import STORED_TOUCHPOINTS
 from vllm_budgetkv.start.upstream_windows import WINDOW_TOUCHPOINTS
 
@@ -115,6 +116,7 @@ TOUCHPOINTS = (
     *FRAME_TOUCHPOINTS,
     *HOST_TOUCHPOINTS,
     *REQUEST_TOUCHPOINTS,
+    *STAGE_TOUCHPOINTS,
     *STORED_TOUCHPOINTS,
     *WINDOW_TOUCHPOINTS,
 
@@ -268,8 +270,6 @@ TOUCHPOINTS = (
     Touchpoint("vllm.v1.worker.gpu_input_batch", "InputBatch._make_sampling_metadata", "read",
                "the sampler gets the dict `generators` itself, by row (runner V1)",
                ("self",)),
-    Touchpoint("vllm.sampling_params", "SamplingParams", "subclass",
-               "a look-ahead's tell the worker for whom it runs"),
 )
 # fmt: on
 

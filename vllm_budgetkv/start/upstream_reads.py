@@ -128,7 +128,8 @@ READS = (
     Reads("vllm.config", "VllmConfig", "what the engine is; where ours is named", (
         "additional_config", "attention_config", "cache_config", "compilation_config",
         "ec_transfer_config", "is_mm_encoder_only", "kv_transfer_config", "lora_config",
-        "model_config", "parallel_config", "scheduler_config", "speculative_config")),
+        "model_config", "parallel_config", "scheduler_config", "speculative_config",
+        "use_v2_model_runner")),
     Reads("vllm.config", "ModelConfig", "what is not served; sizes of the quota", (
         "architecture", "architectures", "attention_chunk_size", "disable_sliding_window", "dtype",
         "enable_prompt_embeds", "hf_config", "hf_text_config", "is_attention_free",
@@ -163,16 +164,17 @@ READS = (
         "data_parallel_index", "data_parallel_rank_local", "data_parallel_size",
         "data_parallel_size_local", "distributed_executor_backend", "local_engines_only",
         "decode_context_parallel_size", "pipeline_parallel_size",
-        "prefill_context_parallel_size", "tensor_parallel_size", "worker_cls", "world_size")),
+        "prefill_context_parallel_size", "rank", "tensor_parallel_size", "worker_cls",
+        "world_size")),
     Reads("vllm.config", "SchedulerConfig", "our scheduler's name; chunks; what is not served", (
-        "disable_chunked_mm_input", "disable_hybrid_kv_cache_manager",
+        "async_scheduling", "disable_chunked_mm_input", "disable_hybrid_kv_cache_manager",
         "enable_chunked_prefill", "long_prefill_token_threshold",
         "long_prefill_token_threshold_adaptive", "max_num_batched_tokens",
         "max_num_scheduled_tokens", "max_num_seqs", "scheduler_cls")),
     Reads("vllm.config", "AttentionConfig", "select our backend on a GPU", (
         "backend", "backend_per_kind", "hisparse_config")),
-    Reads("vllm.config", "CompilationConfig", "the attention layers by name", (
-        "static_forward_context",)),
+    Reads("vllm.config", "CompilationConfig", "the attention layers by name; eager stages", (
+        "mode", "static_forward_context")),
     Reads("vllm.platforms.interface", "Platform", "which worker and kernels", (
         "device_type", "has_device_capability(capability)", "is_cpu()", "is_cuda()")),
 
@@ -242,7 +244,7 @@ READS = (
         "finished_req_ids_dict", "kv_cache_config", "kv_cache_manager", "log_stats",
         "max_model_len",
         "max_num_encoder_input_tokens", "need_mamba_block_aligned_split", "requests",
-        "scheduler_config", "vllm_config")),
+        "scheduler_config", "use_pp", "vllm_config")),
     Reads("vllm.v1.core.sched.output", "SchedulerOutput", "what the worker follows", (
         "finished_req_ids", "kv_connector_metadata", "num_scheduled_tokens", "preempted_req_ids",
         "scheduled_cached_reqs", "scheduled_encoder_inputs",
@@ -267,6 +269,10 @@ READS = (
         "impl", "kv_cache", "layer_name")),
     Reads("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbedding",
           "turn stored queries", ("is_neox_style",)),
+
+    Reads("vllm.model_executor.models.interfaces", "SupportsPP", "noise for a later stage", (
+        "make_empty_intermediate_tensors",)),
+    Reads("vllm.sequence", "IntermediateTensors", "the same", ("tensors",)),
 
     Reads("vllm.v1.worker.gpu_worker", "Worker", "model, rank and runner", (
         "model_config", "model_runner", "rank", "use_v2_model_runner", "vllm_config")),

@@ -23,5 +23,7 @@ REQUEST_TOUCHPOINTS = (
     Touchpoint(_CONNECTOR, "KVConnectorWorkerMetadata.aggregate", "override",
                "the same: one rank speaks for all",
                ("self", "other")),
+    Touchpoint("vllm.sampling_params", "SamplingParams", "subclass",
+               "a look-ahead's tell the worker for whom it runs"),
 )
 # fmt: on

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.models.interfaces import requires_raw_input_tokens
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from vllm.config import VllmConfig
+    from vllm.sequence import IntermediateTensors
 
 NUM_TOKEN_IDS = 3
 """Different tokens that are looked at, each at every position."""
@@ -69,6 +71,21 @@ def _silence(
     return returned
 
 
+def _received(runner: Any, dtype: torch.dtype, num_tokens: int) -> IntermediateTensors:
+    """What a later stage of a pipeline gets: noise, for each token the same at every position.
+
+    The stage before hands on what follows from a token alone, since its layers attend to nothing.
+    """
+    received = runner.get_model().make_empty_intermediate_tensors(
+        batch_size=num_tokens, dtype=dtype, device=runner.device
+    )
+    chance = torch.Generator().manual_seed(0)
+    for tensor in received.tensors.values():
+        noise = torch.randn(NUM_TOKEN_IDS, *tensor.shape[1:], generator=chance)
+        tensor.copy_(noise.repeat_interleave(num_tokens // NUM_TOKEN_IDS, dim=0))
+    return received
+
+
 def _impl_of(layer: object) -> object:
     return getattr(layer, "impl", None)
 
@@ -97,8 +114,9 @@ def sample_queries(
     if config.uses_mrope:
         # text has equal ids on all axes
         places = places.expand(config.mrope_num_dims, -1).contiguous()
+    received = None if get_pp_group().is_first_rank else _received(runner, config.dtype, num_tokens)
     embeddings = None
-    if runner.supports_mm_inputs:
+    if runner.supports_mm_inputs and received is None:
         embeddings = model.embed_input_ids(tokens)
         ids = tokens if requires_raw_input_tokens(model) else None
     one_request = np.array([num_tokens], dtype=np.int32)
@@ -108,7 +126,12 @@ def sample_queries(
         # compilation waits for vLLM's own warm-up
         set_forward_context(None, vllm_config, num_tokens=num_tokens, skip_compiled=True),
     ):
-        model(input_ids=ids, positions=places, intermediate_tensors=None, inputs_embeds=embeddings)
+        model(
+            input_ids=ids,
+            positions=places,
+            intermediate_tensors=received,
+            inputs_embeds=embeddings,
+        )
     return {
         name: query.view(NUM_TOKEN_IDS, len(positions), *query.shape[1:])
         for name, query in listener.queries.items()

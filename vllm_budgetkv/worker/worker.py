@@ -104,6 +104,12 @@ class BudgetWorker(Worker):
         """Of requests under the server's policy."""
         return self.budget_rules.largest(self.budget_config.policy)
 
+    @property
+    def _speaks(self) -> bool:
+        """Whether this worker speaks for all: vLLM reads the steps of the last stage's first."""
+        parallel = self.vllm_config.parallel_config
+        return self.rank == parallel.world_size - parallel.tensor_parallel_size
+
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         specs = super().get_kv_cache_spec()
         model = self.vllm_config.model_config
@@ -160,7 +166,7 @@ class BudgetWorker(Worker):
         if any(offer.compresses and turns_probe(offer.policy) for offer in offers):
             model = replace(model, rotaries=self._find_rotaries(model.layer_index))
         report, trace = (
-            Path(name) if name and self.rank == 0 else None
+            Path(name) if name and self._speaks else None
             for name in (config.report_file, config.trace_file)
         )
         return build_cache(
@@ -172,8 +178,7 @@ class BudgetWorker(Worker):
                 check_ledger=config.check_ledger,
                 max_model_tokens=self.model_config.max_model_len,
                 host_blocks=num_blocks(self.vllm_config, config),
-                # one rank speaks for all
-                summarizes=config.answer_report and self.rank == 0,
+                summarizes=config.answer_report and self._speaks,
             ),
             self._arrival_of,
             (lambda record: record.append_to(report)) if report else None,
