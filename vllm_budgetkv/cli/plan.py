@@ -11,11 +11,7 @@ from vllm_budgetkv.cli.encoder import encoder_of
 from vllm_budgetkv.cli.engine import plan_engine
 from vllm_budgetkv.cli.memory import pool_of
 from vllm_budgetkv.cli.quota_choice import choose_quota
-<<<<<<< HEAD
-from vllm_budgetkv.start import host_memory, pool_size, refusals, stored
-=======
-from vllm_budgetkv.start import host_memory, pool_size, refusals, stages
->>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
+from vllm_budgetkv.start import host_memory, pool_size, refusals, stages, stored
 from vllm_budgetkv.start.groups import groups_of
 from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, resolve_quota, resolve_quotas
@@ -117,14 +113,8 @@ def make_plan(wishes: Wishes) -> Plan:
     engine = plan_engine(wishes)
     tokens = wishes.tokens or engine.model_config.max_model_len
     refusals.refuse(refusals.of_model(engine), engine.policy)
-<<<<<<< HEAD
     stored.settle(engine)
-    groups = groups_of(engine)
-    if groups.num_recurrent or groups.num_windowed:
-        kept = "recurrent state" if groups.num_recurrent else "windows"
-=======
     if uncounted := _uncounted(engine):
->>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
         raise ValueError(
             f"no plan counts {uncounted} yet: start the server, whose first lines say what fits"
         )

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-<<<<<<< HEAD
-from vllm_budgetkv.start import platforms, refused_models, stored
-=======
-from vllm_budgetkv.start import platforms, refused_models, stages
->>>>>>> 975f52790c0428cabeb589ca0c40dc92bbbe9ac8
+from vllm_budgetkv.start import platforms, refused_models, stages, stored
 from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
