@@ -119,6 +119,13 @@ def inspect_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
 
 
+@pytest.fixture(autouse=True)
+def environment_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM sets it for a model that we refuse, and then compiles no other in the process."""
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "0")
+    monkeypatch.delenv("VLLM_USE_BREAKABLE_CUDAGRAPH")
+
+
 @pytest.fixture
 def folder(tmp_path: Path, text_model: Path) -> Path:
     """The tokenizer of a small model; `write` adds the configuration of another one."""

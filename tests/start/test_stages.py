@@ -84,6 +84,12 @@ def test_an_eager_model_runner_v2_is_served(qwen2: Path, monkeypatch: pytest.Mon
     assert not [*reasons(config, config_of(config))]
 
 
+def test_a_trial_that_a_variable_leaves_out(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    with pytest.raises(ValueError, match="and unset VLLM_CPU_CI_ENV"):
+        configure(qwen2, **TWO)
+
+
 def test_which_policies_spread_a_budget_over_layers() -> None:
     assert [p for p in ("hybrid", "snapkv", "pyramidkv", "sparsemm") if spreads_over_layers(p)] == [
         "pyramidkv",
