@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.e2e import test_recurrent, test_windows
 from tests.e2e.conftest import MODELS
 from tests.e2e.engines import run, run_each, tokens_of
+from vllm_budgetkv.testing import sliding
+from vllm_budgetkv.testing.recurrent import build_qwen3_5
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -118,9 +121,33 @@ def test_compressed_requests_stay_inside_their_quota(answers: dict[str, Any]) ->
     assert told == ["on"] * len(VIDEOS)
 
 
-def test_a_block_takes_about_half(
-    tmp_path: Path, vision_model: Path, answers: dict[str, Any]
-) -> None:
+def test_beside_windows_and_learned_sinks(tmp_path: Path) -> None:
+    """Layers with windows are vLLM's, and so is how their keys and values are rounded."""
+    model = sliding.build("gpt_oss", MODELS)
+    requests = test_windows.long_requests(2)
+    runs = {
+        "stock": {"budget": None, "requests": test_windows.REQUESTS, "rounds": True},
+        "fits": {"budget": test_windows.FITS, "requests": test_windows.REQUESTS, "rounds": True},
+        "tight": {"budget": {"policy": "hybrid", **test_windows.TIGHT}, "requests": requests},
+    }
+    answers = run_each(tmp_path, model, runs, kv_cache_dtype="fp8", **test_windows.ENGINE)
+    assert tokens_of(answers["fits"]) == tokens_of(answers["stock"])
+    test_windows.check_bound(answers["tight"], requests)
+
+
+def test_beside_recurrent_state(tmp_path: Path) -> None:
+    requests = test_recurrent.asking(test_recurrent.REQUESTS)
+    runs = {
+        "stock": {"budget": None, "requests": requests, "rounds": True},
+        "fits": {"budget": test_recurrent.FITS, "requests": requests},
+    }
+    engine = test_recurrent.ENGINE | {"kv_cache_dtype": "fp8"}
+    answers = run_each(tmp_path, build_qwen3_5(MODELS), runs, **engine)
+    for name, expected in answers["stock"]["answers"].items():
+        test_recurrent.check_close(answers["fits"]["answers"][name], expected)
+
+
+def test_a_block_takes_about_half(tmp_path: Path, vision_model: Path) -> None:
     """K and V take a quarter of float32's bytes, half of bfloat16's; digests and positions stay."""
     runs = {"plain": {"budget": SMALL, "requests": REQUESTS[:1]}}
     plain = run_each(tmp_path, vision_model, runs, dtype="bfloat16", **ENGINE)["plain"]
