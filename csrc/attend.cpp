@@ -182,7 +182,8 @@ void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& v
             double value_unit) {
   std::optional<at::Tensor> sinks = sinks_in;
   if (sinks.has_value()) sinks = sinks->contiguous();
-  const AttendArgs args = make_args(query, keys, values, table, out, scale, soft_cap, sinks, value_unit);
+  const AttendArgs args =
+      make_args(query, keys, values, table, out, scale, soft_cap, sinks, value_unit);
   const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
   attend_rows("attend", args, table, lens, rows, nullptr, 0);
 }
@@ -206,7 +207,8 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, Tensor slots, "
-      "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks, float value_unit) -> ()");
+      "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks, float "
+      "value_unit) -> ()");
   m.def(
       "attend_part(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, "
       "Tensor slots, Tensor query_start, Tensor first_position, int first_token, Tensor(a!) out, "

@@ -62,9 +62,9 @@ BUDGETKV_INLINE void pack_queries(const AttendArgs& args, const AttendTile& tile
                                   const Workspace& work) {
   const int pairs = args.head_size / 2, padded_pairs = work.depths * kSide;
   for (int q = 0; q < kTileQueries; ++q) {
-    const char* from = q < tile.num_queries
-                           ? static_cast<const char*>(args.query) + 2 * place_of_query(args, tile, q)
-                           : nullptr;
+    const char* from = q < tile.num_queries ? static_cast<const char*>(args.query) +
+                                                  2 * place_of_query(args, tile, q)
+                                            : nullptr;
     for (int pair = 0; pair < padded_pairs; ++pair) {
       uint32_t word = 0;
       if (from != nullptr && pair < pairs) __builtin_memcpy(&word, from + 4 * pair, 4);

@@ -48,8 +48,7 @@ std::tuple<at::Tensor, at::Tensor> quantise(const at::Tensor& key, const at::Ten
 }  // namespace budgetkv
 
 TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
-  m.def(
-      "quantise(Tensor key, Tensor value, float key_unit, float value_unit) -> (Tensor, Tensor)");
+  m.def("quantise(Tensor key, Tensor value, float key_unit, float value_unit) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(budgetkv, CPU, m) { m.impl("quantise", &budgetkv::quantise); }

@@ -189,6 +189,16 @@ def test_host_memory(seven_b: Path, plan_of: RunPlan) -> None:
     assert plan_of("--model", str(seven_b), *LONG, *small)["host_memory"]["room"] is None
 
 
+def test_keys_and_values_of_8_bits(seven_b: Path, plan_of: RunPlan) -> None:
+    stored = ("--kv-cache-dtype", "fp8", "--kv-host-memory", "4GiB", "--kv-page-quota", "600")
+    plan = plan_of("--model", str(seven_b), *stored, *LONG, *POOL)
+    page_bytes = PageLayout(16, 128, torch.bfloat16, is_quantised=True).page_bytes
+    assert plan["under_quota"]["block_bytes"] == HEADS * page_bytes < 0.55 * BLOCK_BYTES
+    assert plan["full_cache"]["token_bytes"] == STOCK_TOKEN_BYTES // 2
+    assert plan["host_memory"]["blocks"] == 4 * GIB // (16 * STOCK_TOKEN_BYTES // 2)
+    assert "--kv-cache-dtype fp8" in plan["serve"]
+
+
 def test_two_gpus_share_the_heads(seven_b: Path, plan_of: RunPlan) -> None:
     arguments = ("--model", str(seven_b), *LONG, "--kv-page-quota", "64")
     one, two = plan_of(*arguments), plan_of(*arguments, "--tensor-parallel-size", "2")

@@ -28,6 +28,8 @@ from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from vllm.config.cache import CacheDType
+
 
 # configures an engine as on a GPU; vLLM's own choice of a worker is not asked
 STARTS_ON_CUDA = """
@@ -123,9 +125,10 @@ def test_on_a_gpu_nothing_of_vllm_for_cpus_is_imported(text_model: Path) -> None
 
 
 @pytest.mark.usefixtures("on_cuda")
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 @pytest.mark.parametrize("head_size", [64, 80, 128, 256])
 def test_the_cuda_platform_takes_our_backend_and_only_while_registered(
-    monkeypatch: pytest.MonkeyPatch, head_size: int
+    monkeypatch: pytest.MonkeyPatch, head_size: int, cache_dtype: CacheDType
 ) -> None:
     """What vLLM asks a backend before it uses it on an H100, answered without one."""
     # the operators of a build for CUDA, which the module loads but the choice does not use
@@ -138,7 +141,7 @@ def test_the_cuda_platform_takes_our_backend_and_only_while_registered(
         NonNvmlCudaPlatform, "get_device_capability", classmethod(lambda cls, *_: capability)
     )
     wanted = AttentionSelectorConfig(
-        head_size=head_size, dtype=torch.bfloat16, kv_cache_dtype="auto", block_size=16
+        head_size=head_size, dtype=torch.bfloat16, kv_cache_dtype=cache_dtype, block_size=16
     )
 
     def select() -> str:

@@ -13,7 +13,7 @@ from vllm_budgetkv.start import host_memory
 from vllm_budgetkv.start.config import BudgetConfig
 
 
-def engine(workers: int = 1) -> Any:
+def engine(workers: int = 1, cache_dtype: str = "auto") -> Any:
     """Two layers of 3 KV heads of 64 in bfloat16: 1,536 bytes a token, pages of 16."""
     model = SimpleNamespace(
         get_num_layers=lambda parallel: 2,
@@ -22,7 +22,7 @@ def engine(workers: int = 1) -> Any:
         dtype=torch.bfloat16,
     )
     parallel = SimpleNamespace(world_size=workers, data_parallel_size_local=1)
-    cache = SimpleNamespace(block_size=16, cache_dtype="auto")
+    cache = SimpleNamespace(block_size=16, cache_dtype=cache_dtype)
     return SimpleNamespace(model_config=model, parallel_config=parallel, cache_config=cache)
 
 
@@ -38,6 +38,7 @@ def four_gib_free(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_of_a_token() -> None:
     assert host_memory.token_bytes(engine()) == 2 * 2 * 3 * 64 * 2
+    assert host_memory.token_bytes(engine(cache_dtype="fp8")) == 2 * 2 * 3 * 64
 
 
 @pytest.mark.usefixtures("four_gib_free")

@@ -11,9 +11,11 @@ def quantise(
     key: torch.Tensor, value: torch.Tensor, key_unit: float, value_unit: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `vllm_budgetkv.ops.quantise.quantise`."""
+    return _quantise(key, key_unit), _quantise(value, value_unit)
+
+
+def _quantise(tokens: torch.Tensor, unit: float) -> torch.Tensor:
     largest = torch.finfo(QUANTISED_DTYPE).max
-    key, value = (
-        (tokens.float() / unit).clamp(-largest, largest).to(QUANTISED_DTYPE).contiguous()
-        for tokens, unit in ((key, key_unit), (value, value_unit))
-    )
-    return key, value
+    # on a GPU torch would multiply by the inverse of a number of Python's
+    quotient = tokens.float() / torch.full((), unit, device=tokens.device)
+    return quotient.clamp(-largest, largest).to(QUANTISED_DTYPE).contiguous()
