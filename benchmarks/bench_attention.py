@@ -1,6 +1,6 @@
 """Attention kernels: `vllm_budgetkv.ops.attend` against vLLM's own for the CPU, on equal work.
 
-    python benchmarks/bench_attention.py [--repeats 9] [--only prefill|decode] [--one-thread]
+    python benchmarks/bench_attention.py [--repeats 9] [--only prefill|decode|8-bit] [--one-thread]
 
 Every case is checked against vLLM's result first. The two are then timed in turn, so that a change
 of clock or load meets both. The ratio is vLLM's median time over ours: above 1 we are faster. The
@@ -22,7 +22,7 @@ from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
 from vllm_budgetkv.arithmetic.layout import PageLayout, PagePool
-from vllm_budgetkv.ops import BatchRows, PagedHeads, attend
+from vllm_budgetkv.ops import BatchRows, PagedHeads, attend, quantise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +41,7 @@ class Case:
     head_size: int
     page_tokens: int
     dtype: torch.dtype
+    is_quantised: bool = False
 
     @property
     def name(self) -> str:
@@ -49,8 +50,13 @@ class Case:
         heads = "/".join(map(str, self.heads))
         return (
             f"{kind} x {self.keys} keys, heads {heads} x {self.head_size}, "
-            f"page {self.page_tokens}, {dtype}"
+            f"page {self.page_tokens}, {dtype}{', 8-bit keys and values' * self.is_quantised}"
         )
+
+    @property
+    def cache_dtype(self) -> str:
+        """As vLLM's ops name it."""
+        return "fp8" if self.is_quantised else "auto"
 
 
 def all_cases() -> list[Case]:
@@ -64,6 +70,10 @@ def all_cases() -> list[Case]:
         for heads, page_tokens in (((16, 8), 32), ((16, 2), 32), ((16, 4), 16)):
             cases.append(Case(1, 1024, 4096, heads, size, page_tokens, dtype))
             cases.append(Case(4, 1, 3000, heads, size, page_tokens, dtype))
+        for keys in PREFILL_KEYS[:2]:
+            cases.append(Case(1, 1024, keys, (16, 4), size, 32, dtype, True))
+        for rows, keys in ((1, 30000), (4, 3000), (4, 30000)):
+            cases.append(Case(rows, 1, keys, (16, 4), size, 32, dtype, True))
     return cases
 
 
@@ -79,18 +89,25 @@ def build(case: Case) -> tuple[Callable[[], None], Callable[[], None], torch.Ten
     blocks = torch.randperm(rows * width, dtype=torch.int32).view(rows, width)
 
     shape = (rows * width, kv_heads, 2 * case.page_tokens, size)
-    key_cache, value_cache = torch.empty(shape, dtype=case.dtype).chunk(2, dim=2)
-    layout = PageLayout(case.page_tokens, size, case.dtype)
+    stored = torch.uint8 if case.is_quantised else case.dtype
+    key_cache, value_cache = torch.empty(shape, dtype=stored).chunk(2, dim=2)
+    layout = PageLayout(case.page_tokens, size, case.dtype, case.is_quantised)
     num_pages = rows * width * kv_heads
     pool = PagePool(torch.empty(num_pages, layout.page_bytes, dtype=torch.uint8), layout)
     # what vLLM's own backend would take on this machine; it packs keys in an order of its own, so
     # its cache is filled by its own op
-    isa = _get_attn_isa(case.dtype, case.page_tokens, size)
+    isa = _get_attn_isa(case.dtype, case.page_tokens, size, case.cache_dtype)
     tokens = rows * width * case.page_tokens
     key = torch.randn(tokens, kv_heads, size, dtype=case.dtype)
     value = torch.randn(tokens, kv_heads, size, dtype=case.dtype)
     slots = torch.arange(tokens)
-    vllm_ops.cpu_attn_reshape_and_cache(key, value, key_cache, value_cache, slots, isa)
+    handed = key, value
+    if case.is_quantised:
+        handed, (key, value) = on_a_grid(key, value)
+    caches = (key_cache, value_cache)
+    vllm_ops.cpu_attn_reshape_and_cache(
+        *handed, *caches, slots, isa, kv_cache_dtype=case.cache_dtype
+    )
     for field, new in ((pool.keys, key), (pool.values, value)):
         paged = new.view(rows * width, case.page_tokens, kv_heads, size).transpose(1, 2)
         field.copy_(paged.reshape(num_pages, case.page_tokens, size))
@@ -101,7 +118,8 @@ def build(case: Case) -> tuple[Callable[[], None], Callable[[], None], torch.Ten
     row_slots, own_pages = torch.arange(rows, dtype=torch.int32), torch.zeros(rows).bool()
     batch = BatchRows(row_slots, starts, lens - case.tokens, own_pages)
     plan = vllm_ops.cpu_attn_get_scheduler_metadata(
-        rows, q_heads, kv_heads, size, lens, case.dtype, starts, True, -1, isa, True
+        *(rows, q_heads, kv_heads, size, lens, case.dtype, starts, True, -1, isa, True),
+        kv_cache_dtype=case.cache_dtype,
     )
 
     def run_ours() -> None:
@@ -123,9 +141,20 @@ def build(case: Case) -> tuple[Callable[[], None], Callable[[], None], torch.Ten
             0.0,
             plan,
             None,
+            kv_cache_dtype=case.cache_dtype,
         )
 
     return run_ours, run_vllm, ours, vllms
+
+
+def on_a_grid(key: torch.Tensor, value: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """Keys and values of 8 bits, and before them such that vLLM's op stores the same.
+
+    It cuts towards zero, so what it is handed lies a little above the number.
+    """
+    quantised = quantise(key, value, 1.0, 1.0)
+    above = 1 + 2 * torch.finfo(key.dtype).eps
+    return tuple((each.float() * above).to(key.dtype) for each in quantised), quantised
 
 
 def measure(case: Case, repeats: int, clock: Callable[[], float]) -> tuple[float, float]:
@@ -147,7 +176,7 @@ def measure(case: Case, repeats: int, clock: Callable[[], float]) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--only", choices=("prefill", "decode"), default="")
+    parser.add_argument("--only", choices=("prefill", "decode", "8-bit"), default="")
     parser.add_argument("--one-thread", action="store_true")
     options = parser.parse_args()
     clock = time.thread_time if options.one_thread else time.perf_counter
@@ -158,7 +187,7 @@ def main() -> None:
     torch.cpu._init_amx()
     ratios = {}
     for case in all_cases():
-        if not case.name.startswith(options.only):
+        if options.only not in case.name:
             continue
         ours, vllms = measure(case, options.repeats, clock)
         ratios[case.name] = round(vllms / ours, 3)
