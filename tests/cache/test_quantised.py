@@ -79,6 +79,8 @@ def test_random_scenarios_with_recall() -> None:
         lab = test_recall.make_lab(seed, RecallLab)
         test_scenarios.play(lab, num_steps=45)
         test_scenarios.assert_empty(lab)
+        # its index is made of keys as they are stored
+        assert set(lab.recaller.scales.values()) == {lab.head_size**-0.5 * UNITS[0]}
         checked += lab.num_checked
         taken += lab.num_taken
     assert checked > 50
