@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.quality.plan import FULL, HYBRID, PAGE_TOKENS, PLANS, Run, ablation
+from benchmarks.quality.plan import (
+    FULL,
+    HYBRID,
+    LATER_FIELDS,
+    PAGE_TOKENS,
+    PLANS,
+    Run,
+    ablation,
+)
 from benchmarks.quality.reader import SHAPE
-from benchmarks.quality.suite import make_examples
+from benchmarks.quality.suite import SUITE, make_examples
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.policy import POLICIES
 from vllm_budgetkv.start.config import BudgetConfig
@@ -62,6 +72,15 @@ def test_titles_of_a_plan_differ(plan: str) -> None:
     assert len(set(titles)) == len(titles)
 
 
+def test_8_bits_are_asked_at_equal_tokens_and_at_equal_bytes() -> None:
+    """Head-pages of 8 tokens with heads of 32: 1,280 bytes in bfloat16, 768 in 8 bits."""
+    found = [(run.quota_tokens, run.cache_dtype) for run in PLANS["stored"]]
+    assert found[:3] == [(None, "auto"), (96, "auto"), (200, "auto")]
+    equal_bytes = [(8 * (pages * 1280 // 768), "fp8") for pages in (12, 25)]
+    assert found[3:] == [(None, "fp8"), (96, "fp8"), (200, "fp8"), *equal_bytes]
+    assert PLANS["stored"][-1].title.endswith("of 2,048 tokens, fp8")
+
+
 def test_main_has_every_policy() -> None:
     assert {run.policy for run in PLANS["main"]} == set(POLICIES)
 
@@ -101,6 +120,16 @@ def test_key_names_run_model_and_options() -> None:
         replace(HYBRID, options={"merge": "value"}).key("model"),
         replace(HYBRID, oracle=True).key("model"),
         replace(HYBRID, lookahead_layers=(0,)).key("model"),
+        replace(HYBRID, cache_dtype="fp8").key("model"),
+        replace(HYBRID, dtype="bfloat16").key("model"),
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert replace(HYBRID).key("model") == HYBRID.key("model")
+
+
+def test_a_new_field_leaves_the_keys_of_finished_runs() -> None:
+    """The key as it was written before there were these fields."""
+    run = {name: value for name, value in asdict(HYBRID).items() if name not in LATER_FIELDS}
+    parts = {"run": run, "model": "model", "suite": SUITE}
+    before = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    assert HYBRID.key("model") == before

@@ -35,6 +35,7 @@ def outcomes(run: Run, **changes: Any) -> list[Outcome]:
         "request_id": "7",
         "peak_blocks": 25,
         "quota_blocks": 25,
+        "block_bytes": 4096,
         "compressions": 3,
         "static_heads": [[True, True], [False, False]],
     }
@@ -129,6 +130,10 @@ def test_summary_of_a_run() -> None:
     assert result.share("needle") == Share(3, 6) and result.pooled(["needle", "count"]).value == 0.5
     assert (result.peak_blocks, result.quota_blocks, result.prompt_tokens) == (25.0, 25, 2002.5)
     assert result.static_share == [[1.0, 1.0], [0.0, 0.0]] and result.seconds == 2.0
+    assert (result.block_bytes, result.cache_dtype, result.dtype) == (4096, "auto", "float32")
+    quantised = replace(RUNS[1], cache_dtype="fp8", dtype="bfloat16")
+    found = summarise(quantised, outcomes(quantised), 1.0, "abc")
+    assert (found.cache_dtype, found.dtype) == ("fp8", "bfloat16")
 
 
 def test_depths_go_round_and_counting_has_none() -> None:
