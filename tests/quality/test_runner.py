@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.quality import models
+from benchmarks.quality import worker as measuring
 from benchmarks.quality.lab import Outcome
 from benchmarks.quality.plan import FULL, HYBRID, Run
 from benchmarks.quality.queueing import Cache, Worker, run_all
@@ -188,3 +189,23 @@ def test_only_the_labs_own_model_knows_the_notation(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(sizes.replace("128", "3584"))
     assert not models.knows_notation(str(tmp_path))
     assert not models.knows_notation("Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+class StartedError(Exception):
+    """In place of an engine."""
+
+
+def test_the_engine_is_told_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def start(**arguments: Any) -> None:
+        told.update(arguments)
+        raise StartedError
+
+    monkeypatch.setattr("vllm.LLM", start)
+    monkeypatch.setattr(measuring, "free_memory", lambda: None)
+    run = replace(FULL, cache_dtype="fp8", dtype="bfloat16", tasks=("needle",), count=1)
+    for changed, stored in ((run, ("fp8", "bfloat16")), (RUNS[0], ("auto", "float32"))):
+        with pytest.raises(StartedError):
+            measuring.measure(changed, "model", {}, "abc")
+        assert (told["kv_cache_dtype"], told["dtype"]) == stored

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from benchmarks.real.lab import Outcome
-from benchmarks.real.plan import FULL, HYBRID, LATER_FIELDS, PLANS, Run
+from benchmarks.real import lab, worker
+from benchmarks.real.lab import Outcome, Setup
+from benchmarks.real.plan import FULL, HYBRID, PLANS, Run
 from benchmarks.real.results import summarise
-from benchmarks.real.tasks import SUITE
 from vllm_budgetkv.start.config import BudgetConfig
 
 # head-pages of 16 tokens with heads of 64, both dtypes with a digest and positions, in steps of 256
@@ -56,18 +55,15 @@ def test_every_run_can_start(run: Run) -> None:
 
 
 def test_a_new_field_leaves_the_keys_of_finished_runs() -> None:
-    """The key as it was written before there were these fields."""
-    run = {name: value for name, value in asdict(HYBRID).items() if name not in LATER_FIELDS}
-    parts = {"run": run, "model": "model", "suite": SUITE}
-    before = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-    assert HYBRID.key("model") == before
+    """The key of a run that was kept before there were these fields."""
+    assert HYBRID.key("model") == "1fb9af5d2598acb9"
     others = {
         replace(HYBRID, cache_dtype="fp8").key("model"),
         replace(HYBRID, dtype="bfloat16").key("model"),
         replace(HYBRID, asks_before=True).key("model"),
         replace(FULL, stock=True).key("model"),
         FULL.key("model"),
-        before,
+        HYBRID.key("model"),
     }
     assert len(others) == 6
 
@@ -80,3 +76,32 @@ def test_vllm_alone_leaves_no_record() -> None:
     assert (result.cache_dtype, result.right) == ("fp8", {"single": "1"})
     with pytest.raises(ValueError, match="1 of 1 requests left no record"):
         summarise(replace(run, stock=False), [outcome], 1.0, "abc")
+
+
+class StartedError(Exception):
+    """In place of an engine."""
+
+
+@pytest.mark.parametrize(("stock", "block_tokens"), [(False, 16), (True, 32)])
+def test_the_engine_is_told_what_is_stored(
+    monkeypatch: pytest.MonkeyPatch, stock: bool, block_tokens: int
+) -> None:
+    told: dict[str, Any] = {}
+
+    def start(**arguments: Any) -> None:
+        told.update(arguments)
+        raise StartedError
+
+    monkeypatch.setattr("vllm.LLM", start)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda model: None)
+    monkeypatch.setattr(worker, "make_examples", lambda *_: [])
+    monkeypatch.setattr(worker, "free_memory", lambda: None)
+    run = replace(FULL, cache_dtype="fp8", dtype="bfloat16", stock=stock)
+    with pytest.raises(StartedError):
+        worker.measure(run, "model", "abc")
+    assert (told["kv_cache_dtype"], told["dtype"]) == ("fp8", "bfloat16")
+    assert told["block_size"] == block_tokens
+    assert ("additional_config" in told) != stock
+    with pytest.raises(StartedError):
+        lab.TextLab(Setup(model="model"))
+    assert (told["kv_cache_dtype"], told["dtype"]) == ("auto", "float32")
