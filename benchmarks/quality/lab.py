@@ -35,6 +35,8 @@ class Setup:
         budget: options of the plugin, see `BudgetConfig`; none runs stock vLLM.
         page_tokens: tokens of a block.
         max_model_len: longest prompt and answer.
+        cache_dtype: how keys and values are stored, vLLM's `kv_cache_dtype`.
+        dtype: that the engine computes in.
         instructions: system message, for a model that does not know the notation of the tasks.
         engine: further arguments of `LLM`.
     """
@@ -43,6 +45,8 @@ class Setup:
     budget: dict[str, Any] = field(default_factory=dict)
     page_tokens: int = 8
     max_model_len: int = 8192
+    cache_dtype: str = "auto"
+    dtype: str = "float32"
     instructions: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +83,8 @@ class Lab:
         self._report.touch()
         arguments: dict[str, Any] = {
             "model": setup.model,
-            "dtype": "float32",
+            "dtype": setup.dtype,
+            "kv_cache_dtype": setup.cache_dtype,
             "enforce_eager": True,
             "max_model_len": setup.max_model_len,
             "block_size": setup.page_tokens,

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from benchmarks.quality.suite import SUITE, TASKS
+from benchmarks.stored import AUTO, DTYPE, FP8, same_bytes_tokens
 from vllm_budgetkv.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ TIGHT_SHARE = 0.03
 # examples of each task in an ablation, which compares with its own base
 ABLATION_COUNT, PROBE_COUNT = 7, 12
 ALL_TASKS = tuple(TASKS)
+HEAD_SIZE = 32
+# of a `Run`, since results are kept
+LATER_FIELDS = ("cache_dtype", "dtype")
+STORED_COUNT = 5
 # from the root of the repository, where the runner is started
 HEAD_SCORES = "benchmarks/quality/head_scores.json"
 
@@ -43,6 +48,8 @@ class Run:
         input: "as is", or how the videos are made to fit the quota before the engine sees them.
         oracle: what is kept is chosen by the attention of the right answer.
         lookahead_layers: layers that use the look-ahead; None for all.
+        cache_dtype: what vLLM is told of how keys and values are stored.
+        dtype: that the engine computes in.
 
     Raises:
         ValueError: policy, task or share is none of these, or a quota is missing or too much.
@@ -59,6 +66,8 @@ class Run:
     input: Input = "as is"
     oracle: bool = False
     lookahead_layers: tuple[int, ...] | None = None
+    cache_dtype: str = AUTO
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -73,9 +82,10 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Name, quota and length, for progress and errors."""
+        """Name, quota, length and what is stored, for progress and errors."""
         share = "" if self.quota_share is None else f" at {100 * self.quota_share:g} %"
-        return f"{self.name}{share} of {self.length_tokens:,} tokens"
+        stored = "" if self.cache_dtype == AUTO else f", {self.cache_dtype}"
+        return f"{self.name}{share} of {self.length_tokens:,} tokens{stored}"
 
     @property
     def quota_tokens(self) -> int | None:
@@ -106,7 +116,12 @@ class Run:
 
     def key(self, fingerprint: str) -> str:
         """Name of the result: equal only for the same run of the same model and suite."""
-        parts = {"run": asdict(self), "model": fingerprint, "suite": SUITE}
+        run = asdict(self)
+        for name in LATER_FIELDS:
+            # results that were kept before there was a choice
+            if run[name] == Run.__dataclass_fields__[name].default:
+                del run[name]
+        parts = {"run": run, "model": fingerprint, "suite": SUITE}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -242,6 +257,21 @@ RECALL = replace(HYBRID, name="hybrid with recall", options={"host_memory": "256
 QUICK_TASKS = tuple(task for task in SOLVED_TASKS if task != "order")
 QUICK = {"length_tokens": 1024, "tasks": QUICK_TASKS, "count": 10}
 
+
+def stored() -> list[Run]:
+    """The full cache and `hybrid`, in the model's own dtype and in 8 bits, tokens alike; and in 8
+    bits with the bytes of the others."""
+    fields: dict[str, Any] = {"dtype": DTYPE, "count": STORED_COUNT}
+    small = at(HYBRID, (0.05, 0.1), **fields)
+    alike = [replace(SOLVED_FULL, **fields), *small]
+    in_8_bits = list(alike)
+    for run in small:
+        assert run.quota_tokens is not None
+        tokens = same_bytes_tokens(run.quota_tokens, PAGE_TOKENS, HEAD_SIZE)
+        in_8_bits.append(replace(run, quota_share=tokens / run.length_tokens))
+    return [*alike, *(replace(run, cache_dtype=FP8) for run in in_8_bits)]
+
+
 PLANS: dict[str, list[Run]] = {
     "main": [FULL, *(run for method in METHODS for run in at(method, (0.05, 0.1, 0.2)))],
     "lengths": by_length(),
@@ -259,5 +289,6 @@ PLANS: dict[str, list[Run]] = {
         SOLVED_FULL,
         *(run for one in (HYBRID, RECALL) for run in at(one, (TIGHT_SHARE, 0.05))),
     ],
+    "stored": stored(),
     "quick": [replace(FULL, **QUICK), replace(HYBRID, **QUICK)],
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from benchmarks import bench_table
+from benchmarks import bench_table, stored
 from benchmarks.quality.intervals import mcnemar, wilson
 from benchmarks.quality.results import load_plan
 from benchmarks.quality.suite import DEPTHS, TASKS
@@ -154,6 +154,28 @@ def variation_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     )
 
 
+def stored_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """What is stored in 8 bits beside the same in 16, over the tasks that the full cache solves."""
+    length = results[0].length_tokens
+    tasks = solved_tasks(results, length)
+    rows = []
+    for result in results:
+        row = [result.name, *stored.settings(result, about["page_tokens"])]
+        row.append(percent(result.pooled(tasks)))
+        base = stored.base_of(result, results)
+        if base is None:
+            row += ["", ""]
+        else:
+            before, after = marks(base, tasks), marks(result, tasks)
+            row += [stored.lost_and_gained(before, after), f"{mcnemar(before, after):.2g}"]
+        rows.append(row)
+    heads = ["policy", "quota", "keys and values", "held at most", "accuracy"]
+    heads += ["answers lost, gained", "p"]
+    return "\n".join(
+        [*grid(heads, rows), "", left_out(results, length), "", source(about, results)]
+    )
+
+
 def left_out(results: Sequence[RunResult], length_tokens: int) -> str:
     """One sentence on the tasks that the average leaves out."""
     full, solved = full_cache(results, length_tokens), solved_tasks(results, length_tokens)
@@ -193,6 +215,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "quality_probe": ("probe", quota_table),
     "quality_engine": ("engine", variation_table),
     "quality_recall": ("recall", quota_table),
+    "quality_stored": ("stored", stored_table),
     "quality_quick": ("quick", quota_table),
 }
 

@@ -38,9 +38,11 @@ class RunResult:
     """One run, measured.
 
     Attributes:
-        name, policy, quota_share, length_tokens, options, input, oracle: of the `Run`.
+        name, policy, quota_share, length_tokens, options, input, oracle, cache_dtype, dtype: of the
+            `Run`.
         quota_blocks: blocks that each request might hold.
         peak_blocks: most blocks held, mean over the requests.
+        block_bytes: of a block; 0 in results that were kept before it was.
         prompt_tokens: mean over the requests, as the engine saw them.
         answers: for each task one character an example, in order: "1" right, "0" wrong.
         static_share: per layer and KV head the share of the compressed requests in which the head
@@ -56,8 +58,11 @@ class RunResult:
     options: dict[str, Any] = field(default_factory=dict)
     input: str = "as is"
     oracle: bool = False
+    cache_dtype: str = "auto"
+    dtype: str = "float32"
     quota_blocks: int = 0
     peak_blocks: float = 0.0
+    block_bytes: int = 0
     prompt_tokens: float = 0.0
     answers: dict[str, str] = field(default_factory=dict)
     static_share: list[list[float]] = field(default_factory=list)
@@ -132,8 +137,11 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         options=dict(run.options),
         input=run.input,
         oracle=run.oracle,
+        cache_dtype=run.cache_dtype,
+        dtype=run.dtype,
         quota_blocks=max(record["quota_blocks"] for record in records),
         peak_blocks=_mean([record["peak_blocks"] for record in records]),
+        block_bytes=max(record["block_bytes"] for record in records),
         prompt_tokens=_mean([outcome.prompt_tokens for outcome in outcomes]),
         answers={
             task: "".join("01"[found.right] for found in group) for task, group in by_task.items()

@@ -50,6 +50,8 @@ def measure(run: Run, model: str, engine: Mapping[str, Any], commit: str) -> Run
         model=model,
         budget=run.budget(),
         page_tokens=run.page_tokens,
+        cache_dtype=run.cache_dtype,
+        dtype=run.dtype,
         instructions=None if knows_notation(model) else INSTRUCTIONS,
         engine=ENGINE | dict(engine),
     )

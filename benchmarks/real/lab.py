@@ -32,6 +32,8 @@ class Setup:
         budget: options of the plugin, see `BudgetConfig`; none runs stock vLLM.
         page_tokens: tokens of a block.
         max_model_len: longest prompt and answer.
+        cache_dtype: how keys and values are stored, vLLM's `kv_cache_dtype`.
+        dtype: that the engine computes in.
         engine: further arguments of `LLM`.
     """
 
@@ -39,6 +41,8 @@ class Setup:
     budget: dict[str, Any] = field(default_factory=dict)
     page_tokens: int = 16
     max_model_len: int = 8192
+    cache_dtype: str = "auto"
+    dtype: str = "float32"
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +82,8 @@ class TextLab:
         self._report.touch()
         arguments: dict[str, Any] = {
             "model": setup.model,
-            "dtype": "float32",
+            "dtype": setup.dtype,
+            "kv_cache_dtype": setup.cache_dtype,
             "enforce_eager": True,
             "max_model_len": setup.max_model_len,
             "block_size": setup.page_tokens,

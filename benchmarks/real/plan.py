@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.real.frames import FRAME_TASKS
 from benchmarks.real.tasks import SUITE, TASKS
+from benchmarks.stored import AUTO, DTYPE, FP8, same_bytes_tokens
 from vllm_budgetkv.policy import POLICIES
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ CONTINUATION = "continuation"
 # a continuation has no answer to be right
 ALL_TASKS = tuple(name for name in TASKS if name != CONTINUATION)
 SHARES = (0.1, 0.2, 0.5)
+HEAD_SIZE = 64
+# of a `Run`, since results are kept
+LATER_FIELDS = ("asks_before", "cache_dtype", "dtype", "stock")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +40,12 @@ class Run:
         tasks: keys of `TASKS`, or of `FRAME_TASKS`.
         count: examples of each task.
         asks_before: whether another question about each text is asked first.
+        cache_dtype: what vLLM is told of how keys and values are stored.
+        dtype: that the engine computes in.
+        stock: vLLM alone, without the plugin.
 
     Raises:
-        ValueError: a quota is missing or too much.
+        ValueError: a quota is missing or too much, or vLLM alone is to compress.
     """
 
     name: str
@@ -49,16 +56,22 @@ class Run:
     tasks: tuple[str, ...] = ALL_TASKS
     count: int = 5
     asks_before: bool = False
+    cache_dtype: str = AUTO
+    dtype: str = "float32"
+    stock: bool = False
 
     def __post_init__(self) -> None:
         if POLICIES[self.policy].compresses != (self.quota_share is not None):
             raise ValueError(f"policy {self.policy!r} with quota_share {self.quota_share}")
+        if self.stock and self.policy != "full":
+            raise ValueError(f"vLLM alone has no policy {self.policy!r}")
 
     @property
     def title(self) -> str:
-        """Name, quota and length, for progress and errors."""
+        """Name, quota, length and what is stored, for progress and errors."""
         share = "" if self.quota_share is None else f" at {100 * self.quota_share:g} %"
-        return f"{self.name}{share} of {self.length_tokens:,} tokens"
+        stored = "" if self.cache_dtype == AUTO else f", {self.cache_dtype}"
+        return f"{self.name}{share} of {self.length_tokens:,} tokens{stored}"
 
     @property
     def shows_frames(self) -> bool:
@@ -70,7 +83,9 @@ class Run:
         return self.count * len(self.tasks)
 
     def budget(self) -> dict[str, Any]:
-        """Options of the plugin."""
+        """Options of the plugin; none for vLLM alone."""
+        if self.stock:
+            return {}
         options: dict[str, Any] = {"policy": self.policy}
         if self.quota_share is not None:
             tokens = int(self.quota_share * self.length_tokens)
@@ -84,9 +99,10 @@ class Run:
     def key(self, fingerprint: str) -> str:
         """Name of the result: equal only for the same run of the same model and suite."""
         run = asdict(self)
-        if not self.asks_before:
+        for name in LATER_FIELDS:
             # results that were kept before there was a choice
-            del run["asks_before"]
+            if run[name] == Run.__dataclass_fields__[name].default:
+                del run[name]
         parts = {"run": run, "model": fingerprint, "suite": SUITE}
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -195,6 +211,20 @@ RECALL_VARIATIONS = (
     recalling("all the budget comes back", share=1.0),
 )
 
+
+def stored(shares: tuple[float, ...] = SHARES[:2], **fields: Any) -> list[Run]:
+    """The full cache and `hybrid`, in the model's own dtype and in 8 bits, tokens alike; and in 8
+    bits with the bytes of the first share."""
+    alike = [replace(one, dtype=DTYPE, **fields) for one in (FULL, *at(HYBRID, shares))]
+    first = alike[1]
+    quota_tokens = first.budget()["quota_tokens"]
+    share = same_bytes_tokens(quota_tokens, PAGE_TOKENS, HEAD_SIZE) / first.length_tokens
+    in_8_bits = [*alike, replace(first, quota_share=share)]
+    return [*alike, *(replace(run, cache_dtype=FP8) for run in in_8_bits)]
+
+
+ALONE = replace(FULL, name="vLLM alone", stock=True, dtype=DTYPE, count=10)
+
 PLANS: dict[str, list[Run]] = {
     "full": [replace(FULL, tasks=ALL_TASKS, length_tokens=n) for n in (1024, 2048)],
     "main": [FULL, *(run for method in METHODS for run in at(method, SHARES))],
@@ -254,6 +284,13 @@ PLANS: dict[str, list[Run]] = {
         replace(FULL, **FRAMES),
         *(run for one in (HYBRID, RECALL, REREADING) for run in at(one, SHARES[:2], **FRAMES)),
     ],
+    "stored": [
+        *stored(count=10),
+        *(replace(ALONE, cache_dtype=stored_in) for stored_in in (AUTO, FP8)),
+    ],
+    # what follows a text has no answer, so it is asked apart
+    "stored-text": stored(SHARES[:1], **CONTINUED | {"count": 10}),
+    "stored-frames": stored(SHARES[1:2], **SIGNS | {"length_tokens": 1024}),
     "quick": [
         replace(FULL, **QUICK),
         *at(HYBRID, (0.2,), **QUICK),

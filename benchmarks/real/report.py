@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from benchmarks import bench_table
+import numpy as np
+
+from benchmarks import bench_table, stored
 from benchmarks.quality.intervals import mcnemar
 from benchmarks.quality.report import INCOMPLETE, SOLVED, grid, percent
 from benchmarks.real import head_report
 from benchmarks.real.frames import FRAME_TASKS
 from benchmarks.real.peers import report as peers
+from benchmarks.real.plan import CONTINUATION
 from benchmarks.real.results import load_plan
 from benchmarks.real.tasks import TASKS
 
@@ -72,11 +75,16 @@ def task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     return "\n".join([*grid(heads, rows), "", source(about, results)])
 
 
+def tasks_of_all(results: Sequence[RunResult]) -> list[str]:
+    """Tasks that all were asked."""
+    full = full_caches(results)[0]
+    return [task for task in full.right if all(task in result.right for result in results)]
+
+
 def every_task_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
     """Policy by task at each quota, right and log-probability, whether or not the full cache solves
     it: the tasks that all were asked."""
-    full = full_caches(results)[0]
-    tasks = [task for task in full.right if all(task in result.right for result in results)]
+    full, tasks = full_caches(results)[0], tasks_of_all(results)
     rows = []
     for result in [full, *compressed(results)]:
         share = "" if result.quota_share is None else f"{100 * result.quota_share:g} %"
@@ -112,6 +120,41 @@ def perplexity_table(results: Sequence[RunResult], about: dict[str, Any]) -> str
 
 def perplexity(result: RunResult, task: str) -> str:
     return f"{math.exp(-result.logprob([task])):.2f}"
+
+
+def stored_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
+    """What is stored in 8 bits beside the same in 16, and how far each example moved."""
+    tasks = tasks_of_all(results)
+    rows = []
+    for result in results:
+        row = [result.name, *stored.settings(result, about["page_tokens"])]
+        row += [stored_cell(result, task) for task in tasks]
+        row.append(f"{result.logprob(tasks):.3f}")
+        base = stored.base_of(result, results)
+        rows.append(row + (["", ""] if base is None else changes(base, result, tasks)))
+    heads = ["policy", "quota", "keys and values", "held at most", *(TITLES[t] for t in tasks)]
+    heads += ["mean log-probability", "answers lost, gained", "log-probability moved"]
+    return "\n".join([*grid(heads, rows), "", source(about, results)])
+
+
+def stored_cell(result: RunResult, task: str) -> str:
+    """Right answers and log-probability; perplexity of what has no answer."""
+    if task == CONTINUATION:
+        return f"perplexity {perplexity(result, task)}"
+    return f"{100 * result.share(task).value:.0f}; {result.logprob([task]):.3f}"
+
+
+def changes(base: RunResult, result: RunResult, tasks: Sequence[str]) -> list[str]:
+    """Answers that only one of two has; mean change of an example's log-probability, mean size of
+    it, and the largest."""
+    answered = [task for task in tasks if task != CONTINUATION]
+    before, after = (np.concatenate([r.logprobs[t] for t in tasks]) for r in (base, result))
+    moved = after - before
+    size = np.abs(moved)
+    return [
+        stored.lost_and_gained(marks(base, answered), marks(result, answered)) if answered else "",
+        f"{moved.mean():+.3f} (size {size.mean():.3f}, largest {size.max():.2f})",
+    ]
 
 
 def variation_table(results: Sequence[RunResult], about: dict[str, Any]) -> str:
@@ -168,6 +211,9 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[RunResult], dict[str, Any]], str
     "real_recall_frames": ("recall-frames", every_task_table),
     "real_recall_needles": ("recall-needles", every_task_table),
     "real_recall_needles_long": ("recall-needles-long", every_task_table),
+    "real_stored": ("stored", stored_table),
+    "real_stored_text": ("stored-text", stored_table),
+    "real_stored_frames": ("stored-frames", stored_table),
     "real_reuse": ("reuse", quota_table),
     "real_reuse_frames": ("reuse-frames", every_task_table),
 }

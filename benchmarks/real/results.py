@@ -23,9 +23,10 @@ class RunResult:
     """One run, measured.
 
     Attributes:
-        name, policy, quota_share, length_tokens, options: of the `Run`.
-        quota_blocks: blocks that each request might hold.
+        name, policy, quota_share, length_tokens, options, cache_dtype, dtype: of the `Run`.
+        quota_blocks: blocks that each request might hold; 0 for vLLM alone, as the next two.
         peak_blocks: most blocks held, mean over the requests.
+        block_bytes: of a block; 0 in results that were kept before it was.
         prompt_tokens: mean over the requests, as the engine saw them.
         right, first, exact: for each task one character an example, in order: "1" or "0"; see
             `Outcome`.
@@ -41,8 +42,11 @@ class RunResult:
     quota_share: float | None
     length_tokens: int
     options: dict[str, Any] = field(default_factory=dict)
+    cache_dtype: str = "auto"
+    dtype: str = "float32"
     quota_blocks: int = 0
     peak_blocks: float = 0.0
+    block_bytes: int = 0
     prompt_tokens: float = 0.0
     right: dict[str, str] = field(default_factory=dict)
     first: dict[str, str] = field(default_factory=dict)
@@ -77,7 +81,7 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         QuotaExceededError: a request held more blocks than its quota.
         ValueError: a request left no record.
     """
-    records = [outcome.record for outcome in outcomes]
+    records = [] if run.stock else [outcome.record for outcome in outcomes]
     check_bound(run.title, records)
 
     def marks(of: Callable[[Outcome], bool]) -> dict[str, str]:
@@ -90,8 +94,11 @@ def summarise(run: Run, outcomes: Sequence[Outcome], seconds: float, commit: str
         quota_share=run.quota_share,
         length_tokens=run.length_tokens,
         options=dict(run.options),
-        quota_blocks=max(record["quota_blocks"] for record in records),
-        peak_blocks=round(float(np.mean([record["peak_blocks"] for record in records])), 1),
+        cache_dtype=run.cache_dtype,
+        dtype=run.dtype,
+        quota_blocks=max((record["quota_blocks"] for record in records), default=0),
+        peak_blocks=round(float(np.mean([r["peak_blocks"] for r in records] or [0])), 1),
+        block_bytes=max((record["block_bytes"] for record in records), default=0),
         prompt_tokens=round(float(np.mean([o.prompt_tokens for o in outcomes])), 1),
         right=marks(lambda o: o.right),
         first=marks(lambda o: o.first),

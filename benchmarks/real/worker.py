@@ -9,6 +9,7 @@ from benchmarks.quality.worker import ENVIRONMENT as OF_WORKERS
 from benchmarks.quality.worker import free_memory
 from benchmarks.real.another import another_question, require_reuse
 from benchmarks.real.frames import FRAME_TASKS, make_frame_examples
+from benchmarks.real.plan import PAGE_TOKENS
 from benchmarks.real.results import RunResult, summarise
 from benchmarks.real.tasks import make_examples
 
@@ -23,6 +24,8 @@ FRAME_ENGINE = ENGINE | {
     "mm_processor_cache_gb": 1,
     "skip_mm_profiling": True,
 }
+# the least that vLLM's own attention on CPUs takes
+STOCK_BLOCK_TOKENS = 32
 ENVIRONMENT = OF_WORKERS | {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
@@ -41,10 +44,17 @@ def measure(run: Run, model: str, commit: str) -> RunResult:
     for task in run.tasks:
         make = make_frame_examples if task in FRAME_TASKS else make_examples
         groups.append(make(task, run.length_tokens, run.count, tokenizer))
-    engine = FRAME_ENGINE if run.shows_frames else ENGINE
+    setup = Setup(
+        model=model,
+        budget=run.budget(),
+        page_tokens=STOCK_BLOCK_TOKENS if run.stock else PAGE_TOKENS,
+        cache_dtype=run.cache_dtype,
+        dtype=run.dtype,
+        engine=FRAME_ENGINE if run.shows_frames else ENGINE,
+    )
     started = time.perf_counter()
     try:
-        with TextLab(Setup(model=model, budget=run.budget(), engine=engine)) as lab:
+        with TextLab(setup) as lab:
             examples = [example for group in groups for example in group]
             if run.asks_before:
                 lab.force([another_question(example) for example in examples])

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.quality.plan import FULL, HYBRID, PAGE_TOKENS, PLANS, Run, ablation
+from benchmarks.quality.plan import (
+    FULL,
+    HYBRID,
+    PAGE_TOKENS,
+    PLANS,
+    Run,
+    ablation,
+)
 from benchmarks.quality.reader import SHAPE
 from benchmarks.quality.suite import make_examples
 from vllm_budgetkv.arithmetic.quota import Quota
@@ -62,6 +69,15 @@ def test_titles_of_a_plan_differ(plan: str) -> None:
     assert len(set(titles)) == len(titles)
 
 
+def test_8_bits_are_asked_at_equal_tokens_and_at_equal_bytes() -> None:
+    """Head-pages of 8 tokens with heads of 32: 1,280 bytes in bfloat16, 768 in 8 bits."""
+    found = [(run.quota_tokens, run.cache_dtype) for run in PLANS["stored"]]
+    assert found[:3] == [(None, "auto"), (96, "auto"), (200, "auto")]
+    equal_bytes = [(8 * (pages * 1280 // 768), "fp8") for pages in (12, 25)]
+    assert found[3:] == [(None, "fp8"), (96, "fp8"), (200, "fp8"), *equal_bytes]
+    assert PLANS["stored"][-1].title.endswith("of 2,048 tokens, fp8")
+
+
 def test_main_has_every_policy() -> None:
     assert {run.policy for run in PLANS["main"]} == set(POLICIES)
 
@@ -101,6 +117,13 @@ def test_key_names_run_model_and_options() -> None:
         replace(HYBRID, options={"merge": "value"}).key("model"),
         replace(HYBRID, oracle=True).key("model"),
         replace(HYBRID, lookahead_layers=(0,)).key("model"),
+        replace(HYBRID, cache_dtype="fp8").key("model"),
+        replace(HYBRID, dtype="bfloat16").key("model"),
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert replace(HYBRID).key("model") == HYBRID.key("model")
+
+
+def test_a_new_field_leaves_the_keys_of_finished_runs() -> None:
+    """The key of a run that was kept before there were these fields."""
+    assert HYBRID.key("model") == "772f0b344d48f518"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,6 +77,23 @@ def test_depth_table_has_a_row_per_policy_and_length() -> None:
         ["| window", "2,048"],
     ]
     assert "| 50 (9-91) | 90 (60-98) |" in lines[4]
+
+
+def test_what_8_bits_lose_is_told_against_the_same_in_16() -> None:
+    full, hybrid = RESULTS[0], replace(RESULTS[2], block_bytes=2**16, peak_blocks=25.0)
+    hybrid = replace(hybrid, quota_blocks=25)
+    quantised = {"cache_dtype": "fp8", "block_bytes": 2**15}
+    alike = replace(hybrid, answers=RESULTS[1].answers, **quantised)
+    # of equal bytes: held against the tenth, which has fewer tokens
+    more = replace(hybrid, quota_share=0.16015625, quota_blocks=41, peak_blocks=41.0, **quantised)
+    lines = report.stored_table([full, hybrid, alike, more], ABOUT).splitlines()
+    assert lines[2:6] == [
+        "| full |  | 16 bits |  | 100 (72-100) |  |  |",
+        "| hybrid | 10 %, 200 tokens | 16 bits | 1.56 MiB | 90 (60-98) |  |  |",
+        "| hybrid | 10 %, 200 tokens | 8 bits | 0.781 MiB | 50 (24-76) | 4, 0 | 0.12 |",
+        "| hybrid | 16 %, 328 tokens | 8 bits | 1.28 MiB | 90 (60-98) | 0, 0 | 1 |",
+    ]
+    assert lines[7].endswith("below 90: counting (50).")
 
 
 def test_no_average_without_the_full_cache() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from benchmarks.quality import models
+from benchmarks.quality import worker as measuring
 from benchmarks.quality.lab import Outcome
 from benchmarks.quality.plan import FULL, HYBRID, Run
 from benchmarks.quality.queueing import Cache, Worker, run_all
@@ -35,6 +36,7 @@ def outcomes(run: Run, **changes: Any) -> list[Outcome]:
         "request_id": "7",
         "peak_blocks": 25,
         "quota_blocks": 25,
+        "block_bytes": 4096,
         "compressions": 3,
         "static_heads": [[True, True], [False, False]],
     }
@@ -129,6 +131,10 @@ def test_summary_of_a_run() -> None:
     assert result.share("needle") == Share(3, 6) and result.pooled(["needle", "count"]).value == 0.5
     assert (result.peak_blocks, result.quota_blocks, result.prompt_tokens) == (25.0, 25, 2002.5)
     assert result.static_share == [[1.0, 1.0], [0.0, 0.0]] and result.seconds == 2.0
+    assert (result.block_bytes, result.cache_dtype, result.dtype) == (4096, "auto", "float32")
+    quantised = replace(RUNS[1], cache_dtype="fp8", dtype="bfloat16")
+    found = summarise(quantised, outcomes(quantised), 1.0, "abc")
+    assert (found.cache_dtype, found.dtype) == ("fp8", "bfloat16")
 
 
 def test_depths_go_round_and_counting_has_none() -> None:
@@ -183,3 +189,23 @@ def test_only_the_labs_own_model_knows_the_notation(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(sizes.replace("128", "3584"))
     assert not models.knows_notation(str(tmp_path))
     assert not models.knows_notation("Qwen/Qwen2.5-VL-7B-Instruct")
+
+
+class StartedError(Exception):
+    """In place of an engine."""
+
+
+def test_the_engine_is_told_what_is_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, Any] = {}
+
+    def start(**arguments: Any) -> None:
+        told.update(arguments)
+        raise StartedError
+
+    monkeypatch.setattr("vllm.LLM", start)
+    monkeypatch.setattr(measuring, "free_memory", lambda: None)
+    run = replace(FULL, cache_dtype="fp8", dtype="bfloat16", tasks=("needle",), count=1)
+    for changed, stored in ((run, ("fp8", "bfloat16")), (RUNS[0], ("auto", "float32"))):
+        with pytest.raises(StartedError):
+            measuring.measure(changed, "model", {}, "abc")
+        assert (told["kv_cache_dtype"], told["dtype"]) == stored

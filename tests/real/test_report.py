@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.real.report import every_task_table
+from dataclasses import replace
+
+from benchmarks.real.report import every_task_table, stored_table
 from benchmarks.real.results import RunResult
 
 ABOUT = {
@@ -36,3 +38,36 @@ def test_a_task_that_not_all_were_asked_is_left_out() -> None:
         "| full |  | 100; -0.75 | -0.75 |",
         "| hybrid | 10 % | 50; -0.75 | -0.75 |",
     ]
+
+
+def test_what_8_bits_move_is_told_against_the_same_in_16() -> None:
+    plain = replace(result("hybrid", 0.1, single="11"), quota_blocks=12, peak_blocks=12.0)
+    plain = replace(plain, block_bytes=2**18)
+    moved = {"single": [-0.7, -0.9]}
+    quantised = {"cache_dtype": "fp8", "block_bytes": 2**17}
+    alike = replace(plain, right={"single": "01"}, logprobs=moved, **quantised)
+    # of equal bytes: held against the tenth, which has fewer tokens
+    more = replace(alike, quota_share=0.1640625, quota_blocks=21, peak_blocks=21.0)
+    full = result("full", None, single="11")
+    alone = replace(full, name="vLLM alone")
+    in_8_bits = replace(alone, cache_dtype="fp8")
+    table = stored_table([full, plain, alike, more, alone, in_8_bits], ABOUT).splitlines()
+    assert table[2:8] == [
+        "| full |  | 16 bits |  | 100; -0.750 | -0.750 |  |  |",
+        "| hybrid | 10 %, 192 tokens | 16 bits | 3 MiB | 100; -0.750 | -0.750 |  |  |",
+        "| hybrid | 10 %, 192 tokens | 8 bits | 1.5 MiB | 50; -0.800 | -0.800 | 1, 0 "
+        "| -0.050 (size 0.150, largest 0.20) |",
+        "| hybrid | 16.4 %, 336 tokens | 8 bits | 2.62 MiB | 50; -0.800 | -0.800 | 1, 0 "
+        "| -0.050 (size 0.150, largest 0.20) |",
+        "| vLLM alone |  | 16 bits |  | 100; -0.750 | -0.750 |  |  |",
+        "| vLLM alone |  | 8 bits |  | 100; -0.750 | -0.750 | 0, 0 "
+        "| +0.000 (size 0.000, largest 0.00) |",
+    ]
+
+
+def test_a_continuation_has_a_perplexity_and_no_answers() -> None:
+    plain = result("full", None, continuation="00")
+    other = replace(plain, cache_dtype="fp8", logprobs={"continuation": [-0.5, -1.1]})
+    table = stored_table([plain, other], ABOUT).splitlines()
+    assert table[2] == "| full |  | 16 bits |  | perplexity 2.12 | -0.750 |  |  |"
+    assert table[3].endswith("| -0.800 |  | -0.050 (size 0.050, largest 0.10) |")
