@@ -111,7 +111,12 @@ def test_weights_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", lambda *_, **__: counts)
     assert weights_of(REMOTE, None).num_bytes == 2 * 1000 + 4 * 10
     packed = SimpleNamespace(**{**vars(REMOTE), "quantization": "awq"})
+    packed.hf_config = SimpleNamespace(quantization_config={"quant_method": "awq"})
     assert weights_of(packed, None).num_bytes == 4 * 1000 + 4 * 10
+    # a checkpoint that says how to store keys and values, and nothing of weights
+    scheme = {"kv_cache_scheme": {"num_bits": 8, "type": "float"}, "config_groups": {}}
+    packed.hf_config = SimpleNamespace(quantization_config=scheme)
+    assert weights_of(packed, None).num_bytes == 2 * 1000 + 4 * 10
 
 
 @pytest.mark.parametrize("error", [OSError("offline"), HfHubHTTPError.__bases__[0]("no route")])

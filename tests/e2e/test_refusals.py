@@ -140,6 +140,18 @@ def test_a_checkpoint_says_how_it_is_stored(text_model: Path, quantization: dict
 
 
 @pytest.mark.parametrize(
+    ("scheme", "kind"),
+    [({"num_bits": 4}, "float of 4 bits"), ({"type": "int"}, "int of 8 bits")],
+    ids=["4-bit", "int"],
+)
+def test_other_kinds_of_a_checkpoint(text_model: Path, scheme: dict[str, Any], kind: str) -> None:
+    quantization = LLM_COMPRESSOR | {"kv_cache_scheme": SCHEME | scheme}
+    overrides = {"hf_overrides": {"quantization_config": quantization}, "dtype": "bfloat16"}
+    with pytest.raises(ValueError, match=f"stores keys and values as {kind}, which vLLM does not"):
+        create(text_model, **overrides)
+
+
+@pytest.mark.parametrize(
     ("dtype", "advice"),
     [("bfloat16", "bfloat16$"), ("float32", "bfloat16 and --dtype bfloat16$")],
 )

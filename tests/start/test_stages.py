@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from vllm.config import CompilationMode, VllmConfig
 
+from tests.e2e.conftest import MODELS
 from tests.scheduler.engine_core import configure
 from vllm_budgetkv.start.activation import config_of, quota_of
 from vllm_budgetkv.start.stages import layers_of_stages, reasons, spreads_over_layers
+from vllm_budgetkv.testing import sliding
 from vllm_budgetkv.testing.models import build_qwen2
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ def test_the_same_quota_whichever_rank_reads_it(qwen2: Path) -> None:
         ({}, "hybrid", {"host_memory": "64MiB"}, "remove --kv-host-memory or set --pipeline-"),
         ({}, "window", {"trace_file": "trace.jsonl"}, "remove --kv-trace-file or set --pipeline-"),
         ({"enforce_eager": True}, "window", {}, "remove --enforce-eager, or mode 0"),
+        ({"enable_lora": True}, "window", {}, "model: remove --enable-lora, or set --pipeline"),
         (
             {"compilation_config": {"mode": 0}},
             "window",
@@ -84,9 +87,19 @@ def test_an_eager_model_runner_v2_is_served(qwen2: Path, monkeypatch: pytest.Mon
     assert not [*reasons(config, config_of(config))]
 
 
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma2", "gemma3"])
+def test_layers_with_windows_are_refused(name: str) -> None:
+    """As many full layers as a stage has in all, so that none seemed to have a window."""
+    model = sliding.build(name, MODELS)
+    with pytest.raises(ValueError, match="tried on several devices: set --pipeline-parallel-size"):
+        configure(model, **TWO)
+
+
 def test_a_trial_that_a_variable_leaves_out(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
-    with pytest.raises(ValueError, match="and unset VLLM_CPU_CI_ENV"):
+    with pytest.raises(
+        ValueError, match="unset VLLM_CPU_CI_ENV, or set --pipeline-parallel-size 2 to 1"
+    ):
         configure(qwen2, **TWO)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from vllm_budgetkv.cli.figures import Figure, Origin
+from vllm_budgetkv.start import stored
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -67,7 +68,7 @@ def _counts_of(files: list[Path]) -> dict[str, int]:
 
 def _of_counts(counts: dict[str, int], model: ModelConfig, source: str) -> Figure:
     """Bytes of so many elements by type; a quantised model keeps every type that is stored."""
-    is_quantised = model.quantization is not None
+    is_quantised = model.quantization is not None and not stored.leaves_weights_alone(model)
     num_bytes = 0
     for dtype, count in counts.items():
         if dtype not in ELEMENT_BITS:
@@ -118,7 +119,7 @@ def _of_architecture(model: ModelConfig) -> Figure:
     import torch
     import transformers
 
-    if model.quantization is not None:
+    if model.quantization is not None and not stored.leaves_weights_alone(model):
         raise ValueError(
             f"no weights of {model.model} were found, and how large they are under "
             f"{model.quantization} no configuration tells: {HOW_TO_SAY}"

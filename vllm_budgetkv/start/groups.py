@@ -73,7 +73,8 @@ def groups_of(engine: EngineConfig) -> Groups:
     num_layers = model.get_num_layers(parallel)
     if refused_models.keeps_windows(model):
         ours = refused_models.num_full_layers(model)
-        return Groups(ours, num_windowed=num_layers - ours)
+        # of the whole model, also where stages share its layers, which is refused
+        return Groups(ours, num_windowed=model.get_total_num_hidden_layers() - ours)
     if not refused_models.keeps_state(model):
         return Groups(num_layers)
     return Groups(

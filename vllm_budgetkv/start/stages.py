@@ -63,11 +63,11 @@ def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
         yield f"host memory was not tried with stages: remove --kv-host-memory or set {asked} to 1"
     if config.trace_file is not None:
         yield f"a trace is of all layers: remove --kv-trace-file or set {asked} to 1"
-    if _dies_with_the_first_prompt(vllm_config):
+    if changes := [*_without_a_trial(vllm_config)]:
         # nothing of ours: stock vLLM starts, and its engine ends in the second stage
         yield (
-            f"on a CPU vLLM's model runner V1 serves {asked} only as it compiles the model: remove "
-            "--enforce-eager, or mode 0 of --compilation-config, and unset VLLM_CPU_CI_ENV"
+            f"on a CPU vLLM's model runner V1 serves {asked} only as it compiles the model: "
+            f"{' and '.join(changes)}, or set {asked} to 1"
         )
 
 
@@ -76,8 +76,8 @@ def spreads_over_layers(policy: str) -> bool:
     return POLICIES[policy].layer_budgets is not Policy.layer_budgets
 
 
-def _dies_with_the_first_prompt(vllm_config: VllmConfig) -> bool:
-    """Whether vLLM never makes the tensors that a later stage receives.
+def _without_a_trial(vllm_config: VllmConfig) -> Iterator[str]:
+    """What to change, where vLLM never makes the tensors that a later stage receives.
 
     Its runner V1 makes them in the trial run in front of a compilation, which a CPU's leaves out
     (`CPUModelRunner.warming_up_model`), and asserts them when a prompt comes.
@@ -86,6 +86,12 @@ def _dies_with_the_first_prompt(vllm_config: VllmConfig) -> bool:
     from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    is_eager = vllm_config.compilation_config.mode == CompilationMode.NONE
-    skips_trial = is_eager or envs.VLLM_CPU_CI_ENV
-    return current_platform.is_cpu() and skips_trial and not vllm_config.use_v2_model_runner
+    if not current_platform.is_cpu() or vllm_config.use_v2_model_runner:
+        return
+    if envs.VLLM_CPU_CI_ENV:
+        yield "unset VLLM_CPU_CI_ENV"
+    if vllm_config.lora_config is not None:
+        # with adapters vLLM compiles nothing on a CPU
+        yield "remove --enable-lora"
+    elif vllm_config.compilation_config.mode == CompilationMode.NONE:
+        yield "remove --enforce-eager, or mode 0 of --compilation-config"

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # what vLLM calls 8-bit floats of 4 bits of exponent and 3 of mantissa, one scale for a layer
 QUANTISED = ("fp8", "fp8_e4m3")
+# the same in a checkpoint of llm-compressor
+KIND = (8, "float")
 # the first NVIDIA GPUs that compute with them
 LEAST_CAPABILITY = 89
 
@@ -59,6 +61,12 @@ def refusals(engine: EngineConfig) -> Iterator[str]:
         yield (
             "all layers of a pool are stored alike: remove --kv-cache-dtype-skip-layers "
             + " ".join(cache.kv_cache_dtype_skip_layers)
+        )
+    kind = (_scheme(model).get("num_bits", 8), _scheme(model).get("type", "float"))
+    if kind != KIND:
+        yield (
+            f"the checkpoint stores keys and values as {kind[1]} of {kind[0]} bits, which vLLM "
+            "does not load: use another checkpoint"
         )
     if (strategy := _scheme(model).get("strategy", "tensor")) != "tensor":
         yield (
@@ -108,9 +116,18 @@ def _name_of(model: ModelConfig) -> str:
     return str(model.dtype).removeprefix("torch.")
 
 
+def leaves_weights_alone(model: ModelConfig) -> bool:
+    """Whether a checkpoint of llm-compressor says how to store keys and values, and no more."""
+    return bool(_scheme(model)) and not _quantisation(model).get("config_groups")
+
+
 def _scheme(model: ModelConfig) -> dict[str, Any]:
     """How a checkpoint of llm-compressor stores keys and values; empty if it does not say."""
+    return _quantisation(model).get("kv_cache_scheme") or {}
+
+
+def _quantisation(model: ModelConfig) -> dict[str, Any]:
     config = getattr(model.hf_config, "quantization_config", None)
     if config is None:
         config = getattr(model.hf_text_config, "quantization_config", None)
-    return (config or {}).get("kv_cache_scheme") or {}
+    return config or {}

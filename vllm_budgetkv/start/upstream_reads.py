@@ -137,7 +137,8 @@ READS = (
         "model_arch_config", "multimodal_config", "registry", "runner_type", "served_model_name",
         "use_mla",
         "get_head_size()", "get_num_kv_heads(parallel_config)",
-        "get_num_layers(parallel_config)", "get_sliding_window()", "get_vocab_size()")),
+        "get_num_layers(parallel_config)", "get_sliding_window()",
+        "get_total_num_hidden_layers()", "get_vocab_size()")),
     Reads("vllm.config", "CacheConfig", "tokens of a page and of a block; what is not served", (
         "block_size", "cache_dtype", "enable_mamba_shared_prefix_checkpoint",
         "enable_prefix_caching", "kv_cache_dtype_skip_layers",

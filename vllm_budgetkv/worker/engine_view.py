@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -119,9 +120,20 @@ def model_of(layers: Mapping[str, Any], quota: Quota, group: int, computed: torc
             for name, layer in layers.items()
             if layer.impl.sinks is not None
         },
-        units={
-            layer_index[name]: (layer._k_scale_float, layer._v_scale_float)
-            for name, layer in layers.items()
-            if is_quantised
-        },
+        units={layer_index[name]: units_of(name, layers[name]) for name in layers if is_quantised},
     )
+
+
+def units_of(name: str, layer: Any) -> tuple[float, float]:
+    """What a stored key and a stored value of 1 stand for in a layer whose pages have 8 bits.
+
+    Raises:
+        ValueError: the checkpoint has scales that are none.
+    """
+    units = layer._k_scale_float, layer._v_scale_float
+    if not all(0 < unit < math.inf for unit in units):
+        raise ValueError(
+            f"the checkpoint scales keys and values of layer {name} by {units[0]} and {units[1]}, "
+            "which must be positive: use --kv-cache-dtype bfloat16 with --dtype bfloat16"
+        )
+    return units
