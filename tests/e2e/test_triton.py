@@ -43,16 +43,19 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("cache_dtype", ["auto", "fp8"])
 def test_same_tokens_as_the_cpp_ops(
-    tmp_path: Path, vision_model: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, vision_model: Path, monkeypatch: pytest.MonkeyPatch, cache_dtype: str
 ) -> None:
-    cpp = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **ENGINE)
+    engine = ENGINE | {"kv_cache_dtype": cache_dtype}
+    cpp = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **engine)
     monkeypatch.setenv("VLLM_BUDGETKV_OPS", "triton")
     as_on_gpu = {"runner": "v2", "starts_as_on_gpu": True}
-    triton = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **as_on_gpu, **ENGINE)
+    triton = run(tmp_path, vision_model, REQUESTS, budget=BUDGET, **as_on_gpu, **engine)
     assert triton["engine"]["runner"] == "vllm.v1.worker.cpu.model_runner"
     check_bound(triton)
     assert not cpp["engine"]["kernels"]
-    assert {f"{TRITON_KERNELS}{op}" for op in OPS} <= set(triton["engine"]["kernels"])
+    ops = [*OPS, *["quantise"] * (cache_dtype == "fp8")]
+    assert {f"{TRITON_KERNELS}{op}" for op in ops} <= set(triton["engine"]["kernels"])
     assert tokens_of(triton) == tokens_of(cpp)
     assert triton["replays"], "decode must come from graphs"
