@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tests.e2e import test_recurrent, test_windows
 from tests.e2e.conftest import MODELS
 from tests.e2e.engines import run, run_each, tokens_of
-from vllm_budgetkv.testing import sliding
+from vllm_budgetkv.testing import models, sliding
 from vllm_budgetkv.testing.recurrent import build_qwen3_5
 
 if TYPE_CHECKING:
@@ -43,37 +43,33 @@ REMEMBERS = SMALL | {"page_quota": 8, "host_memory": "64MiB"}
 ENGINE = {"max_num_batched_tokens": 64, "max_num_seqs": 8, "num_gpu_blocks_override": 200}
 # of keys and values; their scales differ by layer in the model that has some
 SCALES = {0: (0.37, 0.021), 1: (0.11, 0.3)}
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "kv_cache_scheme": SCHEME,
+    "config_groups": {},
+    "format": "dense",
+    "ignore": [],
+}
 
 
 @pytest.fixture(scope="module")
 def scaled_model(vision_model: Path) -> Path:
     """The same model as llm-compressor leaves one whose keys and values it has measured."""
-    folder = MODELS / f"{vision_model.name}-scaled"
-    if not folder.exists():
-        shutil.copytree(vision_model, folder)
-        config = json.loads((folder / "config.json").read_text())
-        scheme = {
-            "num_bits": 8,
-            "type": "float",
-            "strategy": "tensor",
-            "dynamic": False,
-            "symmetric": True,
-        }
-        config["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "kv_cache_scheme": scheme,
-            "config_groups": {},
-            "format": "dense",
-            "ignore": [],
-        }
-        (folder / "config.json").write_text(json.dumps(config))
+
+    def write(folder: Path) -> None:
+        shutil.copytree(vision_model, folder, dirs_exist_ok=True)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["quantization_config"] = QUANTIZATION
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         weights = load_file(folder / "model.safetensors")
         for layer, scales in SCALES.items():
             (name,) = (key for key in weights if key.endswith(f"{layer}.self_attn.k_proj.weight"))
             for part, scale in zip("kv", scales, strict=True):
                 weights[name.replace("k_proj.weight", f"{part}_scale")] = torch.tensor([scale])
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+
+    return models.cached(MODELS, f"{vision_model.name}-scaled", write)
 
 
 @pytest.fixture(scope="module")
