@@ -141,11 +141,23 @@ AttendArgs make_args(const at::Tensor& query, const at::Tensor& keys, const at::
   return args;
 }
 
+// Tiles take the first and the last of their tokens for those that see the fewest and the most.
+void check_ahead(const char* op, int64_t row, const int32_t* ahead, int num_tokens) {
+  if (ahead == nullptr) return;
+  for (int token = 0; token < num_tokens; ++token) {
+    const bool is_inside = ahead[token] >= 0 && token + ahead[token] < num_tokens;
+    TORCH_CHECK_INDEX(is_inside && (token == 0 || ahead[token] >= ahead[token - 1] - 1), op,
+                      ": token ", token, " of row ", row, " sees ", ahead[token],
+                      " tokens ahead, but the row has ", num_tokens - 1 - token,
+                      " more, and no token sees less far than the one in front of it");
+  }
+}
+
 // The tiles of all rows. With `first_position`, heads hold the tokens of their requests from
-// `first_token` on; without, whatever they hold, the row's own last.
+// `first_token` on; without, whatever they hold, the row's own last. `ahead` may be null.
 void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table,
                  const at::Tensor& lens, const BatchRows& rows, const int32_t* first_position,
-                 int64_t first_token) {
+                 int64_t first_token, const int32_t* ahead) {
   const auto table_of = table.accessor<int32_t, 3>();
   const auto lens_of = lens.accessor<int32_t, 2>();
   check_last_stride("table", table);
@@ -155,6 +167,8 @@ void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table
     const int num_tokens = rows.num_tokens(row);
     if (num_tokens == 0) continue;
     const int slot = rows.slot(row);
+    const int32_t* ahead_of_row = ahead == nullptr ? nullptr : ahead + rows.first_token(row);
+    check_ahead(op, row, ahead_of_row, num_tokens);
     for (int head = 0; head < table.size(1); ++head) {
       const int num_keys = lens_of[slot][head];
       TORCH_CHECK_INDEX(num_keys >= 0 && num_keys <= table.size(2) * args.page_tokens, op,
@@ -166,6 +180,7 @@ void attend_rows(const char* op, const AttendArgs& args, const at::Tensor& table
       tile.first_token = rows.first_token(row);
       tile.kv_head = head;
       tile.num_keys = num_keys;
+      tile.ahead = ahead_of_row;
       tile.first_visible = first_position == nullptr
                                ? num_keys - num_tokens + 1
                                : static_cast<int>(first_position[row] + 1 - first_token);
@@ -179,13 +194,16 @@ void attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& v
             const at::Tensor& table, const at::Tensor& lens, const at::Tensor& slots,
             const at::Tensor& query_start, const at::Tensor& out, double scale, double soft_cap,
             const std::optional<at::Tensor>& sinks_in,  // float32 [Hq]
-            double value_unit) {
+            double value_unit, const std::optional<at::Tensor>& ahead) {
   std::optional<at::Tensor> sinks = sinks_in;
   if (sinks.has_value()) sinks = sinks->contiguous();
   const AttendArgs args =
       make_args(query, keys, values, table, out, scale, soft_cap, sinks, value_unit);
   const BatchRows rows("attend", slots, query_start, table.size(0), query.size(0));
-  attend_rows("attend", args, table, lens, rows, nullptr, 0);
+  TORCH_CHECK_VALUE(!ahead.has_value() || ahead->is_contiguous(),
+                    "attend: ahead must be contiguous");
+  attend_rows("attend", args, table, lens, rows, nullptr, 0,
+              ahead.has_value() ? ahead->const_data_ptr<int32_t>() : nullptr);
 }
 
 void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
@@ -198,7 +216,7 @@ void attend_part(const at::Tensor& query, const at::Tensor& keys, const at::Tens
   args.lse = lse.mutable_data_ptr<float>();
   const BatchRows rows("attend_part", slots, query_start, table.size(0), query.size(0));
   attend_rows("attend_part", args, table, lens, rows, first_position.const_data_ptr<int32_t>(),
-              first_token);
+              first_token, nullptr);
 }
 
 }  // namespace
@@ -208,7 +226,7 @@ TORCH_LIBRARY_FRAGMENT(budgetkv, m) {
   m.def(
       "attend(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, Tensor slots, "
       "Tensor query_start, Tensor(a!) out, float scale, float soft_cap, Tensor? sinks, float "
-      "value_unit) -> ()");
+      "value_unit, Tensor? ahead) -> ()");
   m.def(
       "attend_part(Tensor query, Tensor keys, Tensor values, Tensor table, Tensor lens, "
       "Tensor slots, Tensor query_start, Tensor first_position, int first_token, Tensor(a!) out, "

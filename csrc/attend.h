@@ -40,16 +40,18 @@ struct AttendTile {
   int kv_head;
   int first_query;  // m of the tile's first query
   int num_queries;
-  int first_visible;  // keys that the row's first token sees; not positive if none
-  int num_keys;       // that the head has
-  bool is_decode;     // the row is one token, and the tile is its whole group
-  int num_splits;     // the keys are cut into runs of split_keys
+  int first_visible;     // keys that the row's first token sees; not positive if none
+  const int32_t* ahead;  // of each token of the row, keys behind it that it sees too; null for none
+  int num_keys;          // that the head has
+  bool is_decode;        // the row is one token, and the tile is its whole group
+  int num_splits;        // the keys are cut into runs of split_keys
   int split_keys;
   float* partials;  // [num_splits, num_queries, D + 2]; unused if there is one split
 
   int token_of(int query, int group) const { return (first_query + query) / group; }
   int visible(int query, int group) const {
-    const int keys = first_visible + token_of(query, group);
+    const int token = token_of(query, group);
+    const int keys = first_visible + token + (ahead == nullptr ? 0 : ahead[token]);
     return keys < 0 ? 0 : keys < num_keys ? keys : num_keys;
   }
 };

@@ -164,10 +164,15 @@ def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         actual, rounded = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
         exact = torch.full(shape, torch.nan, dtype=torch.float64, device=device)
         arguments = (query, cache.heads, two_rows(tokens, device))
-        ops.attend(*arguments, actual, scale)
-        attend_reference(*arguments, rounded, scale)
-        attend_reference(*arguments, exact, scale, torch.float64)
-        yield within_budget("attend", what, actual, rounded, exact)
+        # the middle of the chunk is a picture whose tokens see each other
+        ahead = torch.zeros(tokens + 1, dtype=torch.int32, device=device)
+        picture = ahead[tokens // 4 : tokens - tokens // 4]
+        picture.copy_(torch.arange(len(picture) - 1, -1, -1))
+        for kind, seen in ((what, None), (f"{what} with a picture", ahead))[:tokens]:
+            ops.attend(*arguments, actual, scale, seen)
+            attend_reference(*arguments, rounded, scale, ahead=seen)
+            attend_reference(*arguments, exact, scale, torch.float64, seen)
+            yield within_budget("attend", kind, actual, rounded, exact)
 
 
 def _check_attend_part(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:

@@ -78,6 +78,19 @@ def int32(values: Sequence[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
 
 
+def both_ways(num_tokens: int, *pictures: tuple[int, int]) -> torch.Tensor:
+    """int32 [T]: what is ahead of the tokens of a batch, some of which see their picture whole.
+
+    Args:
+        num_tokens: of the batch.
+        pictures: the first token of each in the batch, and the one behind it.
+    """
+    ahead = torch.zeros(num_tokens, dtype=torch.int32)
+    for first, stop in pictures:
+        ahead[first:stop] = torch.arange(stop - first - 1, -1, -1)
+    return ahead
+
+
 def batch_rows(
     slots: Sequence[int], tokens: Sequence[int], shared: Sequence[bool] | None = None
 ) -> BatchRows:

@@ -16,6 +16,7 @@ from tests.ops.factories import (
     Cache,
     assert_within_budget,
     batch_rows,
+    both_ways,
     make_cache,
     softmax_of,
     strided_randn,
@@ -39,6 +40,7 @@ def check_kernel(
     tokens: Sequence[int],
     query_scale: float = 1.0,
     kind: str = "plain",
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """Run kernel and references on random queries and compare them."""
     layout = cache.pool.layout
@@ -49,11 +51,11 @@ def check_kernel(
     scale = softmax_of(kind, layout.head_size, shape[1], unit)
     actual = strided_randn(shape, layout.dtype, seed=2)
     around = actual._base
-    attend(query, cache.heads, rows, actual, scale)
+    attend(query, cache.heads, rows, actual, scale, ahead)
     low_precision = torch.full(shape, torch.nan, dtype=layout.dtype)
-    attend_reference(query, cache.heads, rows, low_precision, scale)
+    attend_reference(query, cache.heads, rows, low_precision, scale, ahead=ahead)
     exact = torch.full(shape, torch.nan, dtype=torch.float64)
-    attend_reference(query, cache.heads, rows, exact, scale, torch.float64)
+    attend_reference(query, cache.heads, rows, exact, scale, torch.float64, ahead)
     # a rounding step of a logit moves its weight by as many as the logit is large, and a sink does
     # not move along; a cap leaves logits near each other whose rounding is that of large products
     moves_alone = scale.sinks is not None or scale.soft_cap > 0
@@ -81,6 +83,23 @@ def test_reference_equals_dense_attention(group: int, chunk: int) -> None:
         query.double().transpose(0, 1), keys, values, attn_mask=mask, scale=0.125
     )
     torch.testing.assert_close(out, dense.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_reference_of_a_picture_equals_dense_attention() -> None:
+    """Tokens 3 to 10 of a chunk of 20 see each other, and all see what the head held before."""
+    cache = make_cache([[37]], PageLayout(16, 64, torch.float32))
+    query = strided_randn((20, 1, 64), torch.float32, seed=1)
+    out = torch.empty(query.shape, dtype=torch.float64)
+    ahead = both_ways(20, (3, 11))
+    attend_reference(query, cache.heads, batch_rows([0], [20]), out, 0.125, torch.float64, ahead)
+
+    keys, values = (x.double() for x in cache.head(0, 0))
+    mask = torch.ones(20, 37, dtype=torch.bool).tril(17)
+    mask[3:11, 17 + 3 : 17 + 11] = True
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query[:, 0].double(), keys, values, attn_mask=mask, scale=0.125
+    )
+    torch.testing.assert_close(out[:, 0], dense, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", SOFTMAXES)
@@ -166,6 +185,49 @@ def check_quantised(layout: PageLayout) -> None:
     short = make_cache([[3, 2]], layout)
     for tokens in ([1], [2]):
         check_kernel(short, 2, [0], tokens)
+
+
+PICTURES = {
+    "alone": (70, [(0, 70)]),
+    "between text": (70, [(5, 60)]),
+    "side by side": (70, [(1, 20), (20, 45), (50, 69)]),
+    "of one token": (12, [(4, 5)]),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(instruction_set: str, name: str, dtype: torch.dtype) -> None:
+    """Behind a decode, in front of a chunk of text; tiles begin and end inside of them."""
+    check_pictures(name, dtype)
+
+
+def check_pictures(name: str, dtype: torch.dtype) -> None:
+    chunk, pictures = PICTURES[name]
+    cache = make_cache([[90, 33], [chunk, chunk + 41], [9, 300]], PageLayout(16, 64, dtype))
+    places = [(1 + first, 1 + stop) for first, stop in pictures]
+    ahead = both_ways(chunk + 8, *places)
+    check_kernel(cache, 3, [0, 1, 2], [1, chunk, 7], ahead=ahead)
+    check_kernel(cache, 3, [0, 1, 2], [1, chunk, 7], kind="cap-and-sinks", ahead=ahead)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_a_picture_over_several_splits(instruction_set: str, dtype: torch.dtype) -> None:
+    """Its first tokens see more cuts of the keys than there are in front of them."""
+    cache = make_cache([[4200, 4160]], PageLayout(64, 32, dtype))
+    check_kernel(cache, 2, [0], [150], ahead=both_ways(150, (20, 140)))
+
+
+@pytest.mark.parametrize(
+    "ahead", [[0, 2, 0], [0, -1, 0], [2, 0, 0]], ids=["beyond", "negative", "less far"]
+)
+def test_what_is_ahead_is_checked(ahead: list[int]) -> None:
+    cache = make_cache([[40]], PageLayout(16, 32, torch.float32))
+    query, rows = torch.zeros(3, 1, 32), batch_rows([0], [3])
+    with pytest.raises(IndexError, match="tokens ahead"):
+        attend(query, cache.heads, rows, query.clone(), 1.0, torch.tensor(ahead).int())
+    with pytest.raises(ValueError, match="ahead is torch.int64"):
+        attend(query, cache.heads, rows, query.clone(), 1.0, torch.tensor(ahead))
 
 
 @pytest.mark.parametrize("chunk", [1, 9])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from tests.ops.factories import batch_rows, int32, make_cache, softmax_of
+from tests.ops.factories import batch_rows, both_ways, int32, make_cache, softmax_of
 from tests.ops.recall_factory import make_remembered
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops import PageChoice, Softmax
@@ -68,14 +68,14 @@ def launch_reserve(layout: PageLayout, group: int) -> None:
 
 
 def launch_attend(layout: PageLayout, group: int) -> None:
-    """Prefill with a decode row, and decode alone."""
+    """Prefill with a decode row, of text and of a picture; and decode alone."""
     from vllm_budgetkv.ops.triton.attend import attend
 
     cache = make_cache([[70] * NUM_HEADS, [40] * NUM_HEADS], layout, table_pages=WIDTH_PAGES)
     query = torch.zeros(20, NUM_HEADS * group, layout.head_size, dtype=layout.dtype)
-    for num_tokens in (20, 2):
+    for num_tokens, ahead in ((20, None), (20, both_ways(20, (3, 18))), (2, None)):
         queries, rows = query[:num_tokens], batch_rows([0, 1], [1, num_tokens - 1])
-        attend(queries, cache.heads, rows, queries, Softmax(0.1))
+        attend(queries, cache.heads, rows, queries, Softmax(0.1), ahead)
 
 
 def launch_score(layout: PageLayout, group: int) -> None:
@@ -98,7 +98,7 @@ def launch_softmax(layout: PageLayout, group: int) -> None:
     softmax = softmax_of("cap-and-sinks", layout.head_size, query.shape[1])
     for num_tokens in (20, 2):
         queries, rows = query[:num_tokens], batch_rows([0, 1], [1, num_tokens - 1])
-        attend(queries, cache.heads, rows, queries, softmax)
+        attend(queries, cache.heads, rows, queries, softmax, None)
     score(query, cache.heads_of(0), softmax, 64, 4, False, 4096)
 
 

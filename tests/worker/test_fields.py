@@ -82,7 +82,7 @@ LAYER: dict[str, str] = {
     "quant_config": "units of keys and values; a checkpoint with several a layer is refused",
     "per_layer_sliding_window": "`sliding_window` of the implementation",
     "prefix": "name of the layer",
-    "mm_prefix_clamp_sliding_window": "read with tokens of images that attend to later ones only",
+    "mm_prefix_clamp_sliding_window": "of Gemma 4 and DeepSeek V4, which are refused at start",
     "attn_backend": "wraps ours; what it changes is in the layer's spec or in the batch",
     "head_size_v": "in the layer's spec",
     "extra_impl_args": "refused by the implementation, whatever they are",
@@ -103,11 +103,11 @@ METADATA: dict[str, Served | Refused] = {
     "is_prefilling": Served("plans say it"),
     "seq_lens_cpu_upper_bound": Served("tables know how long heads are"),
     "req_idx": Served("which request a row is"),
+    "mm_req_doc_ranges": Served("pictures whose tokens attend both ways"),
     "rswa_prefix_lens": Served("runner V2 always fills it; such a window is refused at start"),
     "_num_computed_tokens_cache": Served("vLLM's own"),
     "_token_to_req_indices_cache": Served("vLLM's own"),
     "causal": Refused(False, "'causal': False"),
-    "mm_req_doc_ranges": Refused({0: [(1, 2)]}, "'mm_req_doc_ranges'"),
     "logits_indices_padded": Refused(ONE, "'logits_indices_padded'"),
     "num_logits_indices": Refused(1, "'num_logits_indices'"),
     "max_logits_per_req": Refused(1, "'max_logits_per_req'"),
@@ -246,7 +246,7 @@ def bound(plans: tuple[str, ...] = ("a", "b"), rows: tuple[str, ...] = ("a", "b"
     # a step is the name of what was asked for
     layer.impl.cache = SimpleNamespace(
         plans=dict.fromkeys(plans),
-        open_step=lambda rows, starts: (*rows, starts.tolist()),
+        open_step=lambda rows, starts, pictures: (*rows, starts.tolist(), pictures),
         step_to_capture=lambda num_rows: num_rows,
     )
     found.bind(layer.impl.cache, lambda common: rows)
@@ -262,8 +262,14 @@ def test_refused_batches(name: str, value: Any, message: str) -> None:
 
 def test_a_plain_batch_is_served() -> None:
     served = {n: ONE for n, v in METADATA.items() if isinstance(v, Served) and n in DEFAULTED}
-    assert bound().build(0, batch(**served, mm_req_doc_ranges={})) == ("a", "b", [0, 3, 4])
+    assert bound().build(0, batch(**served)) == ("a", "b", [0, 3, 4], {})
     assert bound().build_for_cudagraph_capture(batch()) == 2
+
+
+def test_a_picture_reaches_the_step_with_the_token_behind_its_last() -> None:
+    pictures = {0: [(1, 2), (4, 4)], 1: []}
+    step = bound().build(0, batch(mm_req_doc_ranges=pictures))
+    assert step == ("a", "b", [0, 3, 4], {0: [(1, 3), (4, 5)], 1: []})
 
 
 DEFAULTED = {"positions", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx"} | {

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_budgetkv.cache.ledger import check_slot
+from vllm_budgetkv.cache.pictures import tokens_ahead
 from vllm_budgetkv.cache.requests import RequestState, RowPlan
 from vllm_budgetkv.cache.step import Step, count_reading_rows
 from vllm_budgetkv.ops import backend
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from vllm.v1.core.sched.output import SchedulerOutput
 
+    from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.cache.report import Reports
     from vllm_budgetkv.cache.rows import Rows
     from vllm_budgetkv.cache.slots import Slots
@@ -86,12 +88,21 @@ class BudgetCache:
             for request_id, num_tokens in num_tokens_of.items()
         }
 
-    def open_step(self, row_ids: Sequence[str], query_start: torch.Tensor) -> Step:
+    def open_step(
+        self,
+        row_ids: Sequence[str],
+        query_start: torch.Tensor,
+        pictures: Mapping[int, Sequence[Range]] | None = None,
+    ) -> Step:
         """Order the plans as the batch's rows; a decode step takes its pages.
 
         Args:
             row_ids: request id of each row; all have a plan.
             query_start: int [R + 1] on the host.
+            pictures: whose tokens attend to each other both ways, by the index of their row.
+
+        Raises:
+            RuntimeError: a chunk ends inside of such a picture.
         """
         plans = [self.plans[request_id] for request_id in row_ids]
         starts = query_start.tolist()
@@ -119,6 +130,7 @@ class BudgetCache:
             streams=self.layers.streaming.open(plans, starts)
             if self.layers.streaming is not None
             else [],
+            ahead=tokens_ahead(plans, starts, pictures or {}, self.rows.slots.device),
         )
         return self.step
 
@@ -147,6 +159,7 @@ class BudgetCache:
             num_recalling_rows=num_rows if self.layers.recaller else 0,
             lead=None,
             streams=[],
+            ahead=None,
         )
 
     def end_step(self) -> None:

@@ -79,7 +79,13 @@ class Reader:
         return cls(tables, scales, choice, read, numbers)
 
     def attend(
-        self, layer: int, rows: Rows, num_retrieving: int, query: torch.Tensor, out: torch.Tensor
+        self,
+        layer: int,
+        rows: Rows,
+        num_retrieving: int,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        ahead: torch.Tensor | None = None,
     ) -> None:
         """Attend to what the rows' heads hold, new tokens included.
 
@@ -88,13 +94,15 @@ class Reader:
             rows: R rows of the batch.
             num_retrieving: rows in front, of one token each, that may read some pages only.
             query: [T, Hq, D]. out: [T, Hq, D], written.
+            ahead: int32 [T], tokens behind it that a query sees; None where no query sees any.
         """
         heads, scale, split = self.tables.layer(layer), self.scales[layer], num_retrieving
         if split:
             self._attend_best_pages(layer, rows.first(split), query[:split], out[:split])
         if split < len(rows.slots):
             behind = rows.behind(split) if split else rows
-            ops.attend(query[split:], heads, behind, out[split:], scale)
+            seen = None if ahead is None else ahead[split:]
+            ops.attend(query[split:], heads, behind, out[split:], scale, seen)
 
     def _attend_best_pages(
         self, layer: int, rows: Rows, query: torch.Tensor, out: torch.Tensor

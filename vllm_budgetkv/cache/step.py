@@ -73,6 +73,8 @@ class Step:
         num_recalling_rows: leading rows of one token that may bring tokens back.
         lead: tokens that each layer takes from host memory first; None if there are none.
         streams: rows that attend to all of their prompt.
+        ahead: int32 [T], tokens behind it that a token sees, as in a picture whose tokens attend
+            both ways; None where no token sees any.
     """
 
     layers: Layers
@@ -85,6 +87,7 @@ class Step:
     num_recalling_rows: int
     lead: Lead | None
     streams: Sequence[Stream]
+    ahead: torch.Tensor | None
 
     def see_positions(self, positions: torch.Tensor) -> None:
         """Take the rotary positions of the batch, before the first layer runs.
@@ -165,7 +168,9 @@ class Step:
         num_rows, num_tokens = self._num_reading
         retrieving = min(self.num_retrieving_rows, num_rows)
         reading = self.rows.first(num_rows)
-        self.layers.reader.attend(layer, reading, retrieving, query[:num_tokens], out[:num_tokens])
+        ahead = None if self.ahead is None else self.ahead[:num_tokens]
+        tokens = (query[:num_tokens], out[:num_tokens], ahead)
+        self.layers.reader.attend(layer, reading, retrieving, *tokens)
         for stream in self.streams:
             assert self.layers.streaming is not None
             self.layers.streaming.attend(stream, layer, query, out)

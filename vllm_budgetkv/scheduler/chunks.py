@@ -10,9 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.arithmetic.pictures import whole_stop
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.request import Request
 
+    from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.arithmetic.quota import Quota
 
 
@@ -35,8 +40,30 @@ def must_be_whole(request: Request, quota: Quota, start_tokens: int) -> bool:
     return in_prompt and quota.compresses_prompt(request.num_prompt_tokens)
 
 
-def chunk_stop(request: Request, quota: Quota, start_tokens: int, limits: EncoderLimits) -> int:
-    """Where the chunk behind `start_tokens` ends at the latest; further than that, always."""
+def chunk_stop(
+    request: Request,
+    quota: Quota,
+    start_tokens: int,
+    limits: EncoderLimits,
+    pictures: Sequence[Range] = (),
+) -> int:
+    """Where the chunk behind `start_tokens` ends at the latest; further than that, always.
+
+    Args:
+        request: whose chunk it is.
+        quota: of the request.
+        start_tokens: in front of the chunk.
+        limits: of the encoder.
+        pictures: of the prompt, in which no chunk may end.
+    """
+    stop = _stop_for_encoder(request, quota, start_tokens, limits)
+    return whole_stop(start_tokens, stop, pictures)
+
+
+def _stop_for_encoder(
+    request: Request, quota: Quota, start_tokens: int, limits: EncoderLimits
+) -> int:
+    """The same, whatever it cuts."""
     stop = quota.next_stop(start_tokens, request.num_prompt_tokens)
     if not must_be_whole(request, quota, start_tokens):
         return stop

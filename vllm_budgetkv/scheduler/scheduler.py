@@ -9,6 +9,7 @@ from vllm.v1.metrics.stats import PrefixCacheStats
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_budgetkv.arithmetic.host_blocks import HostBlocks
+from vllm_budgetkv.arithmetic.pictures import whole_tokens
 from vllm_budgetkv.scheduler.answers import Answers
 from vllm_budgetkv.scheduler.banner import Banner
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop, must_be_whole
@@ -22,6 +23,7 @@ from vllm_budgetkv.scheduler.stripped import StrippedItems
 from vllm_budgetkv.scheduler.turns import TurnScheduler
 from vllm_budgetkv.start import host_memory, upstream
 from vllm_budgetkv.start.activation import config_of, rules_of
+from vllm_budgetkv.start.pictures import Pictures
 from vllm_budgetkv.start.pool_size import RESERVED_BLOCKS
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ class BudgetScheduler(TurnScheduler):
         self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
         # vLLM's own reason to cut chunks: recurrent state that others may begin with
         self._keeps_states = self.need_mamba_block_aligned_split
-        self.need_mamba_block_aligned_split |= self.quota.compresses
+        self._pictures = Pictures.of(self.vllm_config)
+        cuts_chunks = self.quota.compresses or self._pictures.attend_both_ways
+        self.need_mamba_block_aligned_split |= cuts_chunks
         if self._blocks_beside:
             coordinator = self.kv_cache_manager.coordinator
             upstream.replace_in(coordinator, "KVCacheCoordinator.cache_blocks", self._publish)
@@ -160,6 +164,7 @@ class BudgetScheduler(TurnScheduler):
             if must_be_whole(request, quota, start):
                 return chunk_tokens if num_new_tokens >= chunk_tokens else 0
             num_new_tokens = min(num_new_tokens, chunk_tokens)
+        num_new_tokens = whole_tokens(start, num_new_tokens, self._pictures.ahead(request, start))
         if not self._keeps_states or self._is_private(request):
             return num_new_tokens
         return super()._mamba_block_aligned_split(
@@ -178,7 +183,8 @@ class BudgetScheduler(TurnScheduler):
             original(request, num_tokens)
 
     def _stop_behind(self, request: Request, start_tokens: int) -> int:
-        return chunk_stop(request, self._quota_of(request), start_tokens, self.encoder_limits)
+        quota, pictures = self._quota_of(request), self._pictures.ahead(request, start_tokens)
+        return chunk_stop(request, quota, start_tokens, self.encoder_limits, pictures)
 
     def _get_local_prefix_cache_hit(
         self, request: Request, *args: Any, **kwargs: Any
@@ -267,7 +273,9 @@ class BudgetScheduler(TurnScheduler):
 
     def _go_on(self, request: Request) -> None:
         """The next input of a session; with an item that can never be computed it ends."""
-        if refusal := self.encoder_room.refusal_of_whole(request):
+        refusal = self.encoder_room.refusal_of_whole(request)
+        refusal = refusal or self._pictures.refusal(request.mm_features, self._quota_of(request))
+        if refusal:
             logger.warning("budgetkv: session %s refused: %s", request.request_id, refusal)
             self.encoder_cache_mismatch_reqs.add(request.request_id)
         # it is passed on all the same, so that there is a step that ends it
@@ -285,6 +293,8 @@ class BudgetScheduler(TurnScheduler):
             # a session grows its prompt, but the quota's plan needs its length from the start
             raise ValueError("sessions that stream their input have no quota")
         self.encoder_room.cut(request)
+        if why := self._pictures.refusal(request.mm_features, terms.quota):
+            raise ValueError(why)
         if not terms.quota.compresses and self.quota.compresses:
             # `--max-model-len` may exceed the pool, in which this request must fit
             pool_blocks = self.kv_cache_config.num_blocks - RESERVED_BLOCKS - self._blocks_beside

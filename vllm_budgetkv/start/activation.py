@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cache.report_file import check_report_file
 from vllm_budgetkv.policy.option import flag_of
-from vllm_budgetkv.start import host_memory, platforms, pool_size, refusals, stored
+from vllm_budgetkv.start import host_memory, pictures, platforms, pool_size, refusals, stored
 from vllm_budgetkv.start.config import SECTION, BudgetConfig, section_of
 from vllm_budgetkv.start.groups import block_pages_of, lengthen_blocks
 from vllm_budgetkv.start.request_rules import RequestRules
@@ -35,6 +35,7 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
     """
     refusals.check(vllm_config, config)
     stored.settle(vllm_config)
+    pictures.settle(vllm_config)
     platform, parallel = platforms.current(), vllm_config.parallel_config
     if parallel.worker_cls != platform.stock_worker:
         raise ValueError(f"--worker-cls {parallel.worker_cls} would replace ours: remove it")

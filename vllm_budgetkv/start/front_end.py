@@ -13,7 +13,8 @@ from vllm_budgetkv.metrics.message import Followed, Message
 from vllm_budgetkv.metrics.meters import meters
 from vllm_budgetkv.start import frame_groups, upstream
 from vllm_budgetkv.start.activation import is_active, rules_of
-from vllm_budgetkv.start.request_check import check, check_items, refusal
+from vllm_budgetkv.start.pictures import Pictures
+from vllm_budgetkv.start.request_check import check, check_items, check_pictures, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Container, Sequence
@@ -48,6 +49,7 @@ def _process_inputs(
         check(rules, self.vllm_config, request)
         if most_tokens is not None:
             check_items(request, most_tokens)
+        check_pictures(rules, Pictures.of(self.vllm_config), request)
     except refusal():
         meters().was_refused(self.vllm_config.model_config.served_model_name)
         _forget_items(self, request)

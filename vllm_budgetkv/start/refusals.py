@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm_budgetkv.start import platforms, refused_models, stages, stored
+from vllm_budgetkv.start import pictures, platforms, refused_models, stages, stored
 from vllm_budgetkv.start.groups import groups_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def check(vllm_config: VllmConfig, config: BudgetConfig) -> None:
             *_connections(vllm_config),
             *_scheduler(vllm_config, config),
             *_beside(vllm_config, config),
+            *pictures.reasons(vllm_config, config),
             *stages.reasons(vllm_config, config),
         ]
     refuse(reasons, config.policy)
@@ -209,7 +210,8 @@ def _scheduler(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
         yield _unchunked()
     if scheduler.long_prefill_token_threshold_adaptive and config.compresses:
         yield "chunks must not outgrow the quota: remove --long-prefill-token-threshold-adaptive"
-    if scheduler.disable_chunked_mm_input and config.compresses:
+    keeps_pictures = pictures.attend_both_ways(vllm_config.model_config)
+    if scheduler.disable_chunked_mm_input and config.compresses and not keeps_pictures:
         # vLLM 0.33 never schedules a video that is longer than a chunk then
         yield "chunks must be able to cut a picture or video: remove --disable-chunked-mm-input"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE
+from vllm_budgetkv.start import pictures
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,6 +92,7 @@ WINDOWS_BESIDE = {
     "Exaone4ForCausalLM",
     "Gemma2ForCausalLM",
     "Gemma3ForCausalLM",
+    "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
     "MinistralForCausalLM",
@@ -178,8 +180,8 @@ def _of_the_whole(model: ModelConfig) -> Iterator[str]:
         yield "recurrent state beside or instead of KV"
     if model.is_encoder_decoder:
         yield "cross attention to an encoder"
-    if model.is_mm_prefix_lm:
-        yield "tokens of images that attend to later ones, so chunks cannot be cut"
+    if model.is_mm_prefix_lm and not pictures.attend_both_ways(model):
+        yield "pictures whose tokens attend to later ones, in a model that was not tried"
     if model.is_diffusion or not getattr(model.hf_text_config, "is_causal", True):
         yield BOTH_WAYS
     if model.rswa_window is not None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
     from vllm.v1.engine import EngineCoreRequest
 
+    from vllm_budgetkv.start.pictures import Pictures
     from vllm_budgetkv.start.request_rules import RequestRules
 
 
@@ -63,6 +64,23 @@ def check_items(request: EngineCoreRequest, most_tokens: int) -> None:
     features, in_groups = request.mm_features or (), not request.resumable
     reason = frame_groups.items_refusal(features, most_tokens, in_groups=in_groups, lacks_data=True)
     if reason:
+        raise refusal()(reason)
+
+
+def check_pictures(rules: RequestRules, pictures: Pictures, request: EngineCoreRequest) -> None:
+    """Refuse a request with a picture that no chunk holds, where its tokens attend both ways.
+
+    Args:
+        rules: of the engine; what it asks for has been found to be given.
+        pictures: of the engine.
+        request: as the front end passes it on.
+
+    Raises:
+        ValueError: says how long it is and may be.
+    """
+    asked = request.sampling_params.extra_args if request.sampling_params else None
+    quota = rules.of(asked, prompt_length(request)).quota
+    if reason := pictures.refusal(request.mm_features or (), quota):
         raise refusal()(reason)
 
 

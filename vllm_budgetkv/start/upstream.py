@@ -170,6 +170,8 @@ TOUCHPOINTS = (
     Touchpoint(_BACKEND, "AttentionBackend.customize_spec", "override", "our spec for every layer",
                ("cls", "spec")),
     Touchpoint(_BACKEND, "AttentionBackend.supports_sink", "override", "learned ones", ("cls",)),
+    Touchpoint(_BACKEND, "AttentionBackend.supports_mm_prefix", "override",
+               "pictures whose tokens attend both ways", ("cls",)),
     Touchpoint(_BACKEND, "AttentionBackend.supports_kv_connector", "override",
                "a connector would read pages that have moved",
                ("cls",)),

@@ -145,7 +145,7 @@ READS = (
         "kv_cache_memory_bytes", "kv_offloading_size",
         "kv_sharing_fast_prefill", "mamba_block_size", "mamba_cache_mode", "num_gpu_blocks",
         "num_gpu_blocks_override", "prefix_caching_hash_algo",
-        "prefix_match_unit", "user_specified_block_size")),
+        "prefix_match_unit", "sliding_window", "user_specified_block_size")),
     Reads("vllm.v1.kv_cache_interface", "MambaSpec", "what the state of a layer takes", (
         "page_size_bytes", "max_memory_usage_bytes(vllm_config)",
         "block_size", "dtypes", "shapes")),
@@ -182,7 +182,7 @@ READS = (
     Reads("vllm.multimodal.inputs", "MultiModalFeatureSpec", "where pictures and frames are", (
         "data", "identifier", "mm_hash", "mm_position", "modality")),
     Reads("vllm.multimodal.inputs", "PlaceholderRange", "the same", (
-        "is_embed", "length", "offset", "get_num_embeds()")),
+        "is_embed", "length", "offset", "extract_embeds_range()", "get_num_embeds()")),
     Reads("vllm.multimodal.inputs", "MultiModalFieldElem", "the grid of a frame", (
         "data", "field")),
     Reads("vllm.multimodal.encoder_budget", "MultiModalBudget", "what the encoder takes", (
@@ -259,7 +259,9 @@ READS = (
     Reads("vllm.v1.engine", "EngineCoreOutput", "the same", ("request_id",)),
 
     Reads("vllm.v1.attention.backend", "CommonAttentionMetadata", "rows of the batch", (
-        "causal", "num_reqs", "query_start_loc_cpu", "req_idx")),
+        "block_table_tensor", "causal", "max_query_len", "max_seq_len", "mm_req_doc_ranges",
+        "num_actual_tokens", "num_reqs", "query_start_loc", "query_start_loc_cpu", "req_idx",
+        "seq_lens", "slot_mapping")),
     Reads("vllm.v1.attention.backend", "AttentionCGSupport", "decode steps can be captured", (
         "UNIFORM_SINGLE_TOKEN_DECODE",)),
     Reads("vllm.v1.attention.backend", "AttentionType", "no other is served", ("DECODER",)),

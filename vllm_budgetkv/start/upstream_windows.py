@@ -18,6 +18,9 @@ WINDOW_TOUCHPOINTS = (
                "their backend on a CPU, in the buffer that ours need", device="cpu"),
     Touchpoint(_CPU, "CPUAttentionBackendImpl", "subclass",
                "adds nothing in a run without requests", device="cpu"),
+    Touchpoint(_CPU, "CPUAttentionMetadataBuilder", "subclass",
+               "tokens of pictures that attend both ways, once more", device="cpu"),
+    Touchpoint(_CPU, "CPUAttentionMetadata", "subclass", "the same", device="cpu"),
     Touchpoint(_SPEC, "iter_layer_specs", "read", "which group of layers is ours",
                ("kv_cache_spec",)),
 )

@@ -6,17 +6,54 @@ but its kernels take the stride of a block from the tensor.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
+import torch
+from vllm.v1.attention.backends.cpu_attn import (
+    CPUAttentionBackend,
+    CPUAttentionBackendImpl,
+    CPUAttentionMetadata,
+    CPUAttentionMetadataBuilder,
+)
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_budgetkv.worker.cpu_pictures import PictureRows
+
 if TYPE_CHECKING:
-    import torch
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+
+@dataclass
+class CPUWindowMetadata(CPUAttentionMetadata):
+    """vLLM's, and tokens of pictures that attend both ways; None without any."""
+
+    pictures: PictureRows | None = None
+
+
+class CPUWindowMetadataBuilder(CPUAttentionMetadataBuilder):
+    """Builds both."""
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> CPUWindowMetadata:
+        def build(common: CommonAttentionMetadata) -> CPUAttentionMetadata:
+            return super(CPUWindowMetadataBuilder, self).build(0, common)
+
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)
+        pictures = PictureRows.of(common_attn_metadata, build)
+        of_batch = {each.name: getattr(metadata, each.name) for each in fields(metadata)}
+        return CPUWindowMetadata(**of_batch, pictures=pictures)
 
 
 class CPUWindowAttention(CPUAttentionBackendImpl):
-    """Adds nothing in a run without requests, as ours, and as vLLM's own on a GPU."""
+    """Adds nothing in a run without requests, as ours, and as vLLM's own on a GPU.
+
+    Tokens of pictures attend both ways, as in vLLM's own backends on a GPU.
+    """
 
     def forward(
         self,
@@ -32,17 +69,13 @@ class CPUWindowAttention(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output.zero_()
-        return super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
-        )
+        cache, scales = (key, value, kv_cache), (output_scale, output_block_scale)
+        super().forward(layer, query, *cache, attn_metadata, output, *scales)
+        if (pictures := attn_metadata.pictures) is not None:
+            seen = torch.empty_like(output[pictures.tokens])
+            super().forward(layer, query[pictures.tokens], *cache, pictures.metadata, seen, *scales)
+            output[pictures.tokens] = seen
+        return output
 
 
 class CPUWindowBackend(CPUAttentionBackend):
@@ -51,6 +84,10 @@ class CPUWindowBackend(CPUAttentionBackend):
     @staticmethod
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         return CPUWindowAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[CPUAttentionMetadataBuilder]:
+        return CPUWindowMetadataBuilder
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -15,14 +15,18 @@ from vllm.v1.attention.backend import (
 from vllm_budgetkv.cache.step import Step
 
 if TYPE_CHECKING:
+    from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.cache.cache import BudgetCache
 
 RowIds = Callable[[CommonAttentionMetadata], Sequence[str]]
 
 
-# fields of a batch that leave the mathematics alone; any other that has a default must have it
+# fields of a batch that leave the mathematics alone, or whose mathematics is ours; any other that
+# has a default must have it
 FREE_FIELDS = {
     "causal",
+    # tokens of pictures that see each other: served
+    "mm_req_doc_ranges",
     "positions",
     "is_prefilling",
     "seq_lens_cpu_upper_bound",
@@ -80,7 +84,8 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
                 f"vLLM asked for {len(row_ids)} rows of a batch of {len(cache.plans)} requests, "
                 "which must run as one: start without --kv-policy"
             )
-        return cache.open_step(row_ids, query_start[: len(row_ids) + 1])
+        pictures = pictures_of(common_attn_metadata)
+        return cache.open_step(row_ids, query_start[: len(row_ids) + 1], pictures)
 
     def build_for_cudagraph_capture(
         self, common_attn_metadata: CommonAttentionMetadata
@@ -108,8 +113,17 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
         return self._cache
 
 
+def pictures_of(common: CommonAttentionMetadata) -> dict[int, list[Range]]:
+    """Pictures of each row whose tokens attend both ways: the first, and the one behind the last.
+
+    vLLM names the last.
+    """
+    found = common.mm_req_doc_ranges or {}
+    return {row: [(first, last + 1) for first, last in each] for row, each in found.items()}
+
+
 def require_plain(common: CommonAttentionMetadata) -> None:
-    """Refuse a batch whose tokens attend to anything but all tokens before them.
+    """Refuse a batch whose tokens attend to anything but all before them and their own picture.
 
     Raises:
         RuntimeError: names the field of vLLM's metadata and its value.

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from tests.ops.factories import SOFTMAXES, batch_rows, make_cache, strided_randn
-from tests.ops.test_attend import DTYPES, check_kernel, check_quantised
+from tests.ops.test_attend import (
+    DTYPES,
+    PICTURES,
+    check_kernel,
+    check_pictures,
+    check_quantised,
+)
 from vllm_budgetkv.arithmetic.layout import PageLayout
 from vllm_budgetkv.ops.attend import attend
 from vllm_budgetkv.ops.triton import attend_decode
@@ -44,6 +50,12 @@ def test_mixed_batch(tokens: list[int]) -> None:
 @pytest.mark.parametrize("head_size", [32, 72, 256])
 def test_quantised_pages(head_size: int, dtype: torch.dtype) -> None:
     check_quantised(PageLayout(16, head_size, dtype, is_quantised=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name: str, dtype: torch.dtype) -> None:
+    check_pictures(name, dtype)
 
 
 def test_long_runs() -> None:

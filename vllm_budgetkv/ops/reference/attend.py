@@ -18,6 +18,7 @@ def attend(
     out: torch.Tensor,
     scale: float | Softmax,
     compute_dtype: torch.dtype = torch.float32,
+    ahead: torch.Tensor | None = None,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
@@ -30,8 +31,10 @@ def attend(
             keys, values = read_head(pool, table[slot, head], num_keys, compute_dtype)
             query_heads = slice(head * group, (head + 1) * group)
             rotated = query[start:end, query_heads].to(compute_dtype).transpose(0, 1)
-            # Query i sees the first num_keys - t + i + 1 keys.
+            # Query i sees the first num_keys - t + i + 1 keys, and those ahead of it.
             last_seen = torch.arange(num_keys - end + start, num_keys, device=query.device)
+            if ahead is not None:
+                last_seen += ahead[start:end]
             hidden = torch.arange(num_keys, device=query.device) > last_seen[:, None]
             scores = soft_cap(rotated @ keys.T * scale, cap).masked_fill(hidden, -torch.inf)
             if sinks is not None:

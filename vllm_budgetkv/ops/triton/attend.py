@@ -32,6 +32,7 @@ def attend(
     rows: BatchRows,
     out: torch.Tensor,
     scale: Softmax,
+    ahead: torch.Tensor | None,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`.
 
@@ -68,10 +69,12 @@ def attend(
     )
     block = block_runs(num_runs)
     if not is_decode:
-        options = prefill_options(layout)
+        options = {**prefill_options(layout), "HAS_AHEAD": ahead is not None}
+        # unread without, but a kernel takes no None among its tensors
+        seen = rows.slots if ahead is None else ahead
         blocks = count_blocks(num_tokens, num_rows, options["BLOCK_QUERIES"] // group)
         prefill_kernel[(blocks, num_heads)](
-            *sources, num_rows, runs, weighing, BLOCK_RUNS=block, **common, **options
+            *sources, num_rows, runs, weighing, seen, BLOCK_RUNS=block, **common, **options
         )
     elif num_runs > 1:
         joined = (to, tables, *where, runs, weighing)

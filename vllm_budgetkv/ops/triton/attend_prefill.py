@@ -49,6 +49,8 @@ def prefill_kernel(
     num_rows: tl.tensor,
     runs: tl.tuple,
     weighing: tl.tuple,
+    ahead: tl.tensor,
+    HAS_AHEAD: tl.constexpr,
     RUN_TOKENS: tl.constexpr,
     NUM_RUNS: tl.constexpr,
     BLOCK_RUNS: tl.constexpr,
@@ -97,22 +99,49 @@ def prefill_kernel(
     row_token, query_head = (start + token).to(tl.int64), head * GROUP + index % GROUP
     vectors = row_token * query.stride + query_head * query.head_stride
     queries = tl.load(query.data + vectors[:, None] + channel[None, :], mask=mask, other=0.0)
-    # the first query of the tile sees all of the first keys, the last one the most
-    visible = num_keys - num_tokens + token + 1
-    all_see = tl.maximum(num_keys - num_tokens + first + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
-    last = tl.minimum(first + BLOCK_TOKENS, num_tokens)
     entries = tables.table + slot * tables.slot_stride + head * tables.head_stride
     # fmt: off
+    visible, all_see, most = sight(
+        ahead, start, first, token, is_query, num_tokens, num_keys, BLOCK_TOKENS, BLOCK_KEYS,
+        HAS_AHEAD,
+    )
     state = attend_keys(
         empty_state(BLOCK_QUERIES, BLOCK_SIZE), queries, visible, 0, all_see, pages,
         entries, weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, False, CAPPED,
     )
     sums, peak, total = attend_keys(
-        state, queries, visible, all_see, num_keys - num_tokens + last, pages, entries,
-        weighing, PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, CAPPED,
+        state, queries, visible, all_see, most, pages, entries, weighing,
+        PAGE_TOKENS, HEAD_SIZE, BLOCK_SIZE, BLOCK_KEYS, DOT, True, CAPPED,
     )
     # fmt: on
     total = with_sinks(total, peak, weighing, query_head, is_query, HAS_SINKS)
     vectors = row_token * out.stride + query_head * out.head_stride
     answer = (mean(sums, total) * weighing.value_unit).to(out.data.dtype.element_ty)
     tl.store(out.data + vectors[:, None] + channel[None, :], answer, mask=mask)
+
+
+@triton.jit
+def sight(
+    ahead: tl.tensor,
+    start: tl.tensor,
+    first: tl.tensor,
+    token: tl.tensor,
+    is_query: tl.tensor,
+    num_tokens: tl.tensor,
+    num_keys: tl.tensor,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    HAS_AHEAD: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Keys that each query of a tile sees, that all of them see at least, and that its last sees.
+
+    The tile begins at token `first` of a row that begins at `start`.
+    """
+    last = tl.minimum(first + BLOCK_TOKENS, num_tokens)
+    visible = num_keys - num_tokens + token + 1
+    most = num_keys - num_tokens + last
+    if HAS_AHEAD:
+        visible += tl.load(ahead + start + token, mask=is_query, other=0)
+        most += tl.load(ahead + start + last - 1)
+    all_see = tl.maximum(num_keys - num_tokens + first + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
+    return visible, all_see, most

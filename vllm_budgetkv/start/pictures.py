@@ -1,0 +1,135 @@
+"""Pictures whose tokens attend to each other both ways: which models, which tokens, how long.
+
+vLLM calls them `mm_prefix`: `(causal and window) or both in one picture`. Each is one run of
+tokens with an embedding; a run longer than the model's sliding window attends causally, in vLLM as
+here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Self
+
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.multimodal.inputs import MultiModalFeatureSpec
+    from vllm.v1.request import Request
+
+    from vllm_budgetkv.arithmetic.pictures import Range
+    from vllm_budgetkv.arithmetic.quota import Quota
+    from vllm_budgetkv.start.config import BudgetConfig
+
+# models with such pictures; others were not tried
+BOTH_WAYS = {"Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"}
+
+# where a configuration says how many tokens any picture has
+PICTURE_TOKENS = ("mm_tokens_per_image", "num_image_tokens")
+
+
+def attend_both_ways(model: ModelConfig) -> bool:
+    """Whether tokens of pictures attend to later ones, in a way that is served."""
+    return model.is_mm_prefix_lm and bool(BOTH_WAYS.intersection(model.architectures))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of prompts that no chunk may cut, and how long they may be.
+
+    Args:
+        attend_both_ways: whether the model has such pictures; else there are none.
+        window_tokens: of the model; a longer picture attends causally. None without a window.
+        step_tokens: most tokens of a request in a step, whatever its quota.
+    """
+
+    attend_both_ways: bool
+    window_tokens: int | None
+    step_tokens: int
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> Self:
+        """Those of an engine."""
+        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        batch_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+        beside_others = batch_tokens - scheduler.max_num_seqs + 1
+        threshold = scheduler.long_prefill_token_threshold or beside_others
+        step_tokens = min(threshold, beside_others)
+        return cls(attend_both_ways(model), model.get_sliding_window(), step_tokens)
+
+    def ahead(self, request: Request, start_tokens: int) -> list[Range]:
+        """Those of the prompt of a request that has seen `start_tokens`; none behind its prompt."""
+        return self.among(request.mm_features) if start_tokens < request.num_prompt_tokens else []
+
+    def among(self, features: Sequence[MultiModalFeatureSpec]) -> list[Range]:
+        """First position and the one behind the last of each picture of a prompt, in order."""
+        if not self.attend_both_ways:
+            return []
+        found = [
+            (first, last + 1)
+            for feature in features
+            if feature.modality != "audio"
+            for first, last in feature.mm_position.extract_embeds_range()
+        ]
+        longest = self.window_tokens
+        return sorted(each for each in found if longest is None or each[1] - each[0] <= longest)
+
+    def refusal(self, features: Sequence[MultiModalFeatureSpec], quota: Quota) -> str | None:
+        """Why a prompt is refused; None if one chunk holds each of its pictures."""
+        longest = max((stop - first for first, stop in self.among(features)), default=0)
+        most_tokens = self.step_tokens
+        if quota.compresses:
+            most_tokens = min(most_tokens, quota.chunk_tokens)
+        if longest <= most_tokens:
+            return None
+        return (
+            f"a picture has {longest} tokens that attend to each other, but a step computes at "
+            f"most {most_tokens} of a request: send smaller pictures, or start the server with "
+            "larger --kv-chunk-tokens and --max-num-batched-tokens"
+        )
+
+
+def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
+    """Why a model with such pictures is refused, each with the option to change."""
+    model = vllm_config.model_config
+    if not attend_both_ways(model):
+        return
+    named = [
+        tokens
+        for part in (model.hf_config, model.hf_text_config)
+        for name in PICTURE_TOKENS
+        if (tokens := getattr(part, name, None))
+    ]
+    picture_tokens, window_tokens = max(named, default=0), model.get_sliding_window()
+    is_cut = config.chunk_tokens < min(picture_tokens, model.max_model_len)
+    if config.compresses and is_cut and picture_tokens <= (window_tokens or picture_tokens):
+        yield (
+            f"a picture of the model has {picture_tokens} tokens that attend to each other, but a "
+            f"chunk has at most {config.chunk_tokens}: set --kv-chunk-tokens to at least "
+            f"{picture_tokens}"
+        )
+    if config.host_bytes and not vllm_config.cache_config.sliding_window:
+        yield (
+            "host memory was not tried with pictures that attend both ways: remove --kv-host-memory"
+        )
+    parallel = vllm_config.parallel_config
+    for size, flag in (
+        (parallel.tensor_parallel_size, "--tensor-parallel-size"),
+        (parallel.pipeline_parallel_size, "--pipeline-parallel-size"),
+    ):
+        if size > 1:
+            yield (
+                "no model whose pictures attend both ways was tried on several devices: set "
+                f"{flag} {size} to 1"
+            )
+
+
+def settle(vllm_config: VllmConfig) -> None:
+    """Let our scheduler alone keep pictures whole. Mutates `vllm_config`.
+
+    On a GPU vLLM asks for whole items, which has no room for a picture in several parts that is
+    longer than a chunk, and cuts one that begins a chunk.
+    """
+    if attend_both_ways(vllm_config.model_config):
+        vllm_config.scheduler_config.disable_chunked_mm_input = False
