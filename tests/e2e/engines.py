@@ -82,11 +82,19 @@ def run_budgets(
 
 
 def run_each(
-    tmp_path: Path, model: Path, runs: dict[str, dict[str, Any]], **engine: Any
+    tmp_path: Path,
+    model: Path,
+    runs: dict[str, dict[str, Any]],
+    *,
+    runner: str = "v1",
+    **engine: Any,
 ) -> dict[str, Any]:
-    """What `run` answers, by name of the run, which has `requests` and a `budget` or None."""
+    """What `run` answers, by name of the run, which has `requests` and a `budget` or None.
+
+    See `tests.e2e.budgets_job` for what else a run may have.
+    """
     job = {"engine": arguments_of(model, **engine), "runs": runs}
-    return answer_of("tests.e2e.budgets_job", job, tmp_path, environment())
+    return answer_of("tests.e2e.budgets_job", job, tmp_path, environment(runner=runner))
 
 
 def run_rotaries(tmp_path: Path, models: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -151,12 +151,16 @@ def lfm2_vl(vocabulary: Qwen2Tokenizer) -> Any:
     return transformers.Lfm2VlProcessor(transformers.Lfm2VlImageProcessor(), vocabulary)
 
 
-def gemma3(vocabulary: Qwen2Tokenizer) -> Any:
-    """Of Gemma 3: 16 tokens a picture."""
-    import transformers
+def gemma3(picture_tokens: int) -> Any:
+    """Of Gemma 3: as many tokens a picture."""
 
-    images = transformers.Gemma3ImageProcessor(size={"height": 112, "width": 112})
-    return transformers.Gemma3Processor(images, vocabulary, image_seq_length=16)
+    def make(vocabulary: Qwen2Tokenizer) -> Any:
+        import transformers
+
+        images = transformers.Gemma3ImageProcessor(size={"height": 112, "width": 112})
+        return transformers.Gemma3Processor(images, vocabulary, image_seq_length=picture_tokens)
+
+    return make
 
 
 def minicpmv4_6(vocabulary: Qwen2Tokenizer) -> Any:

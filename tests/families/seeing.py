@@ -51,6 +51,22 @@ def mistral_sight(whole: Whole, merge: int) -> Sight:
     )
 
 
+def gemma3_sight(picture_tokens: int) -> Sight:
+    """A sight whose pictures have as many tokens whatever their size."""
+    return Sight(
+        whole=vision.gemma3(picture_tokens),
+        processor=processors.gemma3(picture_tokens),
+        picture="<start_of_image>",
+        tokens={
+            "boi_token": "<start_of_image>",
+            "eoi_token": "<end_of_image>",
+            "image_token": "<image_soft_token>",
+            # vLLM's processor looks for them, beside pictures in lines of their own
+            **{f"lines_{count}": "\n" * count for count in range(1, 5)},
+        },
+    )
+
+
 SEEING = [
     Family(
         name="Qwen2-VL",
@@ -243,16 +259,7 @@ SEEING = [
         name="Gemma 3, pictures",
         architecture="Gemma3ForConditionalGeneration",
         config="Gemma3Config",
-        sight=Sight(
-            whole=vision.gemma3,
-            processor=processors.gemma3,
-            picture="<start_of_image>",
-            tokens={
-                "boi_token": "<start_of_image>",
-                "eoi_token": "<end_of_image>",
-                "image_token": "<image_soft_token>",
-            },
-        ),
+        sight=gemma3_sight(64),
         special="windows; pictures that attend both ways",
         refused="tokens of images that attend to later ones, so chunks cannot be cut",
     ),

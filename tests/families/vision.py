@@ -10,7 +10,7 @@ from tests.families.text import LFM2
 from vllm_budgetkv.testing.recurrent import STATE_FIELDS
 
 if TYPE_CHECKING:
-    from tests.families.family import Ids
+    from tests.families.family import Ids, Whole
 
 WIDTH, HEADS, DEPTH = 64, 2, 2
 MROPE = [8, 4, 4]
@@ -178,16 +178,29 @@ def lfm2_vl(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
     }
 
 
-def gemma3(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
-    return {
-        "text_config": text | {"layer_types": ["sliding_attention", "full_attention"]},
-        "vision_config": TOWER | {"model_type": "siglip_vision_model", "image_size": 112},
-        "mm_tokens_per_image": 16,
-        "boi_token_index": ids("<start_of_image>"),
-        "eoi_token_index": ids("<end_of_image>"),
-        "image_token_index": ids("<image_soft_token>"),
-        "tie_word_embeddings": False,
+def gemma3(picture_tokens: int) -> Whole:
+    """Of Gemma 3, with pictures of 16 or 64 tokens, in front of which windows are longer."""
+    tower = {"model_type": "siglip_vision_model", "image_size": 112, "patch_size": 14}
+    layers = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+    windows = {
+        "num_hidden_layers": len(layers),
+        "layer_types": layers,
+        "sliding_window": 2 * picture_tokens,
+        "query_pre_attn_scalar": 32,
     }
+
+    def whole(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
+        return {
+            "text_config": text | windows,
+            "vision_config": TOWER | tower,
+            "mm_tokens_per_image": picture_tokens,
+            "boi_token_index": ids("<start_of_image>"),
+            "eoi_token_index": ids("<end_of_image>"),
+            "image_token_index": ids("<image_soft_token>"),
+            "tie_word_embeddings": False,
+        }
+
+    return whole
 
 
 def minicpmv4_6(text: dict[str, Any], ids: Ids) -> dict[str, Any]:

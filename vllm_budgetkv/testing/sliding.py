@@ -124,7 +124,7 @@ def build(kind: str, cache: Path, **decoder: Any) -> Path:
         model = getattr(transformers, family.model)(config).float()
         answers = tokenizer.readable_tokens(vocabulary)
         weights.randomise(model, shape.seed, range(shape.vocab_size) if family.is_tied else answers)
-        _scale(model, family)
+        scale_norms(model, family)
         model.to(getattr(torch, shape.dtype)).save_pretrained(folder)
         vocabulary.save_pretrained(folder)
 
@@ -152,7 +152,7 @@ def _fields(family: Family, shape: DecoderShape, vocabulary: Qwen2Tokenizer) -> 
     }
 
 
-def _scale(model: PreTrainedModel, family: Family) -> None:
+def scale_norms(model: PreTrainedModel, family: Family) -> None:
     """Undo what `randomise` does to norms that add one and to embeddings; sinks that differ."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
