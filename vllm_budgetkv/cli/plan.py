@@ -11,7 +11,7 @@ from vllm_budgetkv.cli.encoder import encoder_of
 from vllm_budgetkv.cli.engine import plan_engine
 from vllm_budgetkv.cli.memory import pool_of
 from vllm_budgetkv.cli.quota_choice import choose_quota
-from vllm_budgetkv.start import host_memory, pool_size, refusals, stages, stored
+from vllm_budgetkv.start import host_memory, pictures, pool_size, refusals, stages, stored
 from vllm_budgetkv.start.groups import groups_of
 from vllm_budgetkv.start.request_rules import RequestRules
 from vllm_budgetkv.start.resolve import check_batch, check_policies, resolve_quota, resolve_quotas
@@ -150,6 +150,7 @@ def _check(engine: PlannedEngine, config: BudgetConfig, quota: Quota, pool: Pool
         largest = rules.largest(config.policy)
         pool_size.check(engine, largest, None if pool is None else pool.num_bytes, options)
         check_batch(engine, quota)
+    pictures.check(engine, quota)
 
 
 def _host_plan(

@@ -54,6 +54,7 @@ def activate(vllm_config: VllmConfig, config: BudgetConfig) -> None:
         pool_size.check(vllm_config, largest, vllm_config.cache_config.kv_cache_memory_bytes)
         check_batch(vllm_config, quota)
         scheduler.long_prefill_token_threshold = quota.chunk_tokens
+    pictures.check(vllm_config, quota)
     vllm_config.additional_config = {
         **_additional(vllm_config),
         RESOLVED_SECTION: {name: asdict(quota) for name, quota in rules.quotas.items()},

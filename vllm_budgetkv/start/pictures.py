@@ -8,7 +8,7 @@ here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.start.config import BudgetConfig
+    from vllm_budgetkv.start.engine_config import EngineConfig
 
 # models with such pictures; others were not tried
 BOTH_WAYS = {"Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"}
@@ -49,9 +50,9 @@ class Pictures:
     step_tokens: int
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> Self:
+    def of(cls, engine: EngineConfig) -> Self:
         """Those of an engine."""
-        model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+        model, scheduler = engine.model_config, engine.scheduler_config
         batch_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
         beside_others = batch_tokens - scheduler.max_num_seqs + 1
         threshold = scheduler.long_prefill_token_threshold or beside_others
@@ -78,38 +79,26 @@ class Pictures:
     def refusal(self, features: Sequence[MultiModalFeatureSpec], quota: Quota) -> str | None:
         """Why a prompt is refused; None if one chunk holds each of its pictures."""
         longest = max((stop - first for first, stop in self.among(features)), default=0)
-        most_tokens = self.step_tokens
-        if quota.compresses:
-            most_tokens = min(most_tokens, quota.chunk_tokens)
-        if longest <= most_tokens:
+        if longest <= self.most_tokens(quota):
             return None
         return (
             f"a picture has {longest} tokens that attend to each other, but a step computes at "
-            f"most {most_tokens} of a request: send smaller pictures, or start the server with "
-            "larger --kv-chunk-tokens and --max-num-batched-tokens"
+            f"most {self.most_tokens(quota)} of a request: send smaller pictures, or start the "
+            "server with larger --kv-chunk-tokens and --max-num-batched-tokens"
         )
+
+    def most_tokens(self, quota: Quota) -> int:
+        """Tokens of the longest picture that a request under a quota may have."""
+        return min(self.step_tokens, quota.chunk_tokens) if quota.compresses else self.step_tokens
 
 
 def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
     """Why a model with such pictures is refused, each with the option to change."""
     model = vllm_config.model_config
-    if not attend_both_ways(model):
+    # beside windows the same is refused in any case
+    if not attend_both_ways(model) or model.get_sliding_window() is not None:
         return
-    named = [
-        tokens
-        for part in (model.hf_config, model.hf_text_config)
-        for name in PICTURE_TOKENS
-        if (tokens := getattr(part, name, None))
-    ]
-    picture_tokens, window_tokens = max(named, default=0), model.get_sliding_window()
-    is_cut = config.chunk_tokens < min(picture_tokens, model.max_model_len)
-    if config.compresses and is_cut and picture_tokens <= (window_tokens or picture_tokens):
-        yield (
-            f"a picture of the model has {picture_tokens} tokens that attend to each other, but a "
-            f"chunk has at most {config.chunk_tokens}: set --kv-chunk-tokens to at least "
-            f"{picture_tokens}"
-        )
-    if config.host_bytes and not vllm_config.cache_config.sliding_window:
+    if config.host_bytes:
         yield (
             "host memory was not tried with pictures that attend both ways: remove --kv-host-memory"
         )
@@ -123,6 +112,30 @@ def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
                 "no model whose pictures attend both ways was tried on several devices: set "
                 f"{flag} {size} to 1"
             )
+
+
+def check(engine: EngineConfig, quota: Quota) -> None:
+    """Refuse a model whose pictures no chunk holds, where its configuration says how long they are.
+
+    Raises:
+        ValueError: with both numbers and the option to change.
+    """
+    model = engine.model_config
+    named = [getattr(part, name, None) or 0 for part in _parts(model) for name in PICTURE_TOKENS]
+    longest, found = max(named), Pictures.of(engine)
+    is_causal = found.window_tokens is not None and longest > found.window_tokens
+    if not found.attend_both_ways or is_causal or longest <= found.most_tokens(quota):
+        return
+    is_chunk = quota.compresses and found.most_tokens(quota) == quota.chunk_tokens
+    flag = "--kv-chunk-tokens" if is_chunk else "--max-num-batched-tokens"
+    raise ValueError(
+        f"a picture of the model has {longest} tokens that attend to each other, but a step "
+        f"computes at most {found.most_tokens(quota)} of a request: raise {flag}"
+    )
+
+
+def _parts(model: ModelConfig) -> tuple[Any, Any]:
+    return model.hf_config, model.hf_text_config
 
 
 def settle(vllm_config: VllmConfig) -> None:

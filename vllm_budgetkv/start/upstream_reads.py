@@ -145,7 +145,7 @@ READS = (
         "kv_cache_memory_bytes", "kv_offloading_size",
         "kv_sharing_fast_prefill", "mamba_block_size", "mamba_cache_mode", "num_gpu_blocks",
         "num_gpu_blocks_override", "prefix_caching_hash_algo",
-        "prefix_match_unit", "sliding_window", "user_specified_block_size")),
+        "prefix_match_unit", "user_specified_block_size")),
     Reads("vllm.v1.kv_cache_interface", "MambaSpec", "what the state of a layer takes", (
         "page_size_bytes", "max_memory_usage_bytes(vllm_config)",
         "block_size", "dtypes", "shapes")),
