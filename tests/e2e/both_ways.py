@@ -18,7 +18,8 @@ from tests.e2e.devices import ON_GPU
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# a picture that is cut has tokens to attend to that are not there yet
+# a picture that is cut has tokens to attend to that are not there yet; vLLM cuts one nonetheless
+# where a step begins with it, or in it, so that steps have to hold what all requests may ask for
 UNCUT = {"disable_chunked_mm_input": True}
 
 
@@ -58,12 +59,26 @@ class Stored:
         return self.rows[:, slots].double()
 
 
+class Caches:
+    """What is stored in each of vLLM's tensors; layers may share one, but no block of it."""
+
+    def __init__(self) -> None:
+        self.stored: dict[tuple[Any, ...], Stored] = {}
+
+    def of(self, kv_cache: torch.Tensor) -> Stored:
+        """What is stored in one: a view of it is the same one."""
+        name = (kv_cache.data_ptr(), kv_cache.shape)
+        if name not in self.stored:
+            self.stored[name] = Stored(kv_cache)
+        return self.stored[name]
+
+
 @contextmanager
 def both_ways() -> Iterator[None]:
     """Let a stock engine that starts and runs in this process see pictures as they are.
 
     Layers of ours are of other classes and stay as they are, those with windows included. The
-    engine needs `UNCUT`, and steps that hold its largest picture.
+    engine needs `UNCUT`, and ends with an AssertionError where a step cuts a picture.
     """
     if ON_GPU:
         yield
@@ -72,14 +87,7 @@ def both_ways() -> Iterator[None]:
 
     impl, builder = cpu_attn.CPUAttentionBackendImpl, cpu_attn.CPUAttentionMetadataBuilder
     build, update, forward = builder.build, impl.do_kv_cache_update, impl.forward
-    caches: dict[tuple[Any, ...], Stored] = {}
-
-    def stored_of(kv_cache: torch.Tensor) -> Stored:
-        # layers with windows share memory with others, but no block
-        name = (kv_cache.data_ptr(), kv_cache.shape)
-        if name not in caches:
-            caches[name] = Stored(kv_cache)
-        return caches[name]
+    caches = Caches()
 
     def build_with_ranges(
         self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -89,31 +97,19 @@ def both_ways() -> Iterator[None]:
         return metadata
 
     def update_noted(
-        self: Any,
-        layer: Any,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        self: Any, layer: Any, key: Any, value: Any, kv_cache: Any, slot_mapping: Any
     ) -> None:
         update(self, layer, key, value, kv_cache, slot_mapping)
         if type(self) is impl:
-            stored_of(kv_cache).write(key, value, slot_mapping)
+            caches.of(kv_cache).write(key, value, slot_mapping)
 
-    def forward_both(
-        self: Any,
-        layer: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: Any,
-        output: torch.Tensor,
-        **how: Any,
-    ) -> torch.Tensor:
-        found = forward(self, layer, query, key, value, kv_cache, attn_metadata, output, **how)
-        if type(self) is impl and attn_metadata is not None and attn_metadata.mm_prefix_range:
-            attend_both(self, query, stored_of(kv_cache), attn_metadata, output)
+    def forward_both(self: Any, layer: Any, query: Any, *rest: Any, **how: Any) -> torch.Tensor:
+        found = forward(self, layer, query, *rest, **how)
+        if type(self) is impl:
+            # as the layers of vLLM call it
+            _, _, kv_cache, metadata = rest
+            if metadata is not None and metadata.mm_prefix_range:
+                attend_both(self, query, caches.of(kv_cache), metadata, how["output"])
         return found
 
     with (

@@ -45,10 +45,10 @@ REQUESTS: list[dict[str, Any]] = [
     {"name": "two", "content": TWO, "arrives": 1},
     {"name": "three", "content": [image(4), {"text": "first"}, image(5), image(6), LONG, QUESTION]},
     {"name": "text", "content": [LONG], "arrives": 3},
-    # long after the second: its keys may be there still, those of a part of a picture too
-    {"name": "again", "content": TWO, "arrives": 30},
+    # after the end of the second: its keys may be there still, those of a part of a picture too
+    {"name": "again", "content": TWO, "arrives": 14},
 ]
-ASKED = [{**request, "logprobs": 5} for request in REQUESTS]
+ASKED = [{**request, "logprobs": 5, "max_tokens": 8} for request in REQUESTS]
 # runs of `run_each`
 BOTH = {"budget": None, "requests": ASKED, "both_ways": True}
 CAUSAL = {"budget": None, "requests": ASKED[:-1]}

@@ -41,6 +41,8 @@ def pictures(family: Family) -> list[dict[str, Any]]:
         {"image": 3, "size_pixels": [side, side]},
         {"text": QUESTION},
     ]
+    if family.sight.most_pictures == 1:
+        content = [first, {"text": QUESTION}]
     other = [{**first, "image": 7}, *content[1:]]
     requests = [
         {"name": "pictures", "content": content, "arrives": 1},
@@ -63,9 +65,11 @@ def long_requests(family: Family) -> list[dict[str, Any]]:
         if family.sight is None:
             content: list[dict[str, Any]] = [{"text": sentence * sentences}]
         else:
-            side = family.sight.large_pixels
+            side, large_pictures = family.sight.large_pixels, family.sight.large_pictures
+            if large_pictures == 1:
+                beside_picture = sentences
             content = []
-            for place in range(family.sight.large_pictures):
+            for place in range(large_pictures):
                 content += [
                     {"image": 10 * number + place, "size_pixels": [side, side]},
                     {"text": sentence * beside_picture},

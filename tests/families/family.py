@@ -30,6 +30,7 @@ class Sight:
         pixels: side of the pictures of a short request.
         large_pixels: side of the pictures of a long request.
         large_pictures: in a long request.
+        most_pictures: of a prompt, that vLLM's class takes.
     """
 
     whole: Whole
@@ -40,6 +41,7 @@ class Sight:
     pixels: int = 112
     large_pixels: int = 224
     large_pictures: int = 6
+    most_pictures: int = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class Family:
         special: what its layers have that Llama's have not.
         modes: in which it runs beside model runner V1 in eager mode.
         page_quota: blocks of 32 tokens of a long request, the fewest that the layers need.
+        both_ways: vLLM's attention on a CPU is made to see pictures both ways.
         refused: words of the refusal; empty where it is served.
         unbuilt: why no instance can be made; empty where one can.
     """
@@ -73,5 +76,6 @@ class Family:
     special: str = ""
     modes: tuple[str, ...] = ()
     page_quota: int = 5
+    both_ways: bool = False
     refused: str = ""
     unbuilt: str = ""

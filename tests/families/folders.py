@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,18 @@ def write(family: Family, folder: Path) -> None:
     config = config_class(family.config)(**fields)
     config.architectures = [family.architecture]
     config.save_pretrained(folder)
+    if "config" in fields:
+        _publish(config, folder)
+
+
+def _publish(config: Any, folder: Path) -> None:
+    """Leave of a configuration that holds another one, as Moondream's, what is on the hub.
+
+    vLLM's class would read what it derived from the other one in its place.
+    """
+    names = ("architectures", "model_type", "config")
+    plain = {name: getattr(config, name) for name in names}
+    (folder / "config.json").write_text(json.dumps(plain), encoding="utf-8")
 
 
 def config_class(name: str) -> Callable[..., Any]:

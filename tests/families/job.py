@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from tests.e2e.both_ways import both_ways
 from tests.e2e.job import describe, drive
 from tests.families import weights
 from tests.families.proof import Proof
@@ -26,14 +28,18 @@ KINDS = {
 
 
 def answer_of(run: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
-    """Answers and layers of one engine; a budget that is None is vLLM as it is."""
+    """Answers and layers of one engine; a budget that is None is vLLM as it is.
+
+    Where the run sees `both_ways`, vLLM's attention on a CPU does; see `tests.e2e.both_ways`.
+    """
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     budget = run["budget"]
     ours = {} if budget is None else {"additional_config": {"budgetkv": budget}}
-    llm = LLM(**{**engine, **run.get("engine", {}), **ours})
-    answer = drive(llm, run)
+    with both_ways() if run.get("both_ways") else nullcontext():
+        llm = LLM(**{**engine, **run.get("engine", {}), **ours})
+        answer = drive(llm, run)
     core = llm.llm_engine.engine_core.engine_core
     answer["engine"] = describe(llm)
     answer["block_tokens"] = core.vllm_config.cache_config.block_size

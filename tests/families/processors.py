@@ -163,6 +163,33 @@ def gemma3(picture_tokens: int) -> Any:
     return make
 
 
+def paligemma(vocabulary: Qwen2Tokenizer) -> Any:
+    """Of PaliGemma: 64 tokens a picture."""
+    import transformers
+
+    images = transformers.SiglipImageProcessor(size={"height": 112, "width": 112})
+    images.image_seq_length = 64
+    # stands behind pictures
+    vocabulary.bos_token = "<|endoftext|>"
+    return transformers.PaliGemmaProcessor(images, vocabulary)
+
+
+def bagel(vocabulary: Qwen2Tokenizer) -> Any:
+    """Of Bagel: 64 tokens a picture."""
+    import transformers
+    from vllm.transformers_utils.processors.bagel import BagelProcessor
+
+    images = transformers.SiglipImageProcessor(size={"height": 112, "width": 112})
+    return BagelProcessor(images, vocabulary)
+
+
+def moondream3(vocabulary: Qwen2Tokenizer) -> Any:
+    """Of Moondream 3: crops of 27 x 27 patches, which become as many tokens."""
+    from vllm.transformers_utils.processors.moondream3 import Moondream3Processor
+
+    return Moondream3Processor(vocabulary)
+
+
 def minicpmv4_6(vocabulary: Qwen2Tokenizer) -> Any:
     """Of MiniCPM-V 4.6: one slice a picture."""
     import transformers

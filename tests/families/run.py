@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tests.e2e import engines
+from tests.e2e.both_ways import UNCUT
 from tests.families import asked, checks, page
 from tests.families.catalogue import FAMILIES
 from tests.families.folders import folder_of
@@ -117,7 +118,7 @@ def run(family: Family, mode: str = "v1") -> dict[str, Any]:
     """Answers of a family's engines in a mode, of vLLM as it is too in the first one."""
     short = {"requests": asked.short_requests(family)}
     runs = {
-        "stock": {"budget": None, **short, "engine": {"block_size": 32}},
+        "stock": stock(family),
         "fits": {"budget": roomy(), **short},
         "tight": {"budget": tight(family), "requests": asked.long_requests(family)},
     }
@@ -125,6 +126,17 @@ def run(family: Family, mode: str = "v1") -> dict[str, Any]:
         del runs["stock"]
     engine = {**arguments_of(family), "enforce_eager": mode != "compiled"}
     return ask({"engine": engine, "runs": runs}, runner="v2" if mode == "v2" else "v1")
+
+
+def stock(family: Family) -> dict[str, Any]:
+    """The run of vLLM as it is, or as it should be of pictures that attend both ways."""
+    uncut = UNCUT if family.both_ways else {}
+    return {
+        "budget": None,
+        "requests": asked.short_requests(family),
+        "both_ways": family.both_ways,
+        "engine": {"block_size": 32, **uncut},
+    }
 
 
 def arguments_of(family: Family) -> dict[str, Any]:
@@ -149,7 +161,8 @@ def arguments_of(family: Family) -> dict[str, Any]:
 def limits(family: Family) -> dict[str, int]:
     """Most items of a prompt."""
     has_video = family.sight is not None and family.sight.video
-    return {"image": 8, **({"video": 1} if has_video else {})}
+    pictures = family.sight.most_pictures if family.sight else 0
+    return {"image": pictures, **({"video": 1} if has_video else {})}
 
 
 def roomy() -> dict[str, Any]:

@@ -31,6 +31,7 @@ OMNI_TOKENS = {
     "audio_eos_token": "<|audio_eos|>",
 }
 MISTRAL_TOKENS = {"image": "[IMG]", "image_break": "[IMG_BREAK]", "image_end": "[IMG_END]"}
+UNSERVED = "tokens of images that attend to later ones, so chunks cannot be cut"
 GLM_SIGHT: dict[str, Any] = {
     "processor": processors.glm4v,
     "picture": "<|begin_of_image|><|image|><|end_of_image|>",
@@ -261,7 +262,53 @@ SEEING = [
         config="Gemma3Config",
         sight=gemma3_sight(64),
         special="windows; pictures that attend both ways",
-        refused="tokens of images that attend to later ones, so chunks cannot be cut",
+        modes=("v2", "compiled"),
+        both_ways=True,
+        refused=UNSERVED,
+    ),
+    Family(
+        name="PaliGemma",
+        architecture="PaliGemmaForConditionalGeneration",
+        config="PaliGemmaConfig",
+        fields={"hidden_activation": "gelu_pytorch_tanh"},
+        sight=Sight(
+            whole=vision.paligemma,
+            processor=processors.paligemma,
+            picture="",
+            tokens={"image_token": "<image>", "line": "\n"},
+            large_pictures=1,
+            most_pictures=1,
+        ),
+        special="pictures that attend both ways",
+        both_ways=True,
+        refused=UNSERVED,
+    ),
+    Family(
+        name="Bagel",
+        architecture="BagelForConditionalGeneration",
+        config="BagelConfig",
+        sight=Sight(whole=vision.bagel, processor=processors.bagel, picture="<|image_pad|>"),
+        special="pictures that attend both ways, biases",
+        both_ways=True,
+        refused=UNSERVED,
+    ),
+    Family(
+        name="Moondream 3",
+        architecture="Moondream3ForCausalLM",
+        config="Moondream3Config",
+        sight=Sight(
+            whole=vision.moondream3,
+            processor=processors.moondream3,
+            picture="<|endoftext|><image>",
+            tokens={"image_token": "<image>"},
+            large_pictures=1,
+            most_pictures=1,
+        ),
+        # two requests with pictures in one step
+        engine={"max_num_batched_tokens": 4096},
+        special="pictures that attend both ways, experts, queries and values scaled by position",
+        both_ways=True,
+        refused=UNSERVED,
     ),
     Family(
         name="Kimi-VL",

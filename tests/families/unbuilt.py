@@ -37,6 +37,11 @@ UNBUILT = [
         unbuilt="vLLM itself does not run it on a CPU, where its linear layers ask for contiguous "
         "inputs",
     ),
+    Family(
+        name="Molmo 2",
+        architecture="Molmo2ForConditionalGeneration",
+        unbuilt=f"{REMOTE}, and so is its processor; pictures attend both ways",
+    ),
     Family(name="dots.ocr", architecture="DotsOCRForCausalLM", unbuilt=REMOTE),
     Family(
         name="SmolVLM",

@@ -203,6 +203,51 @@ def gemma3(picture_tokens: int) -> Whole:
     return whole
 
 
+def paligemma(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
+    tower = {"model_type": "siglip_vision_model", "image_size": 112, "patch_size": 14}
+    return {
+        "text_config": {"model_type": "gemma", **text},
+        "vision_config": TOWER | tower | {"projection_dim": text["hidden_size"]},
+        "projection_dim": text["hidden_size"],
+        "image_token_index": ids("<image>"),
+        "vocab_size": text["vocab_size"],
+        "tie_word_embeddings": True,
+    }
+
+
+def bagel(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
+    tower = {"image_size": 112, "patch_size": 14, "vision_use_head": False}
+    return {
+        "llm_config": text,
+        "vit_config": TOWER | tower,
+        "vit_max_num_patch_per_side": 8,
+        "tie_word_embeddings": False,
+    }
+
+
+def moondream3(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
+    """Of Moondream 3, whose pictures have 729 tokens whatever is asked for."""
+    language = {
+        "dim": text["hidden_size"],
+        "ff_dim": text["intermediate_size"],
+        "n_layers": DEPTH,
+        "vocab_size": text["vocab_size"],
+        "max_context": text["max_position_embeddings"],
+        "n_heads": text["num_attention_heads"],
+        "n_kv_heads": text["num_attention_heads"],
+        "moe": {"start_layer": 1, "n_experts": 4, "n_experts_per_tok": 2, "expert_inner_dim": 64},
+    }
+    tower = {
+        "enc_dim": WIDTH,
+        # as many as patches in a row: vLLM's class takes the one for the other
+        "enc_n_layers": 27,
+        "enc_ff_dim": 2 * WIDTH,
+        "enc_n_heads": HEADS,
+        "proj_inner_dim": 2 * WIDTH,
+    }
+    return {"config": {"text": language, "vision": tower}}
+
+
 def minicpmv4_6(text: dict[str, Any], ids: Ids) -> dict[str, Any]:
     fields = {
         "model_type": "qwen3_5_text",

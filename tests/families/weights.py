@@ -56,7 +56,7 @@ def fill(model: nn.Module, answer_tokens: list[int]) -> None:
         answer_tokens: ids that greedy decoding may choose.
     """
     seen: set[int] = set()
-    is_tied = _is_tied(model)
+    is_tied, gains = _is_tied(model), _gains(model)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
@@ -70,6 +70,7 @@ def fill(model: nn.Module, answer_tokens: list[int]) -> None:
                 scaled = _of_head(scaled, answer_tokens)
             elif isinstance(module, VocabParallelEmbedding) and is_tied:
                 scaled = scaled * TIED_GAIN
+            scaled = scaled / gains.get(id(parameter), 1.0)
             parameter.copy_(scaled)
 
 
@@ -79,6 +80,15 @@ def _is_tied(model: nn.Module) -> bool:
     embeddings = [m for m in model.modules() if type(m) is VocabParallelEmbedding]
     shared = {id(module.weight) for module in embeddings}
     return all(id(head.weight) in shared for head in heads)
+
+
+def _gains(model: nn.Module) -> dict[int, float]:
+    """By what a model multiplies its embeddings, by id of their weight: Gemma, by 11 and more.
+
+    What it reads would hardly show beside them.
+    """
+    owners = [module for module in model.modules() if hasattr(module, "normalizer")]
+    return {id(owner.embed_tokens.weight): float(owner.normalizer) for owner in owners}
 
 
 def _scaled(
