@@ -109,6 +109,8 @@ def both_ways() -> Iterator[None]:
             # as the layers of vLLM call it
             _, _, kv_cache, metadata = rest
             if metadata is not None and metadata.mm_prefix_range:
+                # Gemma 4 has another rule
+                assert not layer.mm_prefix_clamp_sliding_window
                 attend_both(self, query, caches.of(kv_cache), metadata, how["output"])
         return found
 
