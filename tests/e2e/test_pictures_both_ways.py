@@ -1,4 +1,5 @@
-"""Stock vLLM that sees pictures both ways on a CPU answers as Transformers does: it may judge ours.
+"""Pictures whose tokens attend both ways: stock vLLM that sees them so answers as Transformers
+does, and engines under a quota answer as both.
 
 Pictures are longer than a block and shorter than one. They are no longer than a window: vLLM lets
 those attend to earlier tokens only, and Transformers does not.
@@ -15,7 +16,7 @@ import torch
 from tests.e2e import both_ways, picture_models
 from tests.e2e.conftest import MODELS
 from tests.e2e.devices import ON_GPU, RUNNER_MODULES, STOCK_BACKEND
-from tests.e2e.engines import run_each, tokens_of
+from tests.e2e.engines import run, run_each, tokens_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,6 +53,40 @@ ASKED = [{**request, "logprobs": 5, "max_tokens": 8} for request in REQUESTS]
 # runs of `run_each`
 BOTH = {"budget": None, "requests": ASKED, "both_ways": True}
 CAUSAL = {"budget": None, "requests": ASKED[:-1]}
+BUDGET = {"policy": "hybrid", "page_quota": 40, "chunk_tokens": 96, "check_ledger": True}
+FITS = {"budget": BUDGET, "requests": ASKED}
+TIGHT = {
+    **BUDGET,
+    "page_quota": 5,
+    "decode_interval_tokens": 16,
+    "window_tokens": 16,
+}
+QUOTA_TOKENS = TIGHT["page_quota"] * BLOCK_TOKENS
+
+
+def long_requests(count: int) -> list[dict[str, Any]]:
+    """Prompts of more than ten times the quota, with pictures that multiples of a chunk cut."""
+    return [
+        {
+            "name": f"r{number}",
+            "content": [
+                part
+                for place in range(6)
+                for part in (image(10 * number + place), {"text": f"Sign {number} says? " * 36})
+            ],
+            "max_tokens": 24,
+        }
+        for number in range(count)
+    ]
+
+
+def check_bound(answer: dict[str, Any]) -> None:
+    """Nobody held more than the quota, and nothing is left of anybody."""
+    assert max(answer["held"].values()) == TIGHT["page_quota"]
+    assert answer["engine"]["leftovers"] == 0
+    for found in answer["answers"].values():
+        assert found["prompt_tokens"] >= 10 * QUOTA_TOKENS
+        assert len(found["tokens"]) == 24
 
 
 def check_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:
@@ -102,8 +137,9 @@ def models() -> dict[int, Path]:
 def answers(
     tmp_path_factory: pytest.TempPathFactory, models: dict[int, Path]
 ) -> dict[str, dict[str, Any]]:
-    """Of the larger pictures, as vLLM shall see them and as it does by itself."""
-    runs = {"both": BOTH, "causal": CAUSAL}
+    """Of the larger pictures: as vLLM shall see them, as it does by itself, and under quotas."""
+    tight = {"budget": TIGHT, "requests": long_requests(2)}
+    runs = {"both": BOTH, "causal": CAUSAL, "fits": FITS, "tight": tight}
     return run_each(tmp_path_factory.mktemp("pictures"), models[64], runs, **ENGINE)
 
 
@@ -128,8 +164,37 @@ def test_stock_answers_as_transformers_does(
 @pytest.mark.engine
 def test_so_it_does_under_the_other_model_runner(tmp_path: Path, models: dict[int, Path]) -> None:
     """Which says itself where pictures are; with pictures that are shorter than a block."""
-    found = run_each(tmp_path, models[16], {"both": BOTH}, runner="v2", **ENGINE)
+    runs = {"both": BOTH, "fits": FITS}
+    found = run_each(tmp_path, models[16], runs, runner="v2", **ENGINE)
     check_as_transformers(found["both"], models[16], "v2")
+    check_same(found["fits"], found["both"])
+    assert found["fits"]["engine"]["backends"] == ["BUDGETKV", STOCK_BACKEND]
+
+
+@pytest.mark.engine
+def test_a_quota_above_need_changes_nothing(answers: dict[str, Any]) -> None:
+    """In full layers, which are ours, and in those with windows, which are vLLM's."""
+    check_same(answers["fits"], answers["both"])
+    assert answers["fits"]["engine"]["backends"] == ["BUDGETKV", STOCK_BACKEND]
+    assert answers["fits"]["answers"]["again"]["cached_tokens"] >= 2 * BLOCK_TOKENS
+
+
+@pytest.mark.engine
+def test_long_prompts_stay_inside_the_quota(answers: dict[str, Any]) -> None:
+    """With the ledger checked and what is free poisoned after every step."""
+    check_bound(answers["tight"])
+    assert answers["tight"]["running_at_once"] == 2
+    assert answers["tight"]["num_lookaheads"]
+
+
+@pytest.mark.engine
+def test_preempted_requests_come_back(tmp_path: Path, models: dict[int, Path]) -> None:
+    """Four at once, in the prompt and in the output; one alone answers the same."""
+    budget, requests = {**TIGHT, "policy": "keydiff"}, long_requests(4)
+    alone = run(tmp_path, models[64], requests[:1], budget=budget, **ENGINE)
+    answer = run(tmp_path, models[64], requests, budget=budget, preempts=(6, 45), **ENGINE)
+    check_bound(answer)
+    assert tokens_of(answer)["r0"] == tokens_of(alone)["r0"]
 
 
 @pytest.mark.engine

@@ -31,7 +31,6 @@ OMNI_TOKENS = {
     "audio_eos_token": "<|audio_eos|>",
 }
 MISTRAL_TOKENS = {"image": "[IMG]", "image_break": "[IMG_BREAK]", "image_end": "[IMG_END]"}
-UNSERVED = "tokens of images that attend to later ones, so chunks cannot be cut"
 GLM_SIGHT: dict[str, Any] = {
     "processor": processors.glm4v,
     "picture": "<|begin_of_image|><|image|><|end_of_image|>",
@@ -264,7 +263,6 @@ SEEING = [
         special="windows; pictures that attend both ways",
         modes=("v2", "compiled"),
         both_ways=True,
-        refused=UNSERVED,
     ),
     Family(
         name="PaliGemma",
@@ -281,7 +279,29 @@ SEEING = [
         ),
         special="pictures that attend both ways",
         both_ways=True,
-        refused=UNSERVED,
+    ),
+    Family(
+        name="PaliGemma 2",
+        architecture="PaliGemmaForConditionalGeneration",
+        config="PaliGemmaConfig",
+        fields={
+            "model_type": "gemma2",
+            "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 5.0,
+            "sliding_window": 128,
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        sight=Sight(
+            whole=vision.paligemma,
+            processor=processors.paligemma,
+            picture="",
+            tokens={"image_token": "<image>", "line": "\n"},
+            large_pictures=1,
+            most_pictures=1,
+        ),
+        special="windows, soft caps; pictures that attend both ways",
+        both_ways=True,
     ),
     Family(
         name="Bagel",
@@ -290,7 +310,6 @@ SEEING = [
         sight=Sight(whole=vision.bagel, processor=processors.bagel, picture="<|image_pad|>"),
         special="pictures that attend both ways, biases",
         both_ways=True,
-        refused=UNSERVED,
     ),
     Family(
         name="Moondream 3",
@@ -308,7 +327,7 @@ SEEING = [
         engine={"max_num_batched_tokens": 4096},
         special="pictures that attend both ways, experts, queries and values scaled by position",
         both_ways=True,
-        refused=UNSERVED,
+        refused="pictures whose tokens attend to later ones, in a model that was not tried",
     ),
     Family(
         name="Kimi-VL",

@@ -29,6 +29,9 @@ LOAD_FORMAT = "noise"
 DECAYS = (0.05, 1.0)
 # what norms of queries and of keys multiply by
 HEAD_NORM = 1.5
+# factor of the last norm where embeddings, small beside what layers add, are the head too: else all
+# tokens would be as likely
+SHARPENING = 50.0
 
 
 @register_model_loader(LOAD_FORMAT)
@@ -70,8 +73,10 @@ def fill(model: nn.Module, answer_tokens: list[int]) -> None:
                 scaled = _of_head(scaled, answer_tokens)
             elif isinstance(module, VocabParallelEmbedding) and is_tied:
                 scaled = scaled * TIED_GAIN
-            scaled = scaled / gains.get(id(parameter), 1.0)
-            parameter.copy_(scaled)
+            parameter.copy_(scaled / gains.get(id(parameter), 1.0))
+    for owner in _multiplying(model) if is_tied else []:
+        # one is added to it
+        owner.norm.weight.add_(SHARPENING - 1.0)
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -82,12 +87,14 @@ def _is_tied(model: nn.Module) -> bool:
     return all(id(head.weight) in shared for head in heads)
 
 
-def _gains(model: nn.Module) -> dict[int, float]:
-    """By what a model multiplies its embeddings, by id of their weight: Gemma, by 11 and more.
+def _multiplying(model: nn.Module) -> list[nn.Module]:
+    """Models that multiply their embeddings: Gemma, by 11 and more."""
+    return [module for module in model.modules() if hasattr(module, "normalizer")]
 
-    What it reads would hardly show beside them.
-    """
-    owners = [module for module in model.modules() if hasattr(module, "normalizer")]
+
+def _gains(model: nn.Module) -> dict[int, float]:
+    """By what, by id of the embeddings' weight: what is read would hardly show beside them."""
+    owners = _multiplying(model)
     return {id(owner.embed_tokens.weight): float(owner.normalizer) for owner in owners}
 
 

@@ -8,7 +8,7 @@ here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,10 +24,15 @@ if TYPE_CHECKING:
     from vllm_budgetkv.start.engine_config import EngineConfig
 
 # models with such pictures; others were not tried
-BOTH_WAYS = {"Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration"}
+BOTH_WAYS = {
+    "BagelForConditionalGeneration",
+    "Gemma3ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration",
+}
 
-# where a configuration says how many tokens any picture has
+# where a configuration says how many tokens any picture has, or a side of it
 PICTURE_TOKENS = ("mm_tokens_per_image", "num_image_tokens")
+PICTURE_SIDE = "vit_max_num_patch_per_side"
 
 
 def attend_both_ways(model: ModelConfig) -> bool:
@@ -120,9 +125,7 @@ def check(engine: EngineConfig, quota: Quota) -> None:
     Raises:
         ValueError: with both numbers and the option to change.
     """
-    model = engine.model_config
-    named = [getattr(part, name, None) or 0 for part in _parts(model) for name in PICTURE_TOKENS]
-    longest, found = max(named), Pictures.of(engine)
+    longest, found = _picture_tokens(engine.model_config), Pictures.of(engine)
     is_causal = found.window_tokens is not None and longest > found.window_tokens
     if not found.attend_both_ways or is_causal or longest <= found.most_tokens(quota):
         return
@@ -134,8 +137,12 @@ def check(engine: EngineConfig, quota: Quota) -> None:
     )
 
 
-def _parts(model: ModelConfig) -> tuple[Any, Any]:
-    return model.hf_config, model.hf_text_config
+def _picture_tokens(model: ModelConfig) -> int:
+    """Tokens of any picture, by the configuration; 0 where it does not say it."""
+    parts = (model.hf_config, model.hf_text_config)
+    named = [getattr(part, name, None) or 0 for part in parts for name in PICTURE_TOKENS]
+    side = getattr(model.hf_config, PICTURE_SIDE, None) or 0
+    return max(*named, side**2)
 
 
 def settle(vllm_config: VllmConfig) -> None:

@@ -98,6 +98,8 @@ WINDOWS_BESIDE = {
     "MinistralForCausalLM",
     "MistralForCausalLM",
     "Olmo3ForCausalLM",
+    # its second version
+    "PaliGemmaForConditionalGeneration",
 }
 
 
