@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.arithmetic.terms import Terms
 
 LOOKAHEAD = "#ahead"
@@ -55,6 +58,16 @@ class Client:
     blocks: list[int] = field(default_factory=list)
     was_admitted: bool = False
     terms: Terms | None = None
+    pictures: Sequence[Range] = ()
+    """Those whose tokens attend to each other both ways."""
+
+    def hidden_tokens(self, seen_tokens: int, num_tokens: int) -> torch.Tensor:
+        """What the next tokens do not see of those seen and of themselves, bool [t, seen + t]."""
+        hidden = torch.ones(num_tokens, seen_tokens + num_tokens).triu(seen_tokens + 1).bool()
+        for first, stop in self.pictures:
+            inside = slice(*(max(0, at - self.computed_tokens) for at in (first, stop)))
+            hidden[inside, seen_tokens:][:, inside] = False
+        return hidden
 
     def as_new(self, terms: Terms) -> SimpleNamespace:
         """The client as the scheduler tells the worker of it at first."""

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from vllm_budgetkv.arithmetic.host_blocks import HostPlace
-    from vllm_budgetkv.arithmetic.pictures import Range
     from vllm_budgetkv.arithmetic.quota import Quota
     from vllm_budgetkv.cache.cache import BudgetCache
     from vllm_budgetkv.cache.report import RequestRecord
@@ -255,7 +254,7 @@ class Lab:
     def forward(self, work: dict[Client, int]) -> Step:
         rows = sorted(work, key=lambda client: work[client])
         starts = torch.tensor([0, *(work[c] for c in rows)]).cumsum(0)
-        pictures = {row: self.pictures(client) for row, client in enumerate(rows)}
+        pictures = {row: client.pictures for row, client in enumerate(rows)}
         step = self.cache.open_step([c.request_id for c in rows], starts, pictures)
         positions = [torch.arange(work[c]) + c.computed_tokens for c in rows]
         step.see_positions(torch.cat(positions).expand(3, -1))
@@ -288,10 +287,6 @@ class Lab:
         """Rotated query [count, Hq, D] and key, and value [count, H, D], of tokens from `first`."""
         query = self.randn(count, self.heads * self.group)
         return query, self.randn(count, self.heads), self.randn(count, self.heads)
-
-    def pictures(self, client: Client) -> list[Range]:
-        """Those of a client's prompt whose tokens attend to each other both ways."""
-        return []
 
     def see(self, client: Client, layer: int, out: torch.Tensor) -> None:
         """Look at the output [count, Hq, D] of a client's tokens."""
@@ -351,12 +346,8 @@ class Lab:
                 values = torch.cat((old[:, 1], value[part, head]))
                 heads = slice(head * self.group, (head + 1) * self.group)
                 logits = torch.einsum("tgd,nd->gtn", query[part, heads], keys)
-                count = logits.shape[1]
-                future = torch.ones(count, logits.shape[2]).triu(logits.shape[2] - count + 1).bool()
-                for first, stop in self.pictures(client):
-                    inside = slice(*(max(0, at - client.computed_tokens) for at in (first, stop)))
-                    future[inside, len(seen) :][:, inside] = False
-                logits = (logits * self.head_size**-0.5).masked_fill(future, -torch.inf)
+                hidden = client.hidden_tokens(len(seen), logits.shape[1])
+                logits = (logits * self.head_size**-0.5).masked_fill(hidden, -torch.inf)
                 mixed = torch.einsum("gtn,nd->tgd", logits.softmax(-1), values)
                 out[part, heads] = mixed
         return out

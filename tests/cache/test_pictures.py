@@ -22,7 +22,14 @@ class PictureLab(Lab):
 
     num_seen = 0
 
-    def pictures(self, client: Client) -> list[Range]:
+    def step(self, work: dict[Client, int], **others: Any) -> Step | None:
+        whole = {}
+        for client, count in work.items():
+            client.pictures = self._pictures_of(client)
+            whole[client] = whole_tokens(client.computed_tokens, count, client.pictures)
+        return super().step({client: count for client, count in whole.items() if count}, **others)
+
+    def _pictures_of(self, client: Client) -> list[Range]:
         return [
             (first, first + feature.frame_tokens)
             for feature in client.features
@@ -31,13 +38,6 @@ class PictureLab(Lab):
                 feature.offset, feature.offset + feature.length, feature.frame_tokens
             )
         ]
-
-    def step(self, work: dict[Client, int], **others: Any) -> Step | None:
-        whole = {
-            client: whole_tokens(client.computed_tokens, count, self.pictures(client))
-            for client, count in work.items()
-        }
-        return super().step({client: count for client, count in whole.items() if count}, **others)
 
     def forward(self, work: dict[Client, int]) -> Step:
         step = super().forward(work)
@@ -58,10 +58,10 @@ def test_random_scenarios(policy: str) -> None:
 
 def test_a_chunk_that_cuts_a_picture_is_refused() -> None:
     """The scheduler lets none through; an answer that is another would be worse."""
-    lab = PictureLab("window", small_quota(), pool_blocks=BLOCKS)
-    client = Client("long", 300, [Feature(5, 40, 8)])
+    lab = Lab("window", small_quota(), pool_blocks=BLOCKS)
+    client = Client("long", 300, pictures=[(5, 13)])
     with pytest.raises(RuntimeError, match="cut a picture .*tokens 0 to 9 end inside of the pic"):
-        Lab.step(lab, {client: 9})
+        lab.step({client: 9})
 
 
 def test_a_batch_without_tokens_of_pictures_has_nothing_ahead() -> None:
