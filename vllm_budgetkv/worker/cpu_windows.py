@@ -1,18 +1,23 @@
 """vLLM's attention on a CPU over a buffer with the block outermost, for layers with windows.
 
 Apart from `windows.py`, because only a CPU needs it. vLLM's backend asks for the layer outermost,
-but its kernels take the stride of a block from the tensor.
+but its kernels take the stride of a block from the tensor. They know one size of keys and values,
+so values of fewer elements get zeros behind them, as ours.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentionBackendImpl
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from vllm_budgetkv.worker.padded_values import padded, widened
+
 if TYPE_CHECKING:
     import torch
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 class CPUWindowAttention(CPUAttentionBackendImpl):
@@ -32,16 +37,30 @@ class CPUWindowAttention(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output.zero_()
-        return super().forward(
-            layer,
-            query,
-            key,
-            value,
-            kv_cache,
-            attn_metadata,
-            output,
-            output_scale,
-            output_block_scale,
+        with widened(output, self.head_size) as wide:
+            super().forward(
+                layer,
+                query,
+                key,
+                padded(value, self.head_size),
+                kv_cache,
+                attn_metadata,
+                wide,
+                output_scale,
+                output_block_scale,
+            )
+        return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(
+            layer, key, padded(value, self.head_size), kv_cache, slot_mapping
         )
 
 
@@ -55,3 +74,7 @@ class CPUWindowBackend(CPUAttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return replace(spec, head_size_v=spec.head_size)
