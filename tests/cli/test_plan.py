@@ -15,6 +15,7 @@ from vllm_budgetkv.arithmetic.quota import Quota
 from vllm_budgetkv.cli.engine import read_arguments
 from vllm_budgetkv.cli.main import main
 from vllm_budgetkv.start.config import SECTION
+from vllm_budgetkv.testing import mimo_v2
 from vllm_budgetkv.testing.recurrent import build_qwen3_5
 from vllm_budgetkv.testing.sliding import build_gemma3
 
@@ -197,6 +198,21 @@ def test_keys_and_values_of_8_bits(seven_b: Path, plan_of: RunPlan) -> None:
     assert plan["full_cache"]["token_bytes"] == STOCK_TOKEN_BYTES // 2
     assert plan["host_memory"]["blocks"] == 4 * GIB // (16 * STOCK_TOKEN_BYTES // 2)
     assert "--kv-cache-dtype fp8" in plan["serve"]
+
+
+@pytest.mark.usefixtures("environment")
+def test_values_smaller_than_keys(plan_of: RunPlan, capsys: pytest.CaptureFixture[str]) -> None:
+    """A full cache has room for values as they are, a quota for values as wide as keys."""
+    arguments = ("--model", str(mimo_v2.build_full(MODELS)), "--kv-page-quota", "64", *POOL)
+    heads, elements = 3 * 2, mimo_v2.HEAD_SIZE + mimo_v2.HEAD_SIZE_V
+    plan = plan_of(*arguments)
+    page_bytes = PageLayout(16, mimo_v2.HEAD_SIZE, torch.bfloat16).page_bytes
+    assert plan["full_cache"]["token_bytes"] == heads * elements * 2
+    assert plan["under_quota"]["block_bytes"] == heads * page_bytes
+    assert main(["plan", *arguments]) == 0
+    page = words_of(capsys.readouterr().out)
+    assert "2 KV heads of 96 with values of 64, bfloat16" in page
+    assert "Under a quota values take as much room as keys, which are longer." in page
 
 
 def test_two_gpus_share_the_heads(seven_b: Path, plan_of: RunPlan) -> None:

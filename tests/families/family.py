@@ -55,6 +55,7 @@ class Family:
         fields: of the configuration of the language model, beside those of `decoder_fields`.
         sight: of families that see.
         folder: writes an instance, in the place of `config`, `fields` and `sight`.
+        runs_in_stock: whether vLLM itself runs it on a CPU; else Transformers' class is the judge.
         dtype: that the engine demands; stock's numbers are compared in float32.
         engine: options that the engine needs.
         special: what its layers have that Llama's have not.
@@ -71,6 +72,7 @@ class Family:
     fields: Mapping[str, Any] = field(default_factory=dict)
     sight: Sight | None = None
     folder: Callable[[Path], Path] | None = None
+    runs_in_stock: bool = True
     dtype: str = "float32"
     engine: Mapping[str, Any] = field(default_factory=dict)
     special: str = ""

@@ -19,9 +19,10 @@ it reads them. A row that says *served* has shown three things, on vLLM 0.32, on
 
 - **lossless**: with a quota above need, stock vLLM's tokens, and its log-probabilities within the
   number that is given; in bfloat16, which vLLM's kernels for CPUs demand of models with recurrent
-  state, the same tokens up to one that stock finds as likely as another;
-  Where tokens of a picture attend to each other both ways, which vLLM's attention for CPUs does
-  not do, stock is made to (`tests/e2e/both_ways.py`, which answers as Transformers does);
+  state, the same tokens up to one that stock finds as likely as another; where vLLM itself does
+  not run a family on a CPU, those of Transformers' class. Where tokens of a picture attend to each
+  other both ways, which vLLM's attention for CPUs does not do, stock is made to
+  (`tests/e2e/both_ways.py`, which answers as Transformers does);
 - **bound**: four requests at once, each of ten times its quota and more, with the ledger checked
   and free memory poisoned after every step, never hold more than their quota;
 - **probe**: the start has proven how the queries of each layer turn. Beside it the worst relative

@@ -36,6 +36,7 @@ ROOMY_BLOCKS = 40
 CHUNK_TOKENS = 96
 NAMES = {"v1": "V1", "v2": "V2", "compiled": "V1 compiled"}
 LOAD_FORMAT = "noise"
+ENGINES, JUDGE = "tests.families.job", "tests.families.judge"
 
 
 def main() -> None:
@@ -115,17 +116,20 @@ def served(family: Family) -> dict[str, Any]:
 
 
 def run(family: Family, mode: str = "v1") -> dict[str, Any]:
-    """Answers of a family's engines in a mode, of vLLM as it is too in the first one."""
+    """Answers of a family's engines in a mode; in the first one those of stock or a judge too."""
     short = {"requests": asked.short_requests(family)}
     runs = {
         "stock": stock(family),
         "fits": {"budget": roomy(), **short},
         "tight": {"budget": tight(family), "requests": asked.long_requests(family)},
     }
-    if mode != "v1":
+    if mode != "v1" or not family.runs_in_stock:
         del runs["stock"]
     engine = {**arguments_of(family), "enforce_eager": mode != "compiled"}
-    return ask({"engine": engine, "runs": runs}, runner="v2" if mode == "v2" else "v1")
+    answers = ask({"engine": engine, "runs": runs}, runner="v2" if mode == "v2" else "v1")
+    if mode == "v1" and not family.runs_in_stock:
+        answers["stock"] = ask({"model": engine["model"], "rounds": False, **short}, module=JUDGE)
+    return answers
 
 
 def stock(family: Family) -> dict[str, Any]:
@@ -185,7 +189,7 @@ def tight(family: Family) -> dict[str, Any]:
     }
 
 
-def ask(job: dict[str, Any], runner: str = "v1") -> dict[str, Any]:
+def ask(job: dict[str, Any], runner: str = "v1", module: str = ENGINES) -> dict[str, Any]:
     """Run a job in a process of its own.
 
     Raises:
@@ -193,7 +197,7 @@ def ask(job: dict[str, Any], runner: str = "v1") -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         variables = engines.environment(runner=runner)
-        return engines.answer_of("tests.families.job", job, Path(folder), variables, 900)
+        return engines.answer_of(module, job, Path(folder), variables, 900)
 
 
 def commit() -> str:

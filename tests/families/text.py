@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.families.family import Family
-from vllm_budgetkv.testing import models, recurrent, sliding
+from vllm_budgetkv.testing import mimo_v2, models, recurrent, sliding
 
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 MLA = {
@@ -158,6 +158,15 @@ TEXT = [
     _windowed("Gemma 2", "gemma2", "Gemma2ForCausalLM", "windows, soft caps"),
     _windowed("Gemma 3", "gemma3", "Gemma3ForCausalLM", "windows, norms of heads"),
     _windowed("gpt-oss", "gpt_oss", "GptOssForCausalLM", "windows, learned sinks, experts"),
+    Family(
+        name="MiMo-V2-Flash",
+        architecture="MiMoV2FlashForCausalLM",
+        folder=mimo_v2.build,
+        runs_in_stock=False,
+        special="values smaller than keys, windows with learned sinks and more KV heads, experts; "
+        "lossless against Transformers",
+        modes=("v2", "compiled"),
+    ),
     _windowed("Llama 4", "llama4", "Llama4ForCausalLM", "attention in chunks, experts"),
     _windowed("EXAONE 4", "exaone4", "Exaone4ForCausalLM", "windows"),
     _windowed("Cohere 2", "cohere2", "Cohere2ForCausalLM", "windows, layers without positions"),

@@ -66,7 +66,7 @@ KNOWN = {
     "kimi_k3": "`use_mla`",
     "laguna": FIELD,
     "llama4": SERVED,
-    "mimo_v2": NAME,
+    "mimo_v2": SERVED,
     "minimax_m3": NAME,
     "muse_glimmer": WINDOW,
     "openai_privacy_filter": "`runner_type`",

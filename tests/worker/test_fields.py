@@ -83,7 +83,8 @@ LAYER: dict[str, str] = {
     "per_layer_sliding_window": "`sliding_window` of the implementation",
     "prefix": "name of the layer",
     "mm_prefix_clamp_sliding_window": "of Gemma 4 and DeepSeek V4, which are refused at start",
-    "attn_backend": "wraps ours; what it changes is in the layer's spec or in the batch",
+    "attn_backend": "wraps ours; what it changes is in the layer's spec or in the batch; what "
+    "`padded_values` takes away is another's",
     "head_size_v": "in the layer's spec",
     "extra_impl_args": "refused by the implementation, whatever they are",
 }
@@ -188,6 +189,16 @@ def test_served_specs(changes: dict[str, Any]) -> None:
     quota = replace(QUOTA, page_tokens=changes.get("block_size", QUOTA.page_tokens))
     spec = QuotaSpec.of(replace(plain(), **changes), quota)
     assert {name: getattr(spec, name) for name in changes} == changes
+
+
+def test_values_of_fewer_elements_are_padded() -> None:
+    """Of models that were tried with them: the bytes of a page are those of keys twice."""
+    narrow = replace(plain(), head_size_v=16)
+    with pytest.raises(ValueError, match="values of 16 elements, other than its keys"):
+        QuotaSpec.of(narrow, QUOTA)
+    assert QuotaSpec.of(narrow, QUOTA, pads_values=True) == QuotaSpec.of(plain(), QUOTA)
+    with pytest.raises(ValueError, match="values of 64 elements, other than its keys"):
+        QuotaSpec.of(replace(plain(), head_size_v=64), QUOTA, pads_values=True)
 
 
 def implementation(**arguments: Any) -> BudgetAttention:

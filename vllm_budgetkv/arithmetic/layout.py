@@ -10,8 +10,8 @@ policy needs of a token travels with the token and is charged to the pool:
 
 Centre and radius, the page's digest, have the dtype that the model computes in; so have K and V,
 unless they are quantised: then they are 8-bit floats, in units of a scale of their layer.
-`position` is the logical index of the token in its request. Pages are multiples of 256 bytes, so
-every field starts on a 16-byte boundary.
+Values of fewer elements than keys have zeros behind them. `position` is the logical index of the
+token in its request. Pages are multiples of 256 bytes, so every field starts on a 16-byte boundary.
 
 A head-page may hold an index instead, what the device knows of consecutive tokens in host memory,
 by R of the D channels of their keys, in E entries for g neighbouring tokens each:
@@ -50,7 +50,8 @@ class PageLayout:
 
     Args:
         page_tokens: tokens of a page (N), one of `SUPPORTED_PAGE_TOKENS`.
-        head_size: elements of a key and of a value (D), 32 to 256, a multiple of 8.
+        head_size: elements of a key and of a value as they are stored (D), 32 to 256, a multiple
+            of 8.
         dtype: that the model computes in, of queries, answers and digests; one of
             `SUPPORTED_DTYPES`.
         is_quantised: whether keys and values are stored as 8-bit floats.

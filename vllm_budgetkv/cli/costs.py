@@ -12,7 +12,7 @@ from vllm_budgetkv.arithmetic.quota import ceil_div
 from vllm_budgetkv.cache.probe.bank import BankShape, ProbeBank
 from vllm_budgetkv.cache.tables import HeadTables
 from vllm_budgetkv.policy import POLICIES
-from vllm_budgetkv.start import pool_size
+from vllm_budgetkv.start import layer_kinds, pool_size
 from vllm_budgetkv.start.resolve import layout_of
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ def stock_cost(engine: PlannedEngine, tokens: int, pool_bytes: int | None) -> Re
         block_size=page_tokens,
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
+        head_size_v=layer_kinds.value_size(model),
         dtype=layout_of(engine).kv_dtype,
     )
     block_bytes = model.get_num_layers(parallel) * spec.page_size_bytes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vllm_budgetkv.cli.figures import size_text
 from vllm_budgetkv.cli.serve_line import serve_arguments
 from vllm_budgetkv.policy.option import flag_of
+from vllm_budgetkv.start import layer_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,9 +27,11 @@ def heading(plan: Plan) -> str:
     gpus = parallel.tensor_parallel_size
     dtype = str(model.dtype).removeprefix("torch.")
     spread = f", on each of {gpus} GPUs" if gpus > 1 else ""
+    elements, value_size = model.get_head_size(), layer_kinds.value_size(model)
+    heads = f"{elements} with values of {value_size}" if value_size != elements else f"{elements}"
     return (
         f"{Path(name).name if Path(name).is_dir() else name}: {plan.quota.num_layers} layers of "
-        f"{model.get_num_kv_heads(parallel)} KV heads of {model.get_head_size()}, {dtype}{spread}"
+        f"{model.get_num_kv_heads(parallel)} KV heads of {heads}, {dtype}{spread}"
     )
 
 
@@ -78,6 +81,8 @@ def notes(plan: Plan) -> Iterator[str]:
             "more (README, Measured): compare yours before use."
         )
     yield from _of_estimates(plan)
+    if layer_kinds.pads_values(plan.engine.model_config):
+        yield "Under a quota values take as much room as keys, which are longer."
     if plan.keeps_pool:
         yield (
             "With --skip-mm-profiling vLLM leaves no memory for the vision tower, so the line sets "

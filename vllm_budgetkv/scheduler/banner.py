@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
-from vllm_budgetkv.start import host_memory
+from vllm_budgetkv.start import host_memory, layer_kinds
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,12 +56,25 @@ class Banner:
             logger.info("budgetkv: policy %s, no quota", self.config.policy)
         else:
             self._log_quota()
+        if layer_kinds.pads_values(self.vllm_config.model_config):
+            self._log_padding()
         if self.config.compresses and quota.fits(self._max_model_len):
             logger.warning(
                 "budgetkv: the quota holds the %d tokens of --max-model-len, so nothing will be "
                 "compressed: lower the quota or raise --max-model-len",
                 self._max_model_len,
             )
+
+    def _log_padding(self) -> None:
+        sizes = layer_kinds.head_sizes(self.vllm_config.model_config)
+        key_size, value_size = sizes["full_attention"]
+        logger.info(
+            "budgetkv: values of %d elements take as much room as keys, of %d: keys and values are "
+            "%.2f times as long as they need be",
+            value_size,
+            key_size,
+            2 * key_size / (key_size + value_size),
+        )
 
     def _log_quota(self) -> None:
         quota = self._quota

@@ -64,6 +64,9 @@ WINDOWS = (SlidingWindowSpec, ChunkedLocalAttentionSpec)
 class QuotaSpec(FullAttentionSpec):
     """Full attention whose requests hold what their quota says.
 
+    Values of fewer elements than keys are stored with zeros behind them, so `head_size_v` is
+    `head_size`.
+
     Attributes:
         quota: the largest of theirs.
         encoder_tokens: embeddings that the encoder makes in a step and keeps, as the worker says
@@ -75,7 +78,12 @@ class QuotaSpec(FullAttentionSpec):
 
     @classmethod
     def of(
-        cls, spec: FullAttentionSpec, quota: Quota, computed: torch.dtype | None = None
+        cls,
+        spec: FullAttentionSpec,
+        quota: Quota,
+        computed: torch.dtype | None = None,
+        *,
+        pads_values: bool = False,
     ) -> QuotaSpec:
         """The spec of a layer under the quota; its pages pay for all fields of a head-page.
 
@@ -83,10 +91,13 @@ class QuotaSpec(FullAttentionSpec):
             spec: vLLM's.
             quota: the largest of a request.
             computed: dtype that the model computes in; None if keys and values are stored so.
+            pads_values: whether values may have fewer elements than keys.
 
         Raises:
             ValueError: the layer is not plain full attention, or its page layout is not supported.
         """
+        if pads_values and spec.head_size_v < spec.head_size:
+            spec = replace(spec, head_size_v=spec.head_size)
         if foreign := foreign_to(spec):
             raise ValueError(
                 f"a layer of the model has {', '.join(foreign)}, which no quota covers: start "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_budgetkv.arithmetic.layout import MAX_HEAD_SIZE, MIN_HEAD_SIZE
 from vllm_budgetkv.start import pictures
+from vllm_budgetkv.start.layer_kinds import PADDED, head_sizes, layer_types
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -31,9 +32,7 @@ ALWAYS = {
     "InklingForCausalLM": "convolutions and sliding windows inside its attention",
     "InklingForConditionalGeneration": "convolutions and sliding windows inside its attention",
     "IQuestLoopCoderForCausalLM": "layers that run several times with a cache for each",
-    "MiMoV2FlashForCausalLM": OTHER_HEADS,
-    "MiMoV2ForCausalLM": OTHER_HEADS,
-    "MiMoV2OmniForCausalLM": OTHER_HEADS,
+    "MiMoV2OmniForCausalLM": "towers for pictures and sound that were not tried",
     "Step1ForCausalLM": "ALiBi, a bias by distance",
     "Step3p5ForCausalLM": OTHER_HEADS,
     "Step5ForCausalLM": SPARSE,
@@ -95,6 +94,8 @@ WINDOWS_BESIDE = {
     "Gemma3ForConditionalGeneration",
     "GptOssForCausalLM",
     "Llama4ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "MiMoV2ForCausalLM",
     "MinistralForCausalLM",
     "MistralForCausalLM",
     "Olmo3ForCausalLM",
@@ -124,7 +125,7 @@ def keeps_windows(model: ModelConfig) -> bool:
 def num_full_layers(model: ModelConfig) -> int:
     """Layers with full attention of a model that has layers of several kinds."""
     full = FULL_LAYER_TYPES - WINDOWED_LAYER_TYPES
-    return sum(kind in full for kind in model.hf_text_config.layer_types)
+    return sum(kind in full for kind in layer_types(model.hf_text_config))
 
 
 def num_state_layers(model: ModelConfig) -> int:
@@ -220,17 +221,22 @@ def _of_layers(model: ModelConfig) -> Iterator[str]:
             f"heads of {head_size} elements, not a multiple of 8 from {MIN_HEAD_SIZE} to "
             f"{MAX_HEAD_SIZE}"
         )
+    if PADDED.intersection(model.architectures):
+        for key_size, value_size in head_sizes(model).values():
+            if value_size > key_size:
+                yield f"values of {value_size} elements, more than the {key_size} of its keys"
 
 
 def _is_served(field: str, model: ModelConfig) -> bool:
     """Whether what a field of `SWITCHES` turns on is served in this model."""
     if field == "attn_logit_softcapping":
         return bool(WINDOWS_BESIDE.intersection(model.architectures))
-    return field == "attention_chunk_size" and keeps_windows(model)
+    # sinks of layers with windows are vLLM's own affair
+    return field in ("attention_chunk_size", "add_swa_attention_sink_bias") and keeps_windows(model)
 
 
 def _layer_types(text: Any) -> set[str]:
-    return set(getattr(text, "layer_types", None) or ())
+    return set(layer_types(text))
 
 
 def _sinks_by_default(text: Any) -> bool:

@@ -267,7 +267,7 @@ READS = (
     Reads("vllm.v1.attention.backend", "AttentionType", "no other is served", ("DECODER",)),
     Reads("vllm.v1.attention.backend", "MultipleOf", "page sizes", ("base",)),
     Reads("vllm.v1.attention.backends.registry", "AttentionBackendEnum", "slots of our backend", (
-        "CPU_ATTN", "get_path()")),
+        "CPU_ATTN", "TRITON_ATTN_DIFFKV", "get_class()", "get_path()")),
     Reads("vllm.model_executor.layers.attention", "Attention", "the layer behind a call", (
         "impl", "kv_cache", "layer_name")),
     Reads("vllm.model_executor.layers.rotary_embedding.base", "RotaryEmbedding",

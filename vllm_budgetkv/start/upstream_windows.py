@@ -21,6 +21,12 @@ WINDOW_TOUCHPOINTS = (
     Touchpoint(_CPU, "CPUAttentionMetadataBuilder", "subclass",
                "tokens of pictures that attend both ways, once more", device="cpu"),
     Touchpoint(_CPU, "CPUAttentionMetadata", "subclass", "the same", device="cpu"),
+    Touchpoint("vllm.model_executor.layers.attention", "Attention", "replace",
+               "while MiMo-V2 loads, layers whose values are smaller than keys choose no backend"),
+    Touchpoint("vllm.v1.attention.backends.triton_attn_diffkv",
+               "TritonAttentionDiffKVBackend.set_head_size_v", "read",
+               "on a GPU such layers get this one, if they have windows", ("cls", "head_size_v"),
+               device="cuda"),
     Touchpoint(_SPEC, "iter_layer_specs", "read", "which group of layers is ours",
                ("kv_cache_spec",)),
 )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_budgetkv.cache.step import Step
+from vllm_budgetkv.worker import padded_values
 
 if TYPE_CHECKING:
     import torch
@@ -97,10 +98,10 @@ class BudgetAttention(AttentionImpl[Step]):
 
         Args:
             layer: the layer; its name finds its index in the pool.
-            query: [T, Hq, D], rotated. key, value: [T, H, D].
+            query: [T, Hq, D], rotated. key: [T, H, D]. value: [T, H, Dv], Dv at most D.
             kv_cache: vLLM's view of the layer, unused: pages are found through our tables.
             attn_metadata: the step; None in a dummy run, which holds no request.
-            output: [T, Hq, D] or [T, Hq * D], written.
+            output: [T, Hq, Dv] or [T, Hq * Dv], written.
 
         Raises:
             RuntimeError: requests run, but nothing says which tokens are theirs.
@@ -116,6 +117,8 @@ class BudgetAttention(AttentionImpl[Step]):
             if self.listener is not None:
                 self.listener.hear(layer.layer_name, query)
             return output.zero_()
-        out = output.view(-1, self.num_heads, self.head_size)
-        attn_metadata.run_layer(layer.layer_name, query, key, value, out)
+        out = output.view(-1, self.num_heads, value.shape[-1])
+        value = padded_values.padded(value, self.head_size)
+        with padded_values.widened(out, self.head_size) as wide:
+            attn_metadata.run_layer(layer.layer_name, query, key, value, wide)
         return output

@@ -29,11 +29,14 @@ class BudgetBackend(AttentionBackend):
 
     Attributes:
         quota: the largest of a request.
-        computed: dtype that the model computes in. The worker sets both before it loads a model.
+        computed: dtype that the model computes in.
+        pads_values: whether values may have fewer elements than keys. The worker sets all three
+            before it loads a model.
     """
 
     quota: ClassVar[Quota]
     computed: ClassVar[torch.dtype]
+    pads_values: ClassVar[bool] = False
     supported_dtypes: ClassVar[list[torch.dtype]] = list(SUPPORTED_DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
         "auto",
@@ -72,7 +75,9 @@ class BudgetBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         # vLLM also passes specs that have been customized already
-        return spec if isinstance(spec, QuotaSpec) else QuotaSpec.of(spec, cls.quota, cls.computed)
+        if isinstance(spec, QuotaSpec):
+            return spec
+        return QuotaSpec.of(spec, cls.quota, cls.computed, pads_values=cls.pads_values)
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -1,12 +1,13 @@
 """vLLM's attention on a CPU over a buffer with the block outermost, for layers with windows.
 
 Apart from `windows.py`, because only a CPU needs it. vLLM's backend asks for the layer outermost,
-but its kernels take the stride of a block from the tensor.
+but its kernels take the stride of a block from the tensor. They know one size of keys and values,
+so values of fewer elements get zeros behind them, as ours.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,9 +20,11 @@ from vllm.v1.attention.backends.cpu_attn import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from vllm_budgetkv.worker.cpu_pictures import PictureRows
+from vllm_budgetkv.worker.padded_values import padded, widened
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
 
 
 @dataclass
@@ -69,13 +72,28 @@ class CPUWindowAttention(CPUAttentionBackendImpl):
     ) -> torch.Tensor:
         if attn_metadata is None:
             return output.zero_()
-        cache, scales = (key, value, kv_cache), (output_scale, output_block_scale)
-        super().forward(layer, query, *cache, attn_metadata, output, *scales)
-        if (pictures := attn_metadata.pictures) is not None:
-            seen = torch.empty_like(output[pictures.tokens])
-            super().forward(layer, query[pictures.tokens], *cache, pictures.metadata, seen, *scales)
-            output[pictures.tokens] = seen
+        cache = key, padded(value, self.head_size), kv_cache
+        scales = output_scale, output_block_scale
+        with widened(output, self.head_size) as wide:
+            super().forward(layer, query, *cache, attn_metadata, wide, *scales)
+            if (pictures := attn_metadata.pictures) is not None:
+                asked = query[pictures.tokens]
+                seen = torch.empty_like(wide[pictures.tokens])
+                super().forward(layer, asked, *cache, pictures.metadata, seen, *scales)
+                wide[pictures.tokens] = seen
         return output
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(
+            layer, key, padded(value, self.head_size), kv_cache, slot_mapping
+        )
 
 
 class CPUWindowBackend(CPUAttentionBackend):
@@ -92,3 +110,7 @@ class CPUWindowBackend(CPUAttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return replace(spec, head_size_v=spec.head_size)

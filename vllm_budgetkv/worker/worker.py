@@ -21,7 +21,7 @@ from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.scheduler.lookahead import LookaheadParams, parent_of
 from vllm_budgetkv.scheduler.spec import our_group, windows_of
 from vllm_budgetkv.scheduler.stripped import brought_by
-from vllm_budgetkv.start import platforms, pool_size, refused_models
+from vllm_budgetkv.start import layer_kinds, platforms, pool_size, refused_models
 from vllm_budgetkv.start.activation import config_of, rules_of
 from vllm_budgetkv.start.host_memory import num_blocks
 from vllm_budgetkv.worker.backend import BudgetBackend, layers_under_quota
@@ -30,6 +30,7 @@ from vllm_budgetkv.worker.generators import rest_in_chunks
 from vllm_budgetkv.worker.graphs import keep_chunks_out
 from vllm_budgetkv.worker.metadata import BudgetMetadataBuilder
 from vllm_budgetkv.worker.noted_rows import NotedRows
+from vllm_budgetkv.worker.padded_values import chosen_as_others
 from vllm_budgetkv.worker.query_samples import NUM_TOKEN_IDS, sample_queries
 from vllm_budgetkv.worker.telling import tell
 from vllm_budgetkv.worker.video_encoder import VideoEncoder
@@ -94,8 +95,13 @@ class BudgetWorker(Worker):
         self.budget_rules = rules_of(self.vllm_config)
         BudgetBackend.quota = self._largest_quota
         BudgetBackend.computed = self.model_config.dtype
+        BudgetBackend.pads_values = layer_kinds.pads_values(self.model_config)
         keeps_windows = refused_models.keeps_windows(self.vllm_config.model_config)
-        with backend_registered(), windows_left_to_vllm(self.vllm_config, keeps_windows):
+        with (
+            backend_registered(),
+            windows_left_to_vllm(self.vllm_config, keeps_windows),
+            chosen_as_others(self.model_config),
+        ):
             super().load_model(**kwargs)
         self.video_encoder = VideoEncoder.of(self.model_runner, self.vllm_config)
 
