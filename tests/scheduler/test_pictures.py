@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
+from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
@@ -123,6 +125,21 @@ def test_a_picture_that_no_chunk_holds_is_refused(
     assert said is not None
     assert f"has 26 tokens that attend to each other, but a step computes at most {most}" in said
     assert whole.refusal([image(10, most, "a")], quota) is None
+
+
+def test_a_session_ends_where_no_step_holds_its_next_picture(
+    qwen2: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "attend_both_ways", lambda model: True)
+    core = Core(configure(qwen2, budget=ROOMY), encoder_embeds=EMBEDS)
+    request = core.add("session", 40, 4)
+    request.streaming_queue = deque()
+    goes_on = copy.copy(request)
+    goes_on.mm_features = [image(4, 26, "a")]
+    core.scheduler.add_request(goes_on)
+    core.add("other", 40)
+    core.run(100)
+    assert core.ended["session"] == "error" and len(core.tokens["other"]) == 4
 
 
 def test_pictures_of_a_prompt() -> None:

@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 COPIED = ("vllm_budgetkv", "tests", "docs", "csrc", "pyproject.toml")
 TESTS = (
     "tests/arithmetic/test_quota.py",
+    "tests/arithmetic/test_pictures.py",
+    "tests/cache/test_pictures.py",
     "tests/cache/test_report_file.py",
     "tests/cache/test_unreadable_items.py",
     "tests/ops/test_merge.py",

@@ -32,8 +32,8 @@ OF_COUNTS = (
     Mutation(
         "frame groups: what a session goes on with is not looked at",
         "scheduler/scheduler.py",
-        "if refusal := self.encoder_room.refusal_of_whole(request):",
-        "if refusal := None:",
+        "refusal = self.encoder_room.refusal_of_whole(request)",
+        "refusal = None",
     ),
     Mutation(
         "frame groups: pixels that a prefix covered are never sent",

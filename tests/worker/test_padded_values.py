@@ -92,7 +92,8 @@ def test_a_layer_with_windows_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     key, value, output = draw(T, H, D), draw(T, H, DV), torch.empty(T, HQ, DV)
     impl.do_kv_cache_update(None, key, value, None, None)
     assert torch.equal(stored[0], padded_values.padded(value, D))
-    assert impl.forward(None, draw(T, HQ, D), key, value, None, object(), output) is output
+    batch = SimpleNamespace(pictures=None)
+    assert impl.forward(None, draw(T, HQ, D), key, value, None, batch, output) is output
     assert torch.equal(output, (2 * value[:, :1]).expand(T, HQ, DV))
 
 
