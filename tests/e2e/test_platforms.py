@@ -22,6 +22,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname  # noqa: E402
 from vllm.v1.attention.backends.registry import AttentionBackendEnum  # noqa: E402
 from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
+from tests.e2e import picture_models  # noqa: E402
+from tests.e2e.conftest import MODELS  # noqa: E402
+from vllm_budgetkv.start.pictures import Pictures  # noqa: E402
 from vllm_budgetkv.worker.backend import BudgetBackend  # noqa: E402
 from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
 
@@ -119,6 +122,15 @@ def test_on_a_gpu_another_backend_is_refused(text_model: Path) -> None:
         create(text_model, attention_backend="FLASH_ATTN")
 
 
+@pytest.mark.usefixtures("on_cuda")
+def test_on_a_gpu_our_scheduler_keeps_pictures_whole() -> None:
+    """There vLLM asks for whole items itself, before we are asked."""
+    model = picture_models.build_gemma3(MODELS, 64)
+    config = create(model, max_num_batched_tokens=2048, disable_chunked_mm_input=True)
+    assert config.scheduler_config.disable_chunked_mm_input is False
+    assert Pictures.of(config).attend_both_ways
+
+
 def test_on_a_gpu_nothing_of_vllm_for_cpus_is_imported(text_model: Path) -> None:
     """vLLM's worker for CPUs takes streams and pinned memory from the whole process."""
     subprocess.run([sys.executable, "-c", STARTS_ON_CUDA, str(text_model)], check=True)
@@ -141,7 +153,12 @@ def test_the_cuda_platform_takes_our_backend_and_only_while_registered(
         NonNvmlCudaPlatform, "get_device_capability", classmethod(lambda cls, *_: capability)
     )
     wanted = AttentionSelectorConfig(
-        head_size=head_size, dtype=torch.bfloat16, kv_cache_dtype=cache_dtype, block_size=16
+        head_size=head_size,
+        dtype=torch.bfloat16,
+        kv_cache_dtype=cache_dtype,
+        block_size=16,
+        has_sink=True,
+        use_mm_prefix=True,
     )
 
     def select() -> str:

@@ -148,8 +148,8 @@ def _picture_tokens(model: ModelConfig) -> int:
 def settle(vllm_config: VllmConfig) -> None:
     """Let our scheduler alone keep pictures whole. Mutates `vllm_config`.
 
-    On a GPU vLLM asks for whole items, which has no room for a picture in several parts that is
-    longer than a chunk, and cuts one that begins a chunk.
+    On a GPU vLLM asks for whole items: no chunk may then hold a picture in several parts that are
+    longer than one, and 0.32 cuts an item that begins a chunk.
     """
     if attend_both_ways(vllm_config.model_config):
         vllm_config.scheduler_config.disable_chunked_mm_input = False
