@@ -257,6 +257,7 @@ def bound(plans: tuple[str, ...] = ("a", "b"), rows: tuple[str, ...] = ("a", "b"
     # a step is the name of what was asked for
     layer.impl.cache = SimpleNamespace(
         plans=dict.fromkeys(plans),
+        has_chunks=True,
         open_step=lambda rows, starts, pictures: (*rows, starts.tolist(), pictures),
         step_to_capture=lambda num_rows: num_rows,
     )
@@ -281,6 +282,13 @@ def test_a_picture_reaches_the_step_with_the_token_behind_its_last() -> None:
     pictures = {0: [(1, 2), (4, 4)], 1: []}
     step = bound().build(0, batch(mm_req_doc_ranges=pictures))
     assert step == ("a", "b", [0, 3, 4], {0: [(1, 3), (4, 5)], 1: []})
+
+
+def test_in_a_decode_step_nobody_looks_at_pictures() -> None:
+    found = bound()
+    found._cache.has_chunks = False
+    step = found.build(0, batch(mm_req_doc_ranges={0: [(1, 2)]}))
+    assert step == ("a", "b", [0, 3, 4], {})
 
 
 DEFAULTED = {"positions", "is_prefilling", "seq_lens_cpu_upper_bound", "req_idx"} | {

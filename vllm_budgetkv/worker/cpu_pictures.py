@@ -74,6 +74,9 @@ def _runs(common: CommonAttentionMetadata) -> Iterator[tuple[int, int, int, int]
     starts, lens = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
     for row, pictures in (common.mm_req_doc_ranges or {}).items():
         num_tokens = starts[row + 1] - starts[row]
+        if num_tokens == 1:
+            # decodes, or the last of a picture, which sees all of it in any case
+            continue
         computed_tokens = lens[row] - num_tokens
         for first, last in pictures:
             begin = max(first, computed_tokens)

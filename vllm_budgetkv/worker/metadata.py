@@ -84,7 +84,8 @@ class BudgetMetadataBuilder(AttentionMetadataBuilder[Step]):
                 f"vLLM asked for {len(row_ids)} rows of a batch of {len(cache.plans)} requests, "
                 "which must run as one: start without --kv-policy"
             )
-        pictures = pictures_of(common_attn_metadata)
+        # vLLM names those of prompts that are behind a request, too
+        pictures = pictures_of(common_attn_metadata) if cache.has_chunks else {}
         return cache.open_step(row_ids, query_start[: len(row_ids) + 1], pictures)
 
     def build_for_cudagraph_capture(
