@@ -142,6 +142,43 @@ def test_a_session_ends_where_no_step_holds_its_next_picture(
     assert core.ended["session"] == "error" and len(core.tokens["other"]) == 4
 
 
+def side_by_side(count: int, name: str) -> list[MultiModalFeatureSpec]:
+    """Pictures of 20 tokens as in Gemma 3: 3 of text in front of each and 2 behind it, of which the
+    last is the next one's first."""
+    mask = torch.zeros(25, dtype=torch.bool)
+    mask[3:23] = True
+    return [
+        MultiModalFeatureSpec(
+            data=None,
+            modality="image",
+            identifier=f"{name}-{place}",
+            mm_hash=f"{name}-{place}",
+            mm_position=PlaceholderRange(offset=6 + 24 * place, length=25, is_embed=mask),
+        )
+        for place in range(count)
+    ]
+
+
+@pytest.mark.parametrize("embeds", [20, 39, 45, 65])
+@pytest.mark.parametrize("budget", [{}, ROOMY], ids=["long", "fits"])
+def test_pictures_side_by_side_hold_nobody_back(
+    qwen2: Path, monkeypatch: pytest.MonkeyPatch, budget: dict[str, int], embeds: int
+) -> None:
+    """The bug: each request held a picture of which all was computed, and waited for the next one.
+
+    Also alone, where the encoder's cache holds one of them and not two.
+    """
+    monkeypatch.setattr(pictures, "attend_both_ways", lambda model: True)
+    core = Core(configure(qwen2, budget=budget), encoder_embeds=embeds)
+    for number in range(10):
+        core.add(f"r{number}", 160, images=side_by_side(5, f"r{number}"))
+    core.run(600)
+    assert len(core.ended) == 10
+    first = [(9 + 24 * place, 29 + 24 * place) for place in range(5)]
+    for ends in core.ends.values():
+        assert not [end for end in ends if any(a < end < b for a, b in first)]
+
+
 def test_pictures_of_a_prompt() -> None:
     """Parts of an item by themselves, none longer than the window, and no audio."""
     mask = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0]).bool()

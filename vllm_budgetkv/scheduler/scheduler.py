@@ -273,6 +273,7 @@ class BudgetScheduler(TurnScheduler):
 
     def _go_on(self, request: Request) -> None:
         """The next input of a session; with an item that can never be computed it ends."""
+        self._pictures.trim(request)
         refusal = self.encoder_room.refusal_of_whole(request)
         refusal = refusal or self._pictures.refusal(request.mm_features, self._quota_of(request))
         if refusal:
@@ -293,6 +294,7 @@ class BudgetScheduler(TurnScheduler):
             # a session grows its prompt, but the quota's plan needs its length from the start
             raise ValueError("sessions that stream their input have no quota")
         self.encoder_room.cut(request)
+        self._pictures.trim(request)
         if why := self._pictures.refusal(request.mm_features, terms.quota):
             raise ValueError(why)
         if not terms.quota.compresses and self.quota.compresses:

@@ -7,7 +7,7 @@ here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -81,6 +81,16 @@ class Pictures:
         longest = self.window_tokens
         return sorted(each for each in found if longest is None or each[1] - each[0] <= longest)
 
+    def trim(self, request: Request) -> None:
+        """Let each item begin with its first embedding. Mutates `request`.
+
+        Text in front of it is computed without it then, also by a request that has no room for it
+        beside the item in front. Where that text is the end of this item, too, as in Gemma 3, it
+        would be kept until the next has room, and others' would be for the same reason.
+        """
+        if self.attend_both_ways:
+            request.mm_features = [_trimmed(feature) for feature in request.mm_features]
+
     def refusal(self, features: Sequence[MultiModalFeatureSpec], quota: Quota) -> str | None:
         """Why a prompt is refused; None if one chunk holds each of its pictures."""
         longest = max((stop - first for first, stop in self.among(features)), default=0)
@@ -95,6 +105,17 @@ class Pictures:
     def most_tokens(self, quota: Quota) -> int:
         """Tokens of the longest picture that a request under a quota may have."""
         return min(self.step_tokens, quota.chunk_tokens) if quota.compresses else self.step_tokens
+
+
+def _trimmed(feature: MultiModalFeatureSpec) -> MultiModalFeatureSpec:
+    """An item that begins with its first embedding."""
+    place = feature.mm_position
+    if place.is_embed is None or not place.is_embed.any():
+        return feature
+    lead = int(place.is_embed.int().argmax())
+    first, length = place.offset + lead, place.length - lead
+    place = replace(place, offset=first, length=length, is_embed=place.is_embed[lead:])
+    return replace(feature, mm_position=place)
 
 
 def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
