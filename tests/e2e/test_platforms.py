@@ -24,6 +24,7 @@ from vllm.v1.attention.selector import AttentionSelectorConfig  # noqa: E402
 
 from tests.e2e import picture_models  # noqa: E402
 from tests.e2e.conftest import MODELS  # noqa: E402
+from vllm_budgetkv.start.activation import quota_of  # noqa: E402
 from vllm_budgetkv.start.pictures import Pictures  # noqa: E402
 from vllm_budgetkv.worker.backend import BudgetBackend  # noqa: E402
 from vllm_budgetkv.worker.worker import backend_registered  # noqa: E402
@@ -128,7 +129,7 @@ def test_on_a_gpu_our_scheduler_keeps_pictures_whole() -> None:
     model = picture_models.build_gemma3(MODELS, 64)
     config = create(model, max_num_batched_tokens=2048, disable_chunked_mm_input=True)
     assert config.scheduler_config.disable_chunked_mm_input is False
-    assert Pictures.of(config).attend_both_ways
+    assert Pictures.of(config, quota_of(config)).attend_both_ways
 
 
 def test_on_a_gpu_nothing_of_vllm_for_cpus_is_imported(text_model: Path) -> None:

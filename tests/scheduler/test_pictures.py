@@ -15,7 +15,7 @@ from tests.scheduler.engine_core import Core, configure, image
 from vllm_budgetkv.scheduler.chunks import EncoderLimits, chunk_stop
 from vllm_budgetkv.start import pictures
 from vllm_budgetkv.start.activation import quota_of
-from vllm_budgetkv.start.pictures import Pictures
+from vllm_budgetkv.start.pictures import Pictures, Room
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,11 +119,15 @@ def test_a_picture_that_no_chunk_holds_is_refused(
     core.add("other", 40)
     core.run()
     assert core.ended == {"r": "error", "other": "length"}
-    whole = Pictures(attend_both_ways=True, window_tokens=None, step_tokens=25)
+    whole = Pictures(
+        attend_both_ways=True, window_tokens=None, step=Room(25, "--max-num-batched-tokens", 7)
+    )
     quota = quota_of(core.scheduler.vllm_config)
     said = whole.refusal([image(10, 26, "a")], quota)
     assert said is not None
     assert f"has 26 tokens that attend to each other, but a step computes at most {most}" in said
+    flag = "--max-num-batched-tokens of at least 33 (or a" if budget else "--kv-chunk-tokens of at"
+    assert flag in said
     assert whole.refusal([image(10, most, "a")], quota) is None
 
 
@@ -191,12 +195,13 @@ def test_pictures_of_a_prompt() -> None:
         mm_position=PlaceholderRange(offset=0, length=3),
     )  # fmt: skip
     features = [sound, crops, image(20, 4, "c")]
-    both = Pictures(attend_both_ways=True, window_tokens=None, step_tokens=99)
+    both = Pictures(attend_both_ways=True, window_tokens=None, step=Room(99, ""))
     assert both.among(features) == [(11, 13), (14, 17), (20, 24)]
-    within = Pictures(attend_both_ways=True, window_tokens=3, step_tokens=99)
+    within = Pictures(attend_both_ways=True, window_tokens=3, step=Room(99, ""))
     assert within.among(features) == [(11, 13), (14, 17)]
     assert (
-        Pictures(attend_both_ways=False, window_tokens=None, step_tokens=99).among(features) == []
+        Pictures(attend_both_ways=False, window_tokens=None, step=Room(99, "")).among(features)
+        == []
     )
 
 

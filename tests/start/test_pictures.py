@@ -30,14 +30,33 @@ def configure(budget: dict[str, Any], **engine: Any) -> VllmConfig:
     return EngineArgs(model=str(model), **arguments).create_engine_config()
 
 
+def pictures_of(config: VllmConfig) -> pictures.Pictures:
+    return pictures.Pictures.of(config, quota_of(config))
+
+
+@pytest.mark.parametrize(
+    ("field", "tokens", "wish"),
+    [
+        ("max_num_scheduled_tokens", 70, r"--max-num-scheduled-tokens of at least 71 \(or a lower"),
+        ("long_prefill_token_threshold", 60, "--long-prefill-token-threshold of at least 64$"),
+    ],
+)
+def test_a_step_may_compute_less_than_its_buffers_hold(field: str, tokens: int, wish: str) -> None:
+    """The bug: another option was named, which changed nothing."""
+    config = configure({"page_quota": 128, "chunk_tokens": 8})
+    setattr(config.scheduler_config, field, tokens)
+    with pytest.raises(ValueError, match=f"of a request: use {wish}"):
+        pictures.check(config, quota_of(config))
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_our_scheduler_alone_keeps_pictures_whole(asked: bool) -> None:
     """vLLM asks for whole items on a GPU; a user may, too."""
     config = configure({}, disable_chunked_mm_input=asked)
     assert config.scheduler_config.disable_chunked_mm_input is False
-    found = pictures.Pictures.of(config)
+    found = pictures_of(config)
     assert found.attend_both_ways
-    assert (found.window_tokens, found.step_tokens) == (128, 64)
+    assert (found.window_tokens, found.step.tokens) == (128, 64)
     groups = groups_of(config)
     assert (groups.num_layers, groups.num_windowed) == (quota_of(config).num_layers, 4)
 
@@ -49,12 +68,12 @@ def test_our_scheduler_alone_keeps_pictures_whole(asked: bool) -> None:
             {"chunk_tokens": 63},
             {},
             "a picture of the model has 64 tokens that attend to each other, but a step computes "
-            "at most 63 of a request: raise --kv-chunk-tokens$",
+            "at most 63 of a request: use --kv-chunk-tokens of at least 64$",
         ),
         (
             {"page_quota": 128, "chunk_tokens": 8},
             {"max_num_batched_tokens": 70},
-            "but a step computes at most 63 of a request: raise --max-num-batched-tokens$",
+            r"most 63 of a request: use --max-num-batched-tokens of at least 71 \(or a lower ",
         ),
         ({"host_memory": "1GiB"}, {}, "host memory keeps no windows: remove --kv-host-memory"),
         ({}, {"tensor_parallel_size": 2}, "set --tensor-parallel-size 2 to 1"),
@@ -71,14 +90,14 @@ def test_what_is_not_served_is_said(
 
 def test_a_quota_of_everything_asks_for_no_chunk() -> None:
     """What a step computes must hold a picture then."""
-    found = pictures.Pictures.of(configure({"page_quota": 128, "chunk_tokens": 8}))
-    assert found.step_tokens == 256 - 7
+    found = pictures_of(configure({"page_quota": 128, "chunk_tokens": 8}))
+    assert found.step.tokens == 256 - 7
 
 
 def test_a_model_that_is_to_read_text_alone_has_no_pictures() -> None:
     """vLLM leaves its pictures out, and so may chunks be shorter than one."""
     config = configure({"chunk_tokens": 32}, limit_mm_per_prompt={"image": 0})
-    assert not pictures.Pictures.of(config).attend_both_ways
+    assert not pictures_of(config).attend_both_ways
 
 
 def test_other_models_with_such_pictures_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,7 @@ class BudgetScheduler(TurnScheduler):
         self._host_blocks = host_memory.num_blocks(self.vllm_config, self._config)
         # vLLM's own reason to cut chunks: recurrent state that others may begin with
         self._keeps_states = self.need_mamba_block_aligned_split
-        self._pictures = Pictures.of(self.vllm_config)
+        self._pictures = Pictures.of(self.vllm_config, self.quota)
         cuts_chunks = self.quota.compresses or self._pictures.attend_both_ways
         self.need_mamba_block_aligned_split |= cuts_chunks
         if self._blocks_beside:

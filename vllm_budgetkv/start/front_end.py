@@ -49,7 +49,7 @@ def _process_inputs(
         check(rules, self.vllm_config, request)
         if most_tokens is not None:
             check_items(request, most_tokens)
-        check_pictures(rules, Pictures.of(self.vllm_config), request)
+        check_pictures(rules, Pictures.of(self.vllm_config, rules.default.quota), request)
     except refusal():
         meters().was_refused(self.vllm_config.model_config.served_model_name)
         _forget_items(self, request)

@@ -41,28 +41,76 @@ def attend_both_ways(model: ModelConfig) -> bool:
 
 
 @dataclass(frozen=True)
+class Room:
+    """What a step computes of a request at most.
+
+    Args:
+        tokens: of the prompt.
+        flag: the option that sets them.
+        others: tokens that the option keeps for other requests beside them.
+    """
+
+    tokens: int
+    flag: str
+    others: int = 0
+
+    def wish_for(self, tokens: int) -> str:
+        """What the option must be to have room for so many."""
+        or_else = " (or a lower --max-num-seqs)" if self.others else ""
+        return f"{self.flag} of at least {tokens + self.others}{or_else}"
+
+    @classmethod
+    def of(cls, engine: EngineConfig, default: Quota) -> Self:
+        """That of any request, whatever its quota.
+
+        Args:
+            engine: its configuration.
+            default: quota of a request that asks for none.
+        """
+        scheduler = engine.scheduler_config
+        tokens, flag = scheduler.max_num_batched_tokens, "--max-num-batched-tokens"
+        if scheduler.max_num_scheduled_tokens is not None:
+            tokens, flag = scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
+        others = scheduler.max_num_seqs - 1
+        found, threshold = (
+            cls(tokens - others, flag, others),
+            scheduler.long_prefill_token_threshold,
+        )
+        if default.compresses:
+            # which is the threshold then
+            return cls.of_chunks(default, found)
+        if 0 < threshold < found.tokens:
+            return cls(threshold, "--long-prefill-token-threshold")
+        return found
+
+    @classmethod
+    def of_chunks(cls, quota: Quota, step: Self) -> Self:
+        """That of a request under a quota, in a step with so much room."""
+        if not quota.compresses or quota.chunk_tokens > step.tokens:
+            return step
+        return cls(quota.chunk_tokens, "--kv-chunk-tokens")
+
+
+@dataclass(frozen=True)
 class Pictures:
     """The pictures of prompts that no chunk may cut, and how long they may be.
 
     Args:
         attend_both_ways: whether the model has such pictures; else there are none.
         window_tokens: of the model; a longer picture attends causally. None without a window.
-        step_tokens: most tokens of a request in a step, whatever its quota.
+        step: room for any request.
     """
 
     attend_both_ways: bool
     window_tokens: int | None
-    step_tokens: int
+    step: Room
 
     @classmethod
-    def of(cls, engine: EngineConfig) -> Self:
-        """Those of an engine."""
-        model, scheduler = engine.model_config, engine.scheduler_config
-        batch_tokens = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
-        beside_others = batch_tokens - scheduler.max_num_seqs + 1
-        threshold = scheduler.long_prefill_token_threshold or beside_others
-        step_tokens = min(threshold, beside_others)
-        return cls(attend_both_ways(model), model.get_sliding_window(), step_tokens)
+    def of(cls, engine: EngineConfig, default: Quota) -> Self:
+        """Those of an engine; `default` is the quota of a request that asks for none."""
+        model = engine.model_config
+        step = Room.of(engine, default)
+        return cls(attend_both_ways(model), model.get_sliding_window(), step)
 
     def ahead(self, request: Request, start_tokens: int) -> list[Range]:
         """Those of the prompt of a request that has seen `start_tokens`; none behind its prompt."""
@@ -94,17 +142,14 @@ class Pictures:
     def refusal(self, features: Sequence[MultiModalFeatureSpec], quota: Quota) -> str | None:
         """Why a prompt is refused; None if one chunk holds each of its pictures."""
         longest = max((stop - first for first, stop in self.among(features)), default=0)
-        if longest <= self.most_tokens(quota):
+        room = Room.of_chunks(quota, self.step)
+        if longest <= room.tokens:
             return None
         return (
             f"a picture has {longest} tokens that attend to each other, but a step computes at "
-            f"most {self.most_tokens(quota)} of a request: send smaller pictures, or start the "
-            "server with larger --kv-chunk-tokens and --max-num-batched-tokens"
+            f"most {room.tokens} of a request: send smaller pictures, or ask a server with "
+            f"{room.wish_for(longest)}"
         )
-
-    def most_tokens(self, quota: Quota) -> int:
-        """Tokens of the longest picture that a request under a quota may have."""
-        return min(self.step_tokens, quota.chunk_tokens) if quota.compresses else self.step_tokens
 
 
 def _trimmed(feature: MultiModalFeatureSpec) -> MultiModalFeatureSpec:
@@ -143,18 +188,20 @@ def reasons(vllm_config: VllmConfig, config: BudgetConfig) -> Iterator[str]:
 def check(engine: EngineConfig, quota: Quota) -> None:
     """Refuse a model whose pictures no chunk holds, where its configuration says how long they are.
 
+    Args:
+        engine: its configuration.
+        quota: of a request that asks for none.
+
     Raises:
         ValueError: with both numbers and the option to change.
     """
-    longest, found = _picture_tokens(engine.model_config), Pictures.of(engine)
+    longest, found = _picture_tokens(engine.model_config), Pictures.of(engine, quota)
     is_causal = found.window_tokens is not None and longest > found.window_tokens
-    if not found.attend_both_ways or is_causal or longest <= found.most_tokens(quota):
+    if not found.attend_both_ways or is_causal or longest <= found.step.tokens:
         return
-    is_chunk = quota.compresses and found.most_tokens(quota) == quota.chunk_tokens
-    flag = "--kv-chunk-tokens" if is_chunk else "--max-num-batched-tokens"
     raise ValueError(
         f"a picture of the model has {longest} tokens that attend to each other, but a step "
-        f"computes at most {found.most_tokens(quota)} of a request: raise {flag}"
+        f"computes at most {found.step.tokens} of a request: use {found.step.wish_for(longest)}"
     )
 
 
