@@ -171,7 +171,7 @@ def _check_attend(cache: Cache, sizes: Sizes) -> Iterator[Verdict]:
         for kind, seen in ((what, None), (f"{what} with a picture", ahead))[:tokens]:
             ops.attend(*arguments, actual, scale, seen)
             attend_reference(*arguments, rounded, scale, ahead=seen)
-            attend_reference(*arguments, exact, scale, torch.float64, seen)
+            attend_reference(*arguments, exact, scale, seen, torch.float64)
             yield within_budget("attend", kind, actual, rounded, exact)
 
 

@@ -55,7 +55,7 @@ def check_kernel(
     low_precision = torch.full(shape, torch.nan, dtype=layout.dtype)
     attend_reference(query, cache.heads, rows, low_precision, scale, ahead=ahead)
     exact = torch.full(shape, torch.nan, dtype=torch.float64)
-    attend_reference(query, cache.heads, rows, exact, scale, torch.float64, ahead)
+    attend_reference(query, cache.heads, rows, exact, scale, ahead, torch.float64)
     # a rounding step of a logit moves its weight by as many as the logit is large, and a sink does
     # not move along; a cap leaves logits near each other whose rounding is that of large products
     moves_alone = scale.sinks is not None or scale.soft_cap > 0
@@ -73,7 +73,7 @@ def test_reference_equals_dense_attention(group: int, chunk: int) -> None:
     query = strided_randn((chunk, 2 * group, 64), torch.float32, seed=1)
     out = torch.empty(query.shape, dtype=torch.float64)
     rows = batch_rows([0], [chunk])
-    attend_reference(query, cache.heads, rows, out, 0.125, torch.float64)
+    attend_reference(query, cache.heads, rows, out, 0.125, None, torch.float64)
 
     heads = [cache.head(0, head) for head in range(2)]
     keys = torch.stack([key for key, _ in heads]).double().repeat_interleave(group, dim=0)
@@ -91,7 +91,7 @@ def test_reference_of_a_picture_equals_dense_attention() -> None:
     query = strided_randn((20, 1, 64), torch.float32, seed=1)
     out = torch.empty(query.shape, dtype=torch.float64)
     ahead = both_ways(20, (3, 11))
-    attend_reference(query, cache.heads, batch_rows([0], [20]), out, 0.125, torch.float64, ahead)
+    attend_reference(query, cache.heads, batch_rows([0], [20]), out, 0.125, ahead, torch.float64)
 
     keys, values = (x.double() for x in cache.head(0, 0))
     mask = torch.ones(20, 37, dtype=torch.bool).tril(17)
@@ -109,7 +109,7 @@ def test_reference_equals_the_formula(kind: str) -> None:
     query = strided_randn((5, 4, 64), torch.float32, seed=1)
     softmax = softmax_of(kind, 64, 4)
     out = torch.empty(query.shape, dtype=torch.float64)
-    attend_reference(query, cache.heads, batch_rows([0], [5]), out, softmax, torch.float64)
+    attend_reference(query, cache.heads, batch_rows([0], [5]), out, softmax, None, torch.float64)
     for head in range(4):
         keys, values = (x.double() for x in cache.head(0, head // 2))
         for token in range(5):

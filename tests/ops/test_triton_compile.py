@@ -210,7 +210,7 @@ def launch_recall(layout: PageLayout, group: int) -> None:
 LAUNCHERS: dict[Callable[[PageLayout, int], None], int] = {
     launch_append: 1,
     launch_reserve: 1,
-    launch_attend: 4,
+    launch_attend: 6,
     launch_score: 8,
     launch_softmax: 6,
     launch_contrast: 2,

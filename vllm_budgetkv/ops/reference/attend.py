@@ -17,8 +17,8 @@ def attend(
     rows: BatchRows,
     out: torch.Tensor,
     scale: float | Softmax,
-    compute_dtype: torch.dtype = torch.float32,
     ahead: torch.Tensor | None = None,
+    compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """See `vllm_budgetkv.ops.attend.attend`; `out` may also have the `compute_dtype`."""
     pool, table, lens = heads
