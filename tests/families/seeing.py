@@ -67,6 +67,15 @@ def gemma3_sight(picture_tokens: int) -> Sight:
     )
 
 
+# one picture, in front of the text
+PALIGEMMA_SIGHT = Sight(
+    whole=vision.paligemma,
+    processor=processors.paligemma,
+    picture="",
+    tokens={"image_token": "<image>", "line": "\n"},
+    large_pictures=1,
+    most_pictures=1,
+)
 SEEING = [
     Family(
         name="Qwen2-VL",
@@ -269,14 +278,7 @@ SEEING = [
         architecture="PaliGemmaForConditionalGeneration",
         config="PaliGemmaConfig",
         fields={"hidden_activation": "gelu_pytorch_tanh"},
-        sight=Sight(
-            whole=vision.paligemma,
-            processor=processors.paligemma,
-            picture="",
-            tokens={"image_token": "<image>", "line": "\n"},
-            large_pictures=1,
-            most_pictures=1,
-        ),
+        sight=PALIGEMMA_SIGHT,
         special="pictures that attend both ways",
         both_ways=True,
     ),
@@ -292,14 +294,7 @@ SEEING = [
             "num_hidden_layers": 4,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
-        sight=Sight(
-            whole=vision.paligemma,
-            processor=processors.paligemma,
-            picture="",
-            tokens={"image_token": "<image>", "line": "\n"},
-            large_pictures=1,
-            most_pictures=1,
-        ),
+        sight=PALIGEMMA_SIGHT,
         special="windows, soft caps; pictures that attend both ways",
         both_ways=True,
     ),

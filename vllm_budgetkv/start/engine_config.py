@@ -25,3 +25,12 @@ class EngineConfig(Protocol):
 
     @property
     def scheduler_config(self) -> SchedulerConfig: ...
+
+
+def step_tokens(engine: EngineConfig) -> tuple[int, str]:
+    """Most tokens that a step schedules, of all requests, and the option that sets them."""
+    scheduler = engine.scheduler_config
+    if scheduler.max_num_scheduled_tokens is not None:
+        # it may be less than what the worker's buffers hold
+        return scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
+    return scheduler.max_num_batched_tokens, "--max-num-batched-tokens"

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from vllm_budgetkv.start.engine_config import step_tokens
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from typing import Self
@@ -67,15 +69,10 @@ class Room:
             engine: its configuration.
             default: quota of a request that asks for none.
         """
-        scheduler = engine.scheduler_config
-        tokens, flag = scheduler.max_num_batched_tokens, "--max-num-batched-tokens"
-        if scheduler.max_num_scheduled_tokens is not None:
-            tokens, flag = scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
-        others = scheduler.max_num_seqs - 1
-        found, threshold = (
-            cls(tokens - others, flag, others),
-            scheduler.long_prefill_token_threshold,
-        )
+        others = engine.scheduler_config.max_num_seqs - 1
+        threshold = engine.scheduler_config.long_prefill_token_threshold
+        tokens, flag = step_tokens(engine)
+        found = cls(tokens - others, flag, others)
         if default.compresses:
             # which is the threshold then
             return cls.of_chunks(default, found)

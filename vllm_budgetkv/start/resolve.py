@@ -8,6 +8,7 @@ from vllm_budgetkv.arithmetic.quota import Quota, least_batch_tokens
 from vllm_budgetkv.arithmetic.recall import Recall
 from vllm_budgetkv.policy import make_policy
 from vllm_budgetkv.start import stored
+from vllm_budgetkv.start.engine_config import step_tokens
 from vllm_budgetkv.start.groups import groups_of, page_tokens_of
 
 if TYPE_CHECKING:
@@ -109,11 +110,7 @@ def check_batch(engine: EngineConfig, quota: Quota) -> None:
         ValueError: names both options and what they may be.
     """
     scheduler = engine.scheduler_config
-    batch_tokens, num_others = scheduler.max_num_batched_tokens, scheduler.max_num_seqs - 1
-    flag = "--max-num-batched-tokens"
-    if scheduler.max_num_scheduled_tokens is not None:
-        # what a step may schedule, where it is less than what the worker's buffers hold
-        batch_tokens, flag = scheduler.max_num_scheduled_tokens, "--max-num-scheduled-tokens"
+    num_others, (batch_tokens, flag) = scheduler.max_num_seqs - 1, step_tokens(engine)
     least_tokens = least_batch_tokens(quota.chunk_tokens, scheduler.max_num_seqs)
     if batch_tokens < least_tokens:
         raise ValueError(
